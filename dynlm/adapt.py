@@ -1,0 +1,203 @@
+"""THE inner loop, shared by evaluation and meta-training: score, gradient, update, carry.
+
+A segment's tokens are scored under θ_t before the update that sees them; the hidden state is carried, detached. At an
+article's start θ ← θ0, s ← 0, h ← 0 (reset ``article``), or everything goes on (reset ``never``).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dynlm.data.segments import article_segments
+from dynlm.models.params import Adapted, adapted_parameters, as_matrix
+from dynlm.optim.base import Observation, Prior, Rule, RuleState
+from dynlm.optim.kernel import FusedStep
+from dynlm.types import InputError, TokenizedArticle
+
+
+class Scorer(Protocol):
+    """A base model as the inner loop sees it: losses of one segment under its present weights."""
+
+    def __call__(self, inputs_S: Tensor, targets_S: Tensor, hidden: Any) -> tuple[Tensor, Any]:
+        """(losses_S in nats, hidden state after the segment)."""
+
+
+@dataclass(frozen=True)
+class ReadConfig:
+    """How an article is read."""
+
+    segment: int = 32
+    """tokens scored between two updates"""
+    reset: Literal["article", "never"] = "article"
+    """article: weights, optimizer state and hidden state start anew at each article; never: one stream"""
+    params: tuple[str, ...] = ("*",)
+    """globs on names of the adapted parameters; tied tensors count once"""
+    kernel: Literal["auto", "compiled", "eager"] = "auto"
+    """auto compiles the update step where a C++ compiler is present"""
+
+
+class Step(NamedTuple):
+    """One segment as it was read. ``grads`` and ``seen`` are empty where no gradient was needed."""
+
+    losses_S: Tensor
+    grads: list[Tensor]
+    seen: list[Observation]
+
+
+class Snapshot(NamedTuple):
+    """A reader's whole position: fast weights, rule state, hidden state."""
+
+    thetas: list[Tensor]
+    state: RuleState
+    hidden: Any
+
+
+class Reader:
+    """Reads with a model and a rule; a context manager that puts θ0 back bit for bit, also after an exception."""
+
+    def __init__(
+        self, model: nn.Module, score: Scorer, rule: Rule, priors: Sequence[Prior], config: ReadConfig | None = None
+    ) -> None:
+        self.config = config = config or ReadConfig()
+        self.model, self.score, self.rule, self.priors = model, score, rule, priors
+        self.adapted = adapted_parameters(model, config.params)
+        if [a.name for a in self.adapted] != [p.name for p in priors]:
+            raise InputError(
+                f"the prior belongs to other parameters than read.params {config.params}: measure it again"
+            )
+        self.parameters = [a.parameter for a in self.adapted]
+        self.thetas = [a.matrix_RC for a in self.adapted]
+        self.apply = FusedStep(rule, {"auto": None, "compiled": True, "eager": False}[config.kernel])
+        self.begin()
+
+    def __enter__(self) -> Reader:
+        self._was_training = self.model.training
+        self.model.eval()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+        self.model.train(self._was_training)
+
+    def restore(self) -> None:
+        """θ ← θ0, bit for bit."""
+        with torch.no_grad():
+            for theta, prior in zip(self.thetas, self.priors, strict=True):
+                theta.copy_(prior.theta0)
+
+    def begin(self) -> None:
+        """A new start: θ ← θ0, s ← 0, h ← 0."""
+        self.restore()
+        self.state = self.rule.init(self.priors)
+        self.hidden: Any = None
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the position, to read something else in between."""
+        return Snapshot([theta.clone() for theta in self.thetas], copy.deepcopy(self.state), self.hidden)
+
+    def resume(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot, which must not be used again."""
+        with torch.no_grad():
+            for theta, saved in zip(self.thetas, snapshot.thetas, strict=True):
+                theta.copy_(saved)
+        self.state, self.hidden = snapshot.state, snapshot.hidden
+
+    def segment(self, inputs_S: Tensor, targets_S: Tensor, last: bool = False) -> Step:
+        """Score, then update. ``last`` spares the update that no later token would see.
+
+        Raises:
+            InputError: a loss that is not finite; the weights are θ0 again.
+        """
+        learns = self.rule.reads_gradient and not last
+        with torch.set_grad_enabled(learns):
+            losses_S, hidden = self.score(inputs_S, targets_S, self.hidden)
+            mean = losses_S.mean()
+        self.hidden = detach(hidden)
+        if not math.isfinite(mean.item()):
+            step = self.state.clock.step
+            self.begin()
+            raise InputError(f"loss is not finite at segment {step} with rule {self.rule.name!r}: lower its lr")
+        if not learns:
+            return Step(losses_S, [], [])
+        grads = self.gradient(mean)
+        self.state.clock.tick(mean)
+        seen = self.apply(self.thetas, grads, self.state, self.priors)
+        return Step(losses_S.detach(), grads, seen)
+
+    def gradient(self, mean_loss: Tensor) -> list[Tensor]:
+        """∇θ of a mean segment loss as (R, C) matrices; zeros for adapted parameters that it does not reach."""
+        grads = torch.autograd.grad(mean_loss, self.parameters, materialize_grads=True)
+        return [as_matrix(g) for g in grads]
+
+    def read(self, article: TokenizedArticle, start_id: int, progress: Callable[[int], Any] | None = None) -> Tensor:
+        """Losses of one article (T,), in nats, each token scored before any update that saw it."""
+        if len(article) == 0:
+            raise InputError(f"article {article.id!r} is empty: nothing to read")
+        if self.config.reset == "article":
+            self.begin()
+        device = self.parameters[0].device
+        pieces = list(article_segments(article.ids_T.to(device), start_id, self.config.segment))
+        losses = []
+        for number, (inputs_S, targets_S) in enumerate(pieces, 1):
+            last = number == len(pieces) and self.config.reset == "article"
+            losses.append(self.segment(inputs_S, targets_S, last).losses_S)
+            if progress:
+                progress(targets_S.numel())
+        return torch.cat(losses)
+
+
+def detach(hidden: Any) -> Any:
+    """Hidden states (nested tuples and lists of tensors) without their graph."""
+    if isinstance(hidden, Tensor):
+        return hidden.detach()
+    if isinstance(hidden, tuple | list):
+        return type(hidden)(detach(h) for h in hidden)
+    return hidden
+
+
+def measure_priors(
+    model: nn.Module, score: Scorer, pieces: Iterator[tuple[Tensor, Tensor]], globs: Sequence[str] = ("*",)
+) -> list[Prior]:
+    """θ0 and the static RMS of the segment gradient, sqrt(mean g²) a weight, over ``pieces`` of training text.
+
+    The hidden state is carried from piece to piece. Weights that never saw a gradient have RMS 0.
+    """
+    adapted = adapted_parameters(model, globs)
+    squares = [torch.zeros_like(a.matrix_RC) for a in adapted]
+    hidden: Any = None
+    n_pieces = 0
+    was_training = model.training
+    model.eval()
+    for inputs_S, targets_S in pieces:
+        n_pieces += 1
+        losses_S, hidden = score(inputs_S, targets_S, hidden)
+        hidden = detach(hidden)
+        grads = torch.autograd.grad(losses_S.mean(), [a.parameter for a in adapted], materialize_grads=True)
+        for square, grad in zip(squares, grads, strict=True):
+            square.addcmul_(as_matrix(grad), as_matrix(grad))
+    model.train(was_training)
+    if n_pieces == 0:
+        raise InputError("no text to measure the static RMS of the gradient on: the train split is empty")
+    return make_priors(adapted, [square.div_(n_pieces).sqrt_() for square in squares])
+
+
+def make_priors(adapted: Sequence[Adapted], rms: Sequence[Tensor]) -> list[Prior]:
+    """Priors from the model's present weights and given RMS matrices."""
+    means = [float(r.mean()) for r in rms]
+    mean = sum(means) / len(means)
+    if not math.isfinite(mean) or mean <= 0:
+        raise InputError(f"the static RMS of the gradient averages {mean}: the model learns nothing from this text")
+    return [
+        Prior(a.name, a.matrix_RC.clone(), r.to(a.matrix_RC), m, 1 / mean)
+        for a, r, m in zip(adapted, rms, means, strict=True)
+    ]

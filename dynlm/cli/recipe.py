@@ -1,0 +1,132 @@
+"""A recipe: every setting of a run, typed, from the defaults, a TOML file and flags, in that order."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast, get_type_hints
+
+from dynlm.adapt import ReadConfig
+from dynlm.data.articles import DataConfig
+from dynlm.data.tokenizers import TokenizerConfig
+from dynlm.meta.train import MetaConfig
+from dynlm.meta.tune import TuneConfig
+from dynlm.models.lstm import ModelConfig
+from dynlm.models.train import TrainConfig
+from dynlm.runs import read_json
+from dynlm.types import InputError
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """The static RMS of the gradient, measured on training text."""
+
+    tokens: int = 65536
+    """training tokens it is measured on, from the first articles of the train split"""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Reading held-out articles with several methods."""
+
+    methods: tuple[str, ...] = ("static", "sgd", "rms", "adam", "gated")
+    """static is the baseline of every gain; others are taken from the run's rules"""
+    split: str = "valid"
+    """split to read"""
+    max_articles: int = 0
+    """read only the first so many; 0 reads all"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of a run."""
+
+    run: str = "runs/default"
+    """the run directory: everything a command writes goes there"""
+    overwrite: bool = False
+    """replace what an earlier run of the same command left"""
+    resume: bool = False
+    """go on from the command's last checkpoint (train, meta-train)"""
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    read: ReadConfig = field(default_factory=ReadConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    meta: MetaConfig = field(default_factory=MetaConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+FIXED_BY_TRAINING = ("data", "tokenizer", "model")
+
+
+def load_recipe(path: Path) -> Recipe:
+    """A recipe from a TOML file, which holds only what differs from the defaults.
+
+    Raises:
+        InputError: a missing file, text that is not TOML, an unknown key (with the nearest known one), a wrong type.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"recipe {path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"recipe {path} is not TOML ({error})") from None
+    return cast(Recipe, build(Recipe, values, str(path)))
+
+
+def build(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:
+    """A (nested) config dataclass from plain values, every key and type checked."""
+    hints = get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind)]
+    settings = {}
+    for key, value in values.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f": did you mean {close[0]!r}?" if close else f": known are {', '.join(known)}"
+            raise InputError(f"{where}: unknown key {key!r}{hint}")
+        settings[key] = _check(hints[key], value, f"{where}: {key}")
+    return kind(**settings)
+
+
+def _check(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise InputError(f"{where} is {value!r}: expected a [table] of settings")
+        return build(hint, value, where) if isinstance(hint, type) else value
+    arguments: tuple[Any, ...] = getattr(hint, "__args__", ())
+    if getattr(hint, "__origin__", None) is tuple:
+        if not isinstance(value, list | tuple):
+            raise InputError(f"{where} is {value!r}: expected a list")
+        return tuple(_check(arguments[0], item, where) for item in value)
+    if arguments:  # Literal
+        if value not in arguments:
+            raise InputError(f"{where} is {value!r}: expected one of {', '.join(map(repr, arguments))}")
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise InputError(f"{where} is {value!r} ({type(value).__name__}): expected {hint.__name__}")
+    return value
+
+
+def recipe_of_run(path: Path) -> Recipe:
+    """The settings that a run directory was made with."""
+    return cast(Recipe, build(Recipe, read_json(path), str(path)))
+
+
+def require_same(recipe: Recipe, trained: Recipe) -> None:
+    """Data, tokenizer and model are fixed once the base model is trained."""
+    for name in FIXED_BY_TRAINING:
+        now, then = getattr(recipe, name), getattr(trained, name)
+        for f in dataclasses.fields(now):
+            a, b = getattr(now, f.name), getattr(then, f.name)
+            if a != b:
+                raise InputError(
+                    f"{name}.{f.name} is {a!r}, but this run's model was trained with {b!r}: use another --run"
+                )

@@ -1,0 +1,247 @@
+"""The stages of a run, each from the files of the one before: train, tune, meta-train, evaluate, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import dynlm
+from dynlm import runs
+from dynlm.adapt import ReadConfig, Reader, make_priors, measure_priors
+from dynlm.cli.recipe import Recipe, recipe_of_run, require_same
+from dynlm.data.articles import Corpus, load_corpus
+from dynlm.data.segments import article_segments
+from dynlm.data.tokenizers import load_tokenizer, tokenize, train_tokenizer
+from dynlm.evaluate.compare import summarize, write_results
+from dynlm.evaluate.metrics import count
+from dynlm.evaluate.stream import Scores, read_articles
+from dynlm.meta.train import MetaProgress, MetaTrainer, divide_meta_split, meta_train
+from dynlm.meta.tune import tune_rule
+from dynlm.models.causal import LSTMScorer, load_model
+from dynlm.models.params import adapted_parameters
+from dynlm.models.train import train_base_model
+from dynlm.optim.base import Prior, Rule
+from dynlm.optim.handmade import Static
+from dynlm.optim.learned import Gated
+from dynlm.optim.library import LEARNED, load_rule, save_rule
+from dynlm.report.html import write_report
+from dynlm.types import Article, InputError, TokenizedArticle
+
+
+class Bench:
+    """What the stages after training work with, loaded when first used."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.run = recipe, runs.Run(recipe.run)
+        trained = recipe_of_run(self.run.require(self.run.recipe, "train"))
+        require_same(recipe, trained)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = load_model(self.run.model, self.device)
+        self.score = LSTMScorer(self.model)
+        self.tokenizer = load_tokenizer(self.run.tokenizer)
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        return load_corpus(self.recipe.data)
+
+    def articles(self, split: str, limit: int = 0) -> list[TokenizedArticle]:
+        chosen = self.corpus.split(split)
+        return tokenize(self.tokenizer, chosen[: limit or None])
+
+    @cached_property
+    def priors(self) -> list[Prior]:
+        """θ0 and its static RMS: from the run directory, or measured and kept there."""
+        adapted = adapted_parameters(self.model, self.recipe.read.params)
+        names = [a.name for a in adapted]
+        settings = {"params": names, "segment": self.recipe.read.segment, "tokens": self.recipe.prior.tokens}
+        if self.run.prior.is_file():
+            tensors, meta = runs.read_tensors(self.run.prior)
+            if meta == settings and set(tensors) == set(names):
+                return make_priors(adapted, [tensors[name] for name in names])
+        pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for article in tokenize(self.tokenizer, _first_tokens(self.corpus.split("train"), self.recipe.prior.tokens)):
+            ids_T = article.ids_T.to(self.device)
+            pieces.extend(article_segments(ids_T, self.tokenizer.eos_id, self.recipe.read.segment))
+        pieces = pieces[: max(1, self.recipe.prior.tokens // self.recipe.read.segment)]
+        bar = tqdm(pieces, desc="static RMS of the gradient", unit="segment")
+        priors = measure_priors(self.model, self.score, iter(bar), self.recipe.read.params)
+        runs.write_tensors(self.run.prior, {p.name: p.rms for p in priors}, settings)
+        return priors
+
+    def reader(self, rule: Rule, config: ReadConfig | None = None) -> Reader:
+        rule.to(self.device)
+        return Reader(self.model, self.score, rule, self.priors, config or self.recipe.read)
+
+    def load_rule(self, name: str) -> Rule:
+        if name == "static":
+            return Static()
+        made_by = "meta-train" if name in LEARNED else "tune"
+        return load_rule(self.run.require(self.run.rule(name), made_by))[0]
+
+
+def _first_tokens(articles: tuple[Article, ...], tokens: int) -> list[Article]:
+    """Enough articles for so many tokens, taking a token as one byte at the least."""
+    chosen, n_bytes = [], 0
+    for article in articles:
+        if n_bytes >= 8 * tokens:
+            break
+        chosen.append(article)
+        n_bytes += article.n_bytes
+    return chosen
+
+
+def _free(path: Path, recipe: Recipe, checkpoint: Path | None = None) -> None:
+    """Nothing finished or half-finished is replaced unasked."""
+    if recipe.overwrite:
+        return
+    if checkpoint is not None and checkpoint.is_file() and not recipe.resume:
+        raise InputError(f"{checkpoint} holds unfinished work: add --resume to go on, or --overwrite to start anew")
+    if path.exists() and not recipe.resume:
+        raise InputError(f"{path} exists: add --overwrite to replace it, or choose another --run")
+
+
+def train(recipe: Recipe) -> None:
+    """Tokenizer and base model from the train split."""
+    run = runs.Run(recipe.run)
+    checkpoint = run.checkpoint("train")
+    if recipe.resume:
+        run.require(checkpoint, "train")
+        require_same(recipe, recipe_of_run(run.recipe))
+    _free(run.model, recipe, checkpoint)
+    corpus = load_corpus(recipe.data)
+    train_texts, valid_texts = corpus.split("train"), corpus.split("valid")
+    tokenizer = (
+        load_tokenizer(run.tokenizer) if recipe.resume else train_tokenizer(recipe.tokenizer, train_texts + corpus.meta)
+    )
+    articles = tokenize(tokenizer, train_texts), tokenize(tokenizer, valid_texts)
+    model = recipe.model.build(tokenizer.vocab_size, tokenizer.eos_id, recipe.train.seed)
+    tokens = sum(map(len, articles[0]))
+    print(f"{model.num_parameters():,} weights, {len(train_texts)} articles, {tokens:,} training tokens")
+    tokenizer.save(run.tokenizer)
+    runs.write_json(run.recipe, asdict(dataclasses.replace(recipe, overwrite=False, resume=False)))
+    for stale in (run.prior, *([] if recipe.resume else [run.log("train")])):
+        stale.unlink(missing_ok=True)
+    progress = train_base_model(model, articles, recipe.train, run, recipe.resume)
+    checkpoint.unlink(missing_ok=True)
+    print(f"best validation {progress.best:.4f} nats/token after {progress.seconds / 60:.1f} minutes of training")
+
+
+def tune(recipe: Recipe) -> None:
+    """Settings of the hand-made rules, on the meta-training articles."""
+    bench = Bench(recipe)
+    for kind in recipe.tune.rules:
+        _free(bench.run.rule(kind), recipe)
+    articles, _ = divide_meta_split(bench.articles("meta"), recipe.meta)
+    for kind in recipe.tune.rules:
+        with tqdm(total=recipe.tune.trials, desc=f"tune {kind}", unit="trial") as bar:
+            tuned = tune_rule(kind, bench.reader, articles, bench.tokenizer.eos_id, recipe.tune, bar.update)
+        made = {"nats_per_token": tuned.nats_per_token, "trials": tuned.trials, "config": asdict(recipe.tune)}
+        save_rule(tuned.rule, bench.run.rule(kind), made)
+        numbers = ", ".join(f"{name} {value:.3g}" for name, value in tuned.rule.settings().items())
+        print(f"{kind}: {tuned.nats_per_token:.4f} nats/token with {numbers}")
+        if tuned.at_bound:
+            print(f"{kind}: {', '.join(tuned.at_bound)} at the edge of the searched range; more trials may help")
+
+
+def meta_training(recipe: Recipe) -> None:
+    """The gated rule, from the tuned RMS rule, on the meta-training articles."""
+    bench = Bench(recipe)
+    target, checkpoint = bench.run.rule("gated"), bench.run.checkpoint("meta-train")
+    if recipe.resume:
+        bench.run.require(checkpoint, "meta-train")
+    _free(target, recipe, checkpoint)
+    if not recipe.resume:
+        bench.run.log("meta-train").unlink(missing_ok=True)
+    articles, held_back = divide_meta_split(bench.articles("meta"), recipe.meta)
+    start = bench.load_rule("rms").settings()
+    rule = Gated.from_rms(start, bench.priors, recipe.meta.hidden, recipe.meta.seed)
+    reader = bench.reader(rule)
+    trainer = MetaTrainer(reader, articles, bench.tokenizer.eos_id, recipe.meta)
+    tokens = sum(map(len, held_back))
+
+    def validate() -> float:
+        return read_articles(reader, held_back, bench.tokenizer.eos_id).nats / tokens
+
+    def save_best(best: Rule, progress: MetaProgress) -> None:
+        save_rule(best, target, {"progress": progress._asdict(), "config": asdict(recipe.meta), "start": start})
+
+    progress = meta_train(trainer, validate, bench.run, save_best, recipe.resume)
+    reader.restore()
+    checkpoint.unlink(missing_ok=True)
+    print(f"best meta-validation {progress.best:.4f} nats/token; {progress.seconds / 60:.1f} minutes")
+
+
+class _Reading(NamedTuple):
+    scores: dict[str, Scores]
+    settings: dict[str, runs.Json]
+
+
+def evaluate(recipe: Recipe) -> None:
+    """All methods over the same tokens of one split; results.json, losses and the report."""
+    bench, config = Bench(recipe), recipe.evaluate
+    if not recipe.overwrite and bench.run.results.exists():
+        raise InputError(f"{bench.run.results} exists: add --overwrite to replace it, or choose another --run")
+    if "static" not in config.methods:
+        raise InputError(f"evaluate.methods {config.methods} lack 'static', the baseline of every gain: add it")
+    rules = {name: bench.load_rule(name) for name in config.methods}
+    articles = bench.articles(config.split, config.max_articles)
+    counts, reading = count(articles), _Reading({}, {})
+    for name, rule in rules.items():
+        reader = bench.reader(rule)
+        if rule.reads_gradient:
+            with reader:  # compile outside the timed pass
+                reader.read(dataclasses.replace(articles[0], ids_T=articles[0].ids_T[:128]), bench.tokenizer.eos_id)
+        with tqdm(total=counts.tokens, desc=f"read {name}", unit="token", unit_scale=True) as bar:
+            reading.scores[name] = read_articles(reader, articles, bench.tokenizer.eos_id, bar.update)
+        reading.settings[name] = rule.settings()
+    results = {
+        "data": {
+            "source": recipe.data.source,
+            "split": config.split,
+            "titles": [a.title for a in articles],
+            "fingerprint": bench.corpus.fingerprint,
+        },
+        "reset": recipe.read.reset,
+        "segment": recipe.read.segment,
+        "model": {
+            "class": type(bench.model).__name__,
+            "parameters": bench.model.num_parameters(),
+            "adapted": sum(p.theta0.numel() for p in bench.priors),
+        },
+        "versions": _versions(),
+        **counts._asdict(),
+        **summarize(reading.scores, reading.settings, counts),
+    }
+    write_results(bench.run, reading.scores, results)
+    for name, method in sorted(results["methods"].items(), key=lambda item: -item[1]["nats"]):
+        low, high = method["gain_ci95"]
+        print(
+            f"{name:>8}  word perplexity {method['word_ppl']:8.2f}  bits/byte {method['bits_per_byte']:.4f}"
+            f"  gain {method['gain_nats_per_token']:+.4f} [{low:+.4f}, {high:+.4f}] nats/token"
+            f"  {method['tokens_per_s']:,.0f} tokens/s"
+        )
+    report(recipe)
+
+
+def report(recipe: Recipe) -> None:
+    """The report of a finished evaluation."""
+    run = runs.Run(recipe.run)
+    run.require(run.results, "evaluate")
+    print(f"report: {write_report(run)}")
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "dynlm": dynlm.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

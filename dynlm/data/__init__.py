@@ -1,0 +1,1 @@
+"""Articles, tokenizers and segments: from files to tensors of token ids."""

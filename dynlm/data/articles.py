@@ -1,0 +1,242 @@
+"""Sources of articles and their split into train, meta, valid and test.
+
+A source is one of
+    stdlib                         the documentation that Python carries; no file, no download
+    FOLDER                         WikiText files ``wiki.{train,valid,test}.tokens`` in it
+    FILE or GLOB                   ``.tokens`` (WikiText), ``.txt`` (an article a file), ``.jsonl``, ``.parquet``
+    wikitext-2, wikitext-103       presets of the Hugging Face hub, from its cache when offline
+    hf:NAME or hf:NAME/CONFIG      any Hugging Face data set with a text column
+Environment variables (``$DYNLM_WIKITEXT2``) are expanded.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dynlm.data import stdlib, wikitext
+from dynlm.types import Article, InputError
+
+SPLITS = ("train", "meta", "valid", "test")
+PRESETS = {
+    "wikitext-2": "hf:Salesforce/wikitext/wikitext-2-v1",
+    "wikitext-103": "hf:Salesforce/wikitext/wikitext-103-v1",
+}
+HUB_SPLITS = {"train": "train", "validation": "valid", "valid": "valid", "test": "test"}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where articles come from and how they are split."""
+
+    source: str = "stdlib"
+    """stdlib, WikiText folder or .tokens file, .txt/.jsonl/.parquet file or glob, wikitext-2, wikitext-103, hf:NAME"""
+    text_column: str = "text"
+    """column of the article's text in .jsonl, .parquet and hub data sets"""
+    title_column: str = "title"
+    """column of its title; articles without one are numbered"""
+    meta_articles: int = 60
+    """articles kept out of base training, to tune and meta-train on (at most a quarter of the source)"""
+    held_out: int = 24
+    """articles of valid, and again of test, where the source has no split of its own (at most an eighth each)"""
+    split_seed: int = 0
+    """the split orders articles by a hash of this seed and their ids"""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The four splits. ``meta`` is unseen by the base model, and is not held-out evaluation text either."""
+
+    train: tuple[Article, ...]
+    meta: tuple[Article, ...]
+    valid: tuple[Article, ...]
+    test: tuple[Article, ...]
+
+    def split(self, name: str) -> tuple[Article, ...]:
+        """One split by name; an unknown or empty one is an error."""
+        if name not in SPLITS:
+            raise InputError(f"unknown split {name!r}: choose one of {', '.join(SPLITS)}")
+        articles: tuple[Article, ...] = getattr(self, name)
+        if not articles:
+            filled = ", ".join(s for s in SPLITS if getattr(self, s)) or "none"
+            raise InputError(f"split {name!r} of this source holds no article: splits with articles are {filled}")
+        return articles
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all splits, ids and texts: equal fingerprints mean equal data."""
+        digest = hashlib.sha256()
+        for name in SPLITS:
+            for article in getattr(self, name):
+                digest.update(f"{name}\0{article.id}\0{article.text}\0".encode())
+        return digest.hexdigest()[:16]
+
+
+def load_corpus(config: DataConfig) -> Corpus:
+    """Read the source and split it; the same config gives the same splits on every machine.
+
+    Raises:
+        InputError: a missing file, a glob that matches nothing, an unset variable, an empty corpus.
+    """
+    pools = read_pools(config)
+    total = sum(len(pool) for pool in pools.values())
+    if total == 0:
+        raise InputError(f"source {config.source!r} holds no article: expected non-empty text")
+    if set(pools) == {"all"}:
+        return _split_one_pool(pools["all"], config)
+    train = _by_hash(pools.get("train", []), config.split_seed)
+    n_meta = min(config.meta_articles, len(train) // 4)
+    kept_out = {article.id for article in train[:n_meta]}
+    return Corpus(
+        train=tuple(a for a in pools.get("train", []) if a.id not in kept_out),
+        meta=tuple(train[:n_meta]),
+        valid=tuple(pools.get("valid", [])),
+        test=tuple(pools.get("test", [])),
+    )
+
+
+def _split_one_pool(pool: list[Article], config: DataConfig) -> Corpus:
+    order = _by_hash(pool, config.split_seed)
+    n_held_out = min(config.held_out, len(order) // 8)
+    n_meta = min(config.meta_articles, len(order) // 4)
+    valid, test = order[:n_held_out], order[n_held_out : 2 * n_held_out]
+    meta = order[2 * n_held_out : 2 * n_held_out + n_meta]
+    return Corpus(tuple(order[2 * n_held_out + n_meta :]), tuple(meta), tuple(valid), tuple(test))
+
+
+def _by_hash(articles: Iterable[Article], seed: int) -> list[Article]:
+    """A shuffle that depends on ids only, so that adding an article moves no other between splits' order."""
+    return sorted(articles, key=lambda article: hashlib.sha256(f"{seed}:{article.id}".encode()).digest())
+
+
+def read_pools(config: DataConfig) -> dict[str, list[Article]]:
+    """Articles by the source's own splits, or all under ``"all"`` where it has none. Empty articles are left out."""
+    source = os.path.expandvars(config.source)
+    if source.startswith("$"):
+        raise InputError(f"environment variable {source} is not set: point it at the data, or name another data.source")
+    source = PRESETS.get(source, source)
+    if source == "stdlib":
+        pools = {"all": stdlib.load_articles()}
+    elif source.startswith("hf:"):
+        pools = _read_hub(source.removeprefix("hf:"), config)
+    elif Path(source).is_dir():
+        pools = _read_folder(Path(source))
+    else:
+        pools = {"all": _read_files(source, config)}
+    return {name: [a for a in pool if a.text.strip()] for name, pool in pools.items()}
+
+
+def _read_folder(folder: Path) -> dict[str, list[Article]]:
+    files = {split: folder / f"wiki.{split}.tokens" for split in ("train", "valid", "test")}
+    found = {split: path for split, path in files.items() if path.is_file()}
+    if not found:
+        raise InputError(
+            f"{folder} holds no wiki.train.tokens, wiki.valid.tokens or wiki.test.tokens: name a file or glob"
+        )
+    return {split: _read_wikitext(path) for split, path in found.items()}
+
+
+def _read_wikitext(path: Path) -> list[Article]:
+    articles = wikitext.split_articles(_read_text(path), path.stem)
+    if not articles:
+        raise InputError(f"{path} has no WikiText title line (` = Title = ` between empty lines): rename it to .txt?")
+    return articles
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:  # newline="": bytes stay countable
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _read_files(pattern: str, config: DataConfig) -> list[Article]:
+    paths = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if Path(p).is_file()]
+    if not paths:
+        kind = "glob matches no file" if glob.has_magic(pattern) else "file does not exist"
+        raise InputError(f"data source {pattern!r}: {kind}")
+    readers: dict[str, Callable[[Path], Iterable[Article]]] = {
+        ".tokens": _read_wikitext,
+        ".txt": lambda path: [_article(str(path), path.stem, _read_text(path))],
+        ".jsonl": lambda path: _from_rows(_json_rows(path), path.stem, config),
+        ".parquet": lambda path: _from_rows(_parquet_rows(path), path.stem, config),
+    }
+    articles: list[Article] = []
+    for path in paths:
+        if path.suffix not in readers:
+            raise InputError(f"{path}: unknown ending {path.suffix!r}: expected one of {', '.join(readers)}")
+        articles.extend(readers[path.suffix](path))
+    return articles
+
+
+def _article(id: str, title: str, text: str) -> Article:
+    return Article(id, title, text if text.endswith("\n") else text + "\n")
+
+
+def _from_rows(rows: Iterable[Mapping[str, Any]], source: str, config: DataConfig) -> list[Article]:
+    articles = []
+    for number, row in enumerate(rows):
+        text = row.get(config.text_column)
+        if not isinstance(text, str):
+            missing = f"no text in column {config.text_column!r} (columns: {', '.join(map(str, row))})"
+            raise InputError(f"{source}, row {number}: {missing}: set data.text_column")
+        title = row.get(config.title_column) or f"{source} {number}"
+        articles.append(_article(f"{source}:{number}", str(title), text))
+    return articles
+
+
+def _json_rows(path: Path) -> Iterable[Mapping[str, Any]]:
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}, line {number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise InputError(
+                    f"{path}, line {number}: a {type(row).__name__}, expected an object with a text column"
+                )
+            yield row
+
+
+def _parquet_rows(path: Path) -> Iterable[Mapping[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()  # type: ignore[no-any-return]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} is not a readable parquet file ({error})") from None
+
+
+def _read_hub(name: str, config: DataConfig) -> dict[str, list[Article]]:
+    import datasets  # here and nowhere else: images without it can use every other source
+
+    parts = name.split("/")
+    path, configuration = (name, None) if len(parts) < 3 else ("/".join(parts[:2]), "/".join(parts[2:]))
+    try:
+        splits = datasets.load_dataset(path, configuration)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"data set {name!r} is neither cached nor reachable ({reason})") from None
+    pools: dict[str, list[Article]] = {}
+    for split, rows in splits.items():
+        pool = HUB_SPLITS.get(split, split)
+        if pool not in SPLITS:
+            continue
+        if "wikitext" in path.lower():
+            # the hub's version drops the blank of empty lines; with it, files come back byte for byte
+            text = "".join(row or " \n" for row in rows[config.text_column])
+            pools[pool] = wikitext.split_articles(text, f"wiki.{pool}")
+        else:
+            pools[pool] = _from_rows(rows, f"{path}.{split}", config)
+    return {"all": pools["train"]} if set(pools) == {"train"} else pools

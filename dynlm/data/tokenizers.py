@@ -1,0 +1,223 @@
+"""Tokenizers behind one small interface: word level, SentencePiece, and any Hugging Face tokenizer.
+
+Words and bytes are counted on the text itself, never on tokens, so that nats over tokens convert without loss into word
+perplexity and bits per byte. ``decode(encode(text)) == text`` for SentencePiece with byte fallback (or full character
+coverage); word level keeps words and lines and maps unseen words to ``<unk>``.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, cast
+
+import torch
+
+from dynlm.runs import read_json, replacing, write_json
+from dynlm.types import Article, InputError, TokenizedArticle
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes tokens. Trained on the train and meta splits, never on valid or test."""
+
+    kind: Literal["sentencepiece", "word", "huggingface"] = "sentencepiece"
+    """sentencepiece (byte pairs, trained here), word (whitespace words and <eos>), huggingface (a ready tokenizer)"""
+    vocab_size: int = 4096
+    """entries; sentencepiece only"""
+    byte_fallback: bool = True
+    """spell unseen characters as bytes (256 entries); off: every character of the training text is an entry"""
+    name: str = ""
+    """hub name or folder; huggingface only"""
+
+
+class Tokenizer(Protocol):
+    """What the toolkit needs of a tokenizer."""
+
+    vocab_size: int
+    eos_id: int
+    """the end-of-line token; it also stands before an article's first token"""
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def pieces(self, ids: Sequence[int]) -> list[str]: ...
+    def save(self, folder: Path) -> None: ...
+
+
+class WordTokenizer:
+    """Whitespace words; ``<eos>`` ends each line. WikiText-2's training file gives exactly 33,278 entries."""
+
+    EOS, UNK = "<eos>", "<unk>"
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = list(words)
+        self.index = {word: i for i, word in enumerate(self.words)}
+        self.vocab_size = len(self.words)
+        self.eos_id = self.index[self.EOS]
+        self.unk_id = self.index.get(self.UNK)
+
+    @classmethod
+    def train(cls, texts: Iterable[str]) -> WordTokenizer:
+        """All words, by falling frequency. ``<unk>`` is an entry where the text holds it (WikiText does)."""
+        counts = Counter(word for text in texts for word in text.split())
+        counts.pop(cls.EOS, None)
+        return cls([cls.EOS, *(word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])))])
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for line in _lines(text):
+            ids.extend(self._id(word) for word in line.split())
+            ids.append(self.eos_id)
+        return ids
+
+    def _id(self, word: str) -> int:
+        found = self.index.get(word, self.unk_id)
+        if found is None:
+            raise InputError(f"word {word!r} is not in the vocabulary, which has no <unk>: use kind = 'sentencepiece'")
+        return found
+
+    def decode(self, ids: Sequence[int]) -> str:
+        lines = " ".join(self.words[i] for i in ids).split(f"{self.EOS}")
+        return "\n".join(line.strip(" ") for line in lines)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return ["\n" if i == self.eos_id else f"{self.words[i]} " for i in ids]
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / "tokenizer.json", {"kind": "word", "words": self.words})
+
+
+class SentencePieceTokenizer:
+    """SentencePiece byte pairs with a newline symbol; spaces, ``<unk>`` and all else are kept as they stand."""
+
+    def __init__(self, model_proto: bytes) -> None:
+        import sentencepiece
+
+        self._proto = model_proto
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
+        except RuntimeError as error:
+            raise InputError(f"not a SentencePiece model ({error}): train the tokenizer again") from None
+        self.vocab_size = self._processor.get_piece_size()
+        self.eos_id = self._processor.piece_to_id("\n")
+
+    @classmethod
+    def train(cls, texts: Iterable[str], config: TokenizerConfig) -> SentencePieceTokenizer:
+        import sentencepiece
+
+        sentences = (line for text in texts for line in _lines(text) if line.strip())
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=sentences,
+                model_writer=model,
+                vocab_size=config.vocab_size,
+                model_type="bpe",  # 15 % fewer tokens a word than unigram on WikiText-2, docs/LOG.md
+                byte_fallback=config.byte_fallback,
+                character_coverage=0.9995 if config.byte_fallback else 1.0,
+                # lossless: text goes in and comes out unchanged
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                user_defined_symbols=["\n", "▁<unk>", "<unk>"],  # WikiText's <unk> is a word of the text
+                unk_piece="<oov>",
+                bos_id=-1,
+                eos_id=-1,
+                max_sentence_length=1 << 16,
+                num_threads=1,  # the same pieces on every machine
+                minloglevel=2,
+            )
+        except (RuntimeError, OSError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise InputError(
+                f"SentencePiece could not make {config.vocab_size} pieces of this text ({reason})"
+            ) from None
+        return cls(model.getvalue())
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for line_ids in self._processor.encode(_lines(text)):
+            ids.extend(line_ids)
+            ids.append(self.eos_id)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return cast(str, self._processor.decode(list(ids)))
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return [self._processor.id_to_piece(int(i)).replace("▁", " ") for i in ids]
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / "tokenizer.json", {"kind": "sentencepiece"})
+        with replacing(folder / "sentencepiece.model") as temporary:
+            temporary.write_bytes(self._proto)
+
+
+class HuggingFaceTokenizer:
+    """Any tokenizer that ``AutoTokenizer`` loads, from a folder or the hub's cache; no special token is added."""
+
+    def __init__(self, name: str) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise InputError(f"tokenizer {name!r} cannot be loaded ({str(error).splitlines()[0]})") from None
+        self.vocab_size = len(self._tokenizer)
+        starts = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, 0)
+        self.eos_id = next(token for token in starts if token is not None)
+
+    def encode(self, text: str) -> list[int]:
+        return cast(list[int], self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return cast(str, self._tokenizer.decode(list(ids)))
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return [cast(str, self._tokenizer.decode([i])) for i in ids]
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / "tokenizer.json", {"kind": "huggingface"})
+        with replacing(folder / "huggingface") as temporary:
+            self._tokenizer.save_pretrained(temporary)
+
+
+def _lines(text: str) -> list[str]:
+    """The lines of a text that ends with a newline."""
+    return text.removesuffix("\n").split("\n")
+
+
+def train_tokenizer(config: TokenizerConfig, articles: Iterable[Article]) -> Tokenizer:
+    """Fit ``config.kind`` on the articles' texts (a ready Hugging Face tokenizer is only loaded)."""
+    texts = [article.text for article in articles]
+    if config.kind == "word":
+        return WordTokenizer.train(texts)
+    if config.kind == "huggingface":
+        return HuggingFaceTokenizer(config.name)
+    return SentencePieceTokenizer.train(texts, config)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The counterpart of ``Tokenizer.save``."""
+    record = read_json(folder / "tokenizer.json")
+    kind = record.get("kind")
+    if kind == "word":
+        return WordTokenizer(record["words"])
+    if kind == "huggingface":
+        return HuggingFaceTokenizer(str(folder / "huggingface"))
+    if kind == "sentencepiece":
+        path = folder / "sentencepiece.model"
+        if not path.is_file():
+            raise InputError(f"{path} does not exist: train the tokenizer again")
+        return SentencePieceTokenizer(path.read_bytes())
+    raise InputError(f"{folder}/tokenizer.json: unknown kind {kind!r}")
+
+
+def tokenize(tokenizer: Tokenizer, articles: Iterable[Article]) -> list[TokenizedArticle]:
+    """Articles as token ids with the exact counts of their texts."""
+    return [
+        TokenizedArticle(a.id, a.title, torch.tensor(tokenizer.encode(a.text)), a.n_words, a.n_bytes) for a in articles
+    ]

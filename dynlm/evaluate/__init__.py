@@ -1,0 +1,1 @@
+"""What reading gains: losses on identical tokens, perplexities, intervals over articles."""

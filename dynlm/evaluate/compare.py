@@ -1,0 +1,64 @@
+"""Several methods over identical tokens: results.json and the losses behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from dynlm.evaluate.metrics import Counts, gain_by_position, paired_gain, perplexities
+from dynlm.evaluate.stream import Scores
+from dynlm.runs import Json, Run, write_json, write_tensors
+from dynlm.types import InputError
+
+SCHEMA = 1
+
+
+def summarize(scores: Mapping[str, Scores], settings: Mapping[str, Json], counts: Counts) -> Json:
+    """The ``methods`` and ``comparisons`` of results.json. ``scores`` must hold ``static``, the baseline of gains."""
+    if "static" not in scores:
+        raise InputError("methods lack 'static', the baseline of every gain: add it to evaluate.methods")
+    baseline = scores["static"].losses
+    methods: Json = {}
+    for name, score in scores.items():
+        gain, interval = paired_gain(baseline, score.losses)
+        methods[name] = {
+            **perplexities(score.nats, counts),
+            "gain_nats_per_token": gain,
+            "gain_ci95": list(interval),
+            "tokens_per_s": counts.tokens / score.seconds,
+            "gain_by_position": gain_by_position(baseline, score.losses),
+            "settings": settings.get(name, {}),
+        }
+    return {"methods": methods, "comparisons": _comparisons(scores, methods)}
+
+
+def _comparisons(scores: Mapping[str, Scores], methods: Json) -> list[Json]:
+    """Each method against the next worse one, paired over articles."""
+    order = sorted(methods, key=lambda name: methods[name]["nats"])
+    rows = []
+    for better, worse in pairwise(order):
+        gain, interval = paired_gain(scores[worse].losses, scores[better].losses)
+        ratio = methods[better]["word_ppl"] / methods[worse]["word_ppl"]
+        rows.append(
+            {
+                "better": better,
+                "worse": worse,
+                "gain_nats_per_token": gain,
+                "ci95": list(interval),
+                "word_ppl_ratio": ratio,
+            }
+        )
+    return rows
+
+
+def write_results(run: Run, scores: Mapping[str, Scores], results: Json) -> None:
+    """results.json and, beside it, the loss of every token under every method."""
+    lengths = [losses_T.numel() for losses_T in scores["static"].losses]
+    tensors: dict[str, Any] = {f"losses/{name}": torch.cat(score.losses) for name, score in scores.items()}
+    tensors["article"] = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).int()
+    tensors["position"] = torch.cat([torch.arange(n) for n in lengths]).int()
+    write_tensors(run.losses, tensors)
+    write_json(run.results, {"schema": SCHEMA, **results})

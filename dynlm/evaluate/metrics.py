@@ -1,0 +1,87 @@
+"""Perplexities, paired gains and their bootstrap intervals. Definitions:
+
+token perplexity   exp(nats / tokens)                       depends on the tokenizer
+word perplexity    exp(nats / (words + one <eos> a line))   comparable between tokenizers
+bits per byte      nats / bytes / ln 2                      comparable between texts
+gain               static loss − method loss on the same tokens, nats per token; positive is better
+interval           95 % percentile bootstrap over articles: articles, not tokens, are drawn
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynlm.runs import Json
+from dynlm.types import TokenizedArticle
+
+N_BOOTSTRAP = 4000
+POSITION_EDGES = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class Counts(NamedTuple):
+    """Exact totals of the evaluated text; ``words`` includes one end-of-line a line."""
+
+    articles: int
+    tokens: int
+    words: int
+    bytes: int
+
+
+def count(articles: Sequence[TokenizedArticle]) -> Counts:
+    return Counts(
+        len(articles), sum(map(len, articles)), sum(a.n_words for a in articles), sum(a.n_bytes for a in articles)
+    )
+
+
+def perplexities(nats: float, counts: Counts) -> Json:
+    """The total in nats as token perplexity, word perplexity and bits per byte."""
+    return {
+        "nats": nats,
+        "token_ppl": math.exp(nats / counts.tokens),
+        "word_ppl": math.exp(nats / counts.words),
+        "bits_per_byte": nats / counts.bytes / math.log(2),
+    }
+
+
+def bootstrap_ratio(sums: Tensor, sizes: Tensor, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of Σ sums / Σ sizes over articles drawn with replacement; both (articles,)."""
+    n = sums.numel()
+    draws = torch.randint(n, (N_BOOTSTRAP, n), generator=torch.Generator().manual_seed(seed))
+    ratios = sums.double()[draws].sum(1) / sizes.double()[draws].sum(1).clamp(min=1)
+    low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def paired_gain(baseline: Sequence[Tensor], method: Sequence[Tensor]) -> tuple[float, tuple[float, float]]:
+    """(gain in nats per token, its 95 % interval); each argument is one (T,) tensor an article, on the same tokens."""
+    sums = torch.stack([(b.double() - m.double()).sum() for b, m in zip(baseline, method, strict=True)])
+    sizes = torch.tensor([losses_T.numel() for losses_T in baseline])
+    return float(sums.sum() / sizes.sum()), bootstrap_ratio(sums, sizes)
+
+
+def gain_by_position(baseline: Sequence[Tensor], method: Sequence[Tensor]) -> list[Json]:
+    """The paired gain in bins of the token's position in its article; bins that no article reaches are left out."""
+    bins: list[Json] = []
+    for start, end in zip(POSITION_EDGES, [*POSITION_EDGES[1:], None], strict=True):
+        pairs = [(b[start:end].double(), m[start:end].double()) for b, m in zip(baseline, method, strict=True)]
+        pairs = [(b, m) for b, m in pairs if b.numel()]
+        if not pairs:
+            break
+        sums = torch.stack([(b - m).sum() for b, m in pairs])
+        sizes = torch.tensor([b.numel() for b, _ in pairs])
+        bins.append(
+            {
+                "from": start,
+                "to": end if end is not None else max(losses_T.numel() for losses_T in baseline),
+                "tokens": int(sizes.sum()),
+                "articles": len(pairs),
+                "gain": float(sums.sum() / sizes.sum()),
+                "ci95": list(bootstrap_ratio(sums, sizes)),
+            }
+        )
+    return bins

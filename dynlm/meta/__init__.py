@@ -1,0 +1,1 @@
+"""Learning to learn while reading: hand-made rules are tuned, learned rules trained by meta-gradients."""

@@ -1,0 +1,267 @@
+"""Meta-training: the reading rule learns from long stretches of reading.
+
+Several articles are read side by side, a window of segments at a time; after each round of windows the replay engine
+gives the meta-gradient and Adam moves φ. Truncation with carry: θ, s and h go on into the next window, the graph does
+not. A part of the meta split is kept aside to choose the best φ and to stop early.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dynlm import runs
+from dynlm.adapt import Reader, Snapshot
+from dynlm.data.segments import article_segments
+from dynlm.meta.replay import Recording, replay, sample_coordinates
+from dynlm.optim.base import Clock, Rule, RuleState
+from dynlm.optim.features import Statistics
+from dynlm.types import InputError, TokenizedArticle
+
+
+@dataclass(frozen=True)
+class MetaConfig:
+    """Meta-training of the learned rule."""
+
+    steps: int = 300
+    """updates of φ"""
+    articles: int = 2
+    """articles read side by side, each giving one window a step"""
+    truncation: int = 64
+    """segments of one window: how far the meta-gradient sees"""
+    coordinates: int = 200_000
+    """weights sampled for the meta-gradient of a window; 0 takes all"""
+    lr: float = 1e-2
+    """peak of Adam's learning rate on φ; cosine to zero over the steps"""
+    clip: float = 1.0
+    """bound on the norm of the meta-gradient (nats per token)"""
+    hidden: int = 8
+    """units of the rule's shared network"""
+    validate_every: int = 25
+    """steps between readings of the meta-validation articles; each writes a checkpoint"""
+    validation_articles: int = 12
+    """articles of the meta split that only choose φ"""
+    patience: int = 6
+    """validations without improvement before stopping early"""
+    block: int = 32768
+    """coordinates replayed at once"""
+    seed: int = 0
+
+
+def divide_meta_split(
+    articles: Sequence[TokenizedArticle], config: MetaConfig
+) -> tuple[list[TokenizedArticle], list[TokenizedArticle]]:
+    """(articles that rules are tuned and trained on, articles that choose φ)."""
+    if len(articles) < 2:
+        raise InputError(f"the meta split has {len(articles)} articles, needs at least 2: raise data.meta_articles")
+    n_valid = min(config.validation_articles, len(articles) // 2)
+    return list(articles[n_valid:]), list(articles[:n_valid])
+
+
+class MetaProgress(NamedTuple):
+    """Where meta-training stands; ``best`` is meta-validation nats per token, ``stale`` validations since."""
+
+    step: int = 0
+    best: float = math.inf
+    stale: int = 0
+    seconds: float = 0.0
+
+
+class Stream:
+    """One article being read: its remaining segments and the reader's position in it."""
+
+    def __init__(self, article: int, pieces: list[tuple[Tensor, Tensor]]) -> None:
+        self.article, self.pieces = article, pieces
+        self.done = 0
+        self.snapshot: Snapshot | None = None
+
+
+class MetaTrainer:
+    """Everything a checkpoint must hold: φ, its optimizer, the streams and the random state."""
+
+    def __init__(self, reader: Reader, articles: Sequence[TokenizedArticle], start_id: int, config: MetaConfig) -> None:
+        self.reader, self.rule, self.config = reader, reader.rule, config
+        self.articles, self.start_id = articles, start_id
+        self.phi = [p for p in self.rule.parameters() if p.requires_grad and p.numel()]
+        self.optimizer = torch.optim.Adam(self.phi, lr=config.lr, betas=(0.9, 0.98))
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.streams: list[Stream] = [self._fresh_stream() for _ in range(config.articles)]
+        self.progress = MetaProgress()
+
+    def step(self) -> float:
+        """One window of each stream, then one update of φ; returns mean nats per token before the update.
+
+        Raises:
+            InputError: a meta-gradient or loss that is not finite; φ is what it was.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        nats, tokens = 0.0, 0
+        for i in range(len(self.streams)):
+            window_nats, window_tokens = self._window(i)
+            nats, tokens = nats + window_nats, tokens + window_tokens
+        norm = torch.nn.utils.clip_grad_norm_([p for p in self.phi if p.grad is not None], self.config.clip)
+        if not torch.isfinite(norm):
+            raise InputError(f"meta-gradient is {float(norm)} at step {self.progress.step}: lower meta.lr")
+        for group in self.optimizer.param_groups:
+            fraction = self.progress.step / self.config.steps
+            group["lr"] = (
+                self.config.lr * min(1.0, (self.progress.step + 1) / 10) * math.cos(math.pi / 2 * fraction) ** 2
+            )
+        self.optimizer.step()
+        self.progress = self.progress._replace(step=self.progress.step + 1)
+        return nats / tokens
+
+    def _window(self, i: int) -> tuple[float, int]:
+        """Read one window of stream ``i`` and add its meta-gradient; the stream moves on or is replaced."""
+        stream, reader, config = self.streams[i], self.reader, self.config
+        if stream.snapshot is None:
+            reader.begin()
+        else:
+            reader.resume(stream.snapshot)
+        sizes = [theta.numel() for theta in reader.thetas]
+        recording = Recording.begin(reader, sample_coordinates(sizes, config.coordinates, self.generator))
+        full = config.truncation * reader.config.segment * len(self.streams)
+        nats, tokens = 0.0, 0
+        for inputs_S, targets_S in stream.pieces[stream.done : stream.done + config.truncation]:
+            step = reader.segment(inputs_S, targets_S)
+            recording.add(step, reader.state.clock, targets_S.numel() / full)
+            nats, tokens = nats + float(step.losses_S.double().sum()), tokens + targets_S.numel()
+        replay(self.rule, recording, config.block)
+        stream.done += config.truncation
+        if stream.done + 8 > len(stream.pieces):  # a window needs a few segments to learn from
+            self.streams[i] = self._fresh_stream()
+        else:
+            stream.snapshot = reader.snapshot()
+        return nats, tokens
+
+    def _fresh_stream(self) -> Stream:
+        article = int(torch.randint(len(self.articles), (), generator=self.generator))
+        return self._stream(article)
+
+    def _stream(self, article: int) -> Stream:
+        ids_T = self.articles[article].ids_T.to(self.reader.parameters[0].device)
+        return Stream(article, list(article_segments(ids_T, self.start_id, self.reader.config.segment)))
+
+    def state(self) -> tuple[dict[str, Tensor], runs.Json]:
+        tensors: dict[str, Tensor] = {f"phi.{name}": p for name, p in self.rule.named_parameters()}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items()}
+        tensors["rng"] = self.generator.get_state()
+        streams: list[runs.Json] = []
+        for i, stream in enumerate(self.streams):
+            streams.append({"article": stream.article, "done": stream.done if stream.snapshot else 0})
+            if stream.snapshot:
+                tensors |= {f"stream.{i}.{name}": t for name, t in _pack(stream.snapshot).items()}
+                streams[-1]["clock"] = stream.snapshot.state.clock.step
+        meta = {"progress": self.progress._asdict(), "config": asdict(self.config), "streams": streams}
+        return tensors, meta
+
+    def load(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        if meta.get("config") != asdict(self.config):
+            raise InputError(
+                "the checkpoint was made with other [meta] settings: resume with those, or use --overwrite"
+            )
+        try:
+            self.rule.load_state_dict({k.removeprefix("phi."): v for k, v in tensors.items() if k.startswith("phi.")})
+            slots: dict[int, dict[str, Tensor]] = {}
+            for key in (k for k in tensors if k.startswith("optimizer.")):
+                _, index, name = key.split(".")
+                slots.setdefault(int(index), {})[name] = tensors[key]
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+            self.generator.set_state(tensors["rng"])
+            for i, record in enumerate(meta["streams"]):
+                self.streams[i] = stream = self._stream(record["article"])
+                if record["done"]:
+                    stream.done = record["done"]
+                    packed = {
+                        k.removeprefix(f"stream.{i}."): v for k, v in tensors.items() if k.startswith(f"stream.{i}.")
+                    }
+                    stream.snapshot = _unpack(packed, record["clock"], self.reader)
+            self.progress = MetaProgress(**meta["progress"])
+        except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"the checkpoint does not fit this run ({error}): use --overwrite to start anew") from None
+
+
+def _pack(snapshot: Snapshot) -> dict[str, Tensor]:
+    tensors = {f"theta.{i}": t for i, t in enumerate(snapshot.thetas)}
+    for i, slots in enumerate(snapshot.state.slots):
+        tensors |= {f"slot.{i}.{j}": slot for j, slot in enumerate(slots)}
+    for i, memory in enumerate(snapshot.state.memory):
+        if isinstance(memory, Statistics):
+            tensors |= {f"memory.{i}.{name}": value for name, value in memory._asdict().items()}
+    for layer, (h, c) in enumerate(snapshot.hidden or ()):
+        tensors |= {f"hidden.{layer}.0": h, f"hidden.{layer}.1": c}
+    clock = snapshot.state.clock
+    if clock.loss is not None and clock.baseline is not None:
+        tensors |= {"clock.loss": clock.loss, "clock.baseline": clock.baseline}
+    return tensors
+
+
+def _unpack(tensors: dict[str, Tensor], step: int, reader: Reader) -> Snapshot:
+    device = reader.parameters[0].device
+    moved = {name: t.to(device) for name, t in tensors.items()}
+    n = len(reader.thetas)
+    slots = [tuple(moved[f"slot.{i}.{j}"] for j in range(reader.rule.n_slots)) for i in range(n)]
+    names = Statistics._fields
+    memory = [
+        Statistics(*(moved[f"memory.{i}.{name}"] for name in names)) if f"memory.{i}.{names[0]}" in moved else None
+        for i in range(n)
+    ]
+    layers = sum(name.startswith("hidden.") for name in moved) // 2
+    hidden = tuple((moved[f"hidden.{i}.0"], moved[f"hidden.{i}.1"]) for i in range(layers)) or None
+    clock = Clock(step, moved.get("clock.loss"), moved.get("clock.baseline"))
+    return Snapshot([moved[f"theta.{i}"] for i in range(n)], RuleState(slots, memory, clock), hidden)
+
+
+def meta_train(
+    trainer: MetaTrainer,
+    validate: Callable[[], float],
+    run: runs.Run,
+    save_best: Callable[[Rule, MetaProgress], None],
+    resume: bool = False,
+) -> MetaProgress:
+    """Train φ until the steps are done or validation stops improving; ``save_best`` gets each best rule.
+
+    ``validate`` reads the meta-validation articles with the present φ and returns nats per token.
+    """
+    config, path = trainer.config, run.checkpoint("meta-train")
+    if resume:
+        trainer.load(*runs.read_tensors(path))
+    started = time.perf_counter() - trainer.progress.seconds
+    bar = tqdm(total=config.steps, initial=trainer.progress.step, desc="meta-train", unit="step")
+    if trainer.progress.step == 0:
+        trainer.progress = trainer.progress._replace(best=validate())
+        save_best(trainer.rule, trainer.progress)
+        bar.write(f"start, the tuned RMS rule: meta-validation {trainer.progress.best:.4f} nats/token")
+    while trainer.progress.step < config.steps and trainer.progress.stale < config.patience:
+        loss = trainer.step()
+        bar.update()
+        bar.set_postfix_str(f"reading {loss:.3f} nats/token")
+        step = trainer.progress.step
+        if step % config.validate_every and step != config.steps:
+            continue
+        valid = validate()
+        improved = valid < trainer.progress.best
+        trainer.progress = MetaProgress(
+            step,
+            min(valid, trainer.progress.best),
+            0 if improved else trainer.progress.stale + 1,
+            time.perf_counter() - started,
+        )
+        if improved:
+            save_best(copy.deepcopy(trainer.rule), trainer.progress)
+        runs.write_tensors(path, *trainer.state())
+        record = {"step": step, "train": loss, "valid": valid, "seconds": round(trainer.progress.seconds, 1)}
+        runs.append_log(run.log("meta-train"), record)
+        bar.write(f"step {step}: meta-validation {valid:.4f} nats/token ({'best' if improved else 'no better'})")
+    bar.close()
+    return trainer.progress

@@ -1,0 +1,1 @@
+"""Base language models, their training, and the view of their adapted parameters."""

@@ -1,0 +1,243 @@
+"""Ordinary training of the base language model: the long memory θ0.
+
+Truncated backpropagation over parallel streams with carried hidden state, AdamW, one learning-rate cycle.
+``accelerate`` places the model, averages gradients over processes and sets the precision. A checkpoint after every
+validation makes ``--resume`` bitwise exact on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from dynlm import runs
+from dynlm.data.segments import training_streams
+from dynlm.models.lstm import Hidden, LSTMForCausalLM
+from dynlm.types import InputError, TokenizedArticle
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Base training."""
+
+    epochs: int = 8
+    """passes over the train split"""
+    batch_size: int = 32
+    """parallel streams"""
+    segment: int = 64
+    """tokens of one backpropagation window"""
+    lr: float = 3e-3
+    """peak learning rate of the cycle (warm-up over the first tenth, then cosine to zero)"""
+    weight_decay: float = 0.01
+    """AdamW's decoupled decay, a step"""
+    clip: float = 0.5
+    """bound on the norm of the gradient"""
+    validations_per_epoch: int = 1
+    """each one validates and writes a checkpoint"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto takes bf16 on CUDA and on CPUs with AMX"""
+    seed: int = 0
+    """order of articles, initial weights and dropout"""
+
+
+class Progress(NamedTuple):
+    """Where training stands. ``best`` is validation nats per token."""
+
+    step: int = 0
+    best: float = math.inf
+    seconds: float = 0.0
+
+
+def train_base_model(
+    model: LSTMForCausalLM,
+    articles: tuple[Sequence[TokenizedArticle], Sequence[TokenizedArticle]],
+    config: TrainConfig,
+    run: runs.Run,
+    resume: bool = False,
+) -> Progress:
+    """Train ``model`` on (train, valid) articles; the weights of the best validation end in ``run.model``.
+
+    Raises:
+        InputError: a loss that is not finite (earlier files stay), or a checkpoint that does not fit.
+    """
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=_precision(config))
+    trainer = _Trainer(model, articles, config, accelerator)
+    path = run.checkpoint("train")
+    if resume:
+        trainer.load(*runs.read_tensors(path))
+    bar = tqdm(total=trainer.total_steps, initial=trainer.progress.step, desc="train", unit="step")
+    started = time.perf_counter() - trainer.progress.seconds
+    for loss in trainer.steps():
+        bar.update()
+        step = trainer.progress.step
+        seconds = time.perf_counter() - started
+        if step % 10 == 0:
+            bar.set_postfix_str(f"{trainer.tokens_per_step * step / seconds:,.0f} tokens/s, loss {loss:.3f} nats/token")
+        if step % trainer.steps_per_validation == 0 or step == trainer.total_steps:
+            valid = trainer.validate()
+            improved = valid < trainer.progress.best
+            trainer.progress = Progress(step, min(valid, trainer.progress.best), time.perf_counter() - started)
+            if accelerator.is_main_process:
+                if improved:
+                    save_model(trainer.bare_model, run)
+                runs.write_tensors(path, *trainer.state())
+                record = {"step": step, "train": loss, "valid": valid, "seconds": round(seconds, 1)}
+                runs.append_log(run.log("train"), record)
+                word_ppl = math.exp(valid * trainer.valid_tokens_per_word)
+                bar.write(f"step {step}: validation {valid:.4f} nats/token, word perplexity {word_ppl:.1f}")
+    bar.close()
+    accelerator.wait_for_everyone()
+    return trainer.progress
+
+
+def save_model(model: LSTMForCausalLM, run: runs.Run) -> None:
+    with runs.replacing(run.model) as temporary:
+        model.save_pretrained(temporary)
+
+
+class _Trainer:
+    """Model, optimizer, data position: all that a checkpoint must hold."""
+
+    def __init__(
+        self,
+        model: LSTMForCausalLM,
+        articles: tuple[Sequence[TokenizedArticle], Sequence[TokenizedArticle]],
+        config: TrainConfig,
+        accelerator: Accelerator,
+    ) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.train_articles, valid = articles
+        workers = accelerator.num_processes
+        if config.batch_size % workers:
+            raise InputError(f"train.batch_size {config.batch_size} does not divide over {workers} processes")
+        self.local = slice(
+            accelerator.process_index * (config.batch_size // workers),
+            (accelerator.process_index + 1) * (config.batch_size // workers),
+        )
+        self.valid_streams = training_streams(valid, min(16, max(1, sum(map(len, valid)) // 64)), seed=0)
+        self.valid_tokens_per_word = sum(map(len, valid)) / sum(a.n_words for a in valid)
+        length = sum(map(len, self.train_articles)) // config.batch_size
+        self.steps_per_epoch = math.ceil((length - 1) / config.segment)
+        self.steps_per_validation = math.ceil(self.steps_per_epoch / config.validations_per_epoch)
+        self.total_steps = self.steps_per_epoch * config.epochs
+        self.tokens_per_step = config.batch_size * config.segment
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
+        )
+        self.bare_model = model
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.hidden: Hidden | None = None
+        self.progress = Progress()
+        torch.manual_seed(config.seed + accelerator.process_index)
+
+    def steps(self) -> Iterator[float]:
+        """Training steps from the present position to the end; yields the mean loss in nats per token."""
+        segment = self.config.segment
+        while self.progress.step < self.total_steps:
+            epoch, first = divmod(self.progress.step, self.steps_per_epoch)
+            streams = training_streams(self.train_articles, self.config.batch_size, seed=self.config.seed + epoch)
+            streams = streams[self.local].to(self.accelerator.device)
+            if first == 0:
+                self.hidden = None
+            for index in range(first, self.steps_per_epoch):
+                window = streams[:, index * segment : (index + 1) * segment + 1]
+                loss = self._step(window)
+                self.progress = self.progress._replace(step=self.progress.step + 1)
+                yield loss
+
+    def _step(self, window: Tensor) -> float:
+        step = self.progress.step
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * cycle(step / self.total_steps)
+        self.model.train()
+        with self.accelerator.autocast():
+            output = self.model(window[:, :-1], hidden=self.hidden)
+            loss = F.cross_entropy(output.logits.flatten(0, 1).float(), window[:, 1:].flatten())
+        value = loss.item()
+        if not math.isfinite(value):
+            raise InputError(f"training loss is {value} at step {step}: lower train.lr ({self.config.lr:g})")
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accelerator.backward(loss + output.penalty)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.hidden = tuple((h.detach(), c.detach()) for h, c in output.hidden)
+        return value
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Nats per token over the valid split, read as parallel streams (fast; `dynlm evaluate` reads by article)."""
+        self.model.eval()
+        streams, hidden, nats = self.valid_streams.to(self.accelerator.device), None, 0.0
+        width = 128
+        for start in range(0, streams.shape[1] - 1, width):
+            window = streams[:, start : start + width + 1]
+            with self.accelerator.autocast():
+                output = self.model(window[:, :-1], hidden=hidden)
+            hidden = output.hidden
+            logits = output.logits.flatten(0, 1).float()
+            nats += F.cross_entropy(logits, window[:, 1:].flatten(), reduction="sum").item()
+        return nats / (streams.shape[0] * (streams.shape[1] - 1))
+
+    def state(self) -> tuple[dict[str, Tensor], runs.Json]:
+        tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.bare_model.named_parameters()}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items()}
+        for layer, (h, c) in enumerate(self.hidden or ()):
+            tensors |= {f"hidden.{layer}.h": h, f"hidden.{layer}.c": c}
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        return tensors, {"progress": self.progress._asdict(), "config": asdict(self.config)}
+
+    def load(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        if meta.get("config") != asdict(self.config):
+            raise InputError(
+                "the checkpoint was made with other [train] settings: resume with those, or use --overwrite"
+            )
+        try:
+            with torch.no_grad():
+                for name, parameter in self.bare_model.named_parameters():
+                    parameter.copy_(tensors[f"model.{name}"])
+            slots: dict[int, dict[str, Tensor]] = {}
+            for key in (k for k in tensors if k.startswith("optimizer.")):
+                _, index, name = key.split(".")
+                slots.setdefault(int(index), {})[name] = tensors[key]
+            state = self.optimizer.state_dict()
+            self.optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
+            layers = sum(key.endswith(".h") for key in tensors if key.startswith("hidden."))
+            device = self.accelerator.device
+            self.hidden = tuple(
+                (tensors[f"hidden.{i}.h"].to(device), tensors[f"hidden.{i}.c"].to(device)) for i in range(layers)
+            )
+            torch.set_rng_state(tensors["rng.cpu"])
+            if torch.cuda.is_available() and "rng.cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["rng.cuda"])
+            self.progress = Progress(**meta["progress"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(
+                f"the checkpoint does not fit this model ({error}): use --overwrite to start anew"
+            ) from None
+
+
+def cycle(fraction: float, warmup: float = 0.1) -> float:
+    """Learning-rate multiplier at ``fraction`` of training: linear to 1, then cosine to 0."""
+    if fraction < warmup:
+        return max(fraction / warmup, 0.01)
+    return 0.5 * (1 + math.cos(math.pi * (fraction - warmup) / (1 - warmup)))
+
+
+def _precision(config: TrainConfig) -> str:
+    if config.precision != "auto":
+        return {"fp32": "no", "bf16": "bf16"}[config.precision]
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+    return "bf16" if torch.cpu._is_amx_tile_supported() else "no"

@@ -1,0 +1,1 @@
+"""Online update rules, hand-made and learned, behind one contract."""

@@ -1,0 +1,138 @@
+"""The contract of an online rule U_φ, and the bookkeeping that every rule shares.
+
+A rule is an ``nn.Module`` whose parameters are its meta-parameters φ. Its work splits in two, and the split is what
+makes meta-gradients cheap (dynlm.meta.replay):
+
+1. ``observe``: statistics of a whole gradient tensor. No φ enters, so nothing is differentiated.
+2. ``step``: elementwise over coordinates and differentiable in φ. Given the observations, coordinates do not see each
+   other, so any sample of them can be replayed alone.
+
+Each tensor is a matrix (R, C); a vector is one row. ``step`` must broadcast, as it is called with (R, C) matrices while
+reading and with (K,) samples while meta-training.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Slots = tuple[Tensor, ...]
+
+
+class Prior(NamedTuple):
+    """What is known of one tensor before reading: fixed for the life of a model."""
+
+    name: str
+    theta0: Tensor
+    """trained weights (R, C)"""
+    rms: Tensor
+    """static RMS of the segment gradient on training text (R, C), Krause et al. 2017, arXiv:1709.07432"""
+    mean_rms: float
+    """mean of ``rms``: the typical size of this tensor's gradients"""
+    relative_rms: float
+    """1 / mean over tensors of mean(rms): scales ``rms`` into Krause's R"""
+
+
+class Coordinates(NamedTuple):
+    """The weights that ``step`` updates: (R, C) matrices of one tensor, or (K,) samples of it."""
+
+    theta: Tensor
+    theta0: Tensor
+    rms: Tensor
+    grad: Tensor
+    row: Slots
+    """observed row features, each (R, 1) or gathered to (K,)"""
+    col: Slots
+    """observed column features, each (1, C) or gathered to (K,)"""
+
+
+class Observation(NamedTuple):
+    """What ``observe`` saw in one gradient tensor: no graph, no φ."""
+
+    row: Slots = ()
+    col: Slots = ()
+    scalars: Tensor | None = None
+
+
+@dataclass
+class Clock:
+    """Time and surprise, common to all tensors. ``loss`` is the segment's mean nats, ``baseline`` its running mean."""
+
+    step: int = 0
+    loss: Tensor | None = None
+    baseline: Tensor | None = None
+
+    def tick(self, loss: Tensor, decay: float = 0.9) -> None:
+        """Take note of a segment's loss, before the update that follows it."""
+        loss = loss.detach()
+        if self.loss is None or self.baseline is None:
+            self.baseline = loss
+        else:
+            self.baseline = decay * self.baseline + (1 - decay) * self.loss
+        self.loss = loss
+        self.step += 1
+
+
+@dataclass
+class RuleState:
+    """The rule's memory: ``slots[tensor][slot]`` is (R, C), ``memory[tensor]`` belongs to ``observe``."""
+
+    slots: list[Slots]
+    memory: list[Any]
+    clock: Clock = field(default_factory=Clock)
+
+
+class Rule(nn.Module, abc.ABC):
+    """Base of all rules. Subclasses give ``step``; ``observe`` and ``context`` where they need them."""
+
+    name: str
+    n_slots: int = 0
+    reads_gradient: bool = True
+
+    def init(self, priors: Sequence[Prior]) -> RuleState:
+        """The state at θ0: all zeros."""
+        slots = [tuple(torch.zeros_like(p.theta0) for _ in range(self.n_slots)) for p in priors]
+        return RuleState(slots=slots, memory=[None] * len(priors))
+
+    def observe(self, grad: Tensor, prior: Prior, memory: Any, clock: Clock) -> tuple[Observation, Any]:
+        """Statistics of the gradient (R, C) of one tensor, and the memory for the next segment. Default: none."""
+        return Observation(), memory
+
+    def context(self, prior: Prior, observation: Observation, clock: Clock) -> Slots:
+        """Small tensors that all coordinates of a tensor share at this step: the only way in for φ. Default: none."""
+        return ()
+
+    @abc.abstractmethod
+    def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
+        """New weights and slots, elementwise, from the arguments alone (no φ of its own): + − × ÷, abs, sqrt, clamp.
+
+        ``expand`` asks for scalar code instead of matrix products: dynlm.optim.trace turns it into C.
+        """
+
+    def settings(self) -> dict[str, float]:
+        """Hyperparameters by name, for reports."""
+        return {name: float(p.detach()) for name, p in self.named_parameters() if p.numel() == 1}
+
+    def update(
+        self, thetas: Sequence[Tensor], grads: Sequence[Tensor], state: RuleState, priors: Sequence[Prior]
+    ) -> tuple[list[Tensor], RuleState]:
+        """One functional update of all tensors: the plain reference, differentiable in φ, nothing changed in place.
+
+        ``state.clock`` must already have ticked for this segment.
+        """
+        new_thetas, new_slots, new_memory = [], [], []
+        for theta, grad, slots, memory, prior in zip(thetas, grads, state.slots, state.memory, priors, strict=True):
+            with torch.no_grad():
+                seen, memory = self.observe(grad, prior, memory, state.clock)
+            context = self.context(prior, seen, state.clock)
+            w = Coordinates(theta, prior.theta0, prior.rms, grad, seen.row, seen.col)
+            theta, slots = self.step(w, slots, context)
+            new_thetas.append(theta)
+            new_slots.append(slots)
+            new_memory.append(memory)
+        return new_thetas, RuleState(new_slots, new_memory, state.clock)

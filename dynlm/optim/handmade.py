@@ -1,0 +1,90 @@
+"""Hand-made online rules. Their settings are 0-dimensional meta-parameters, so the engines can differentiate them too.
+
+With prior θ0, gradient g and static RMS r (R = r over its mean over tensors):
+    static   θ ← θ
+    sgd      θ ← θ − η g + λ (θ0 − θ)
+    rms      θ ← θ − η g / (r + ε) + min(λ R, 1) (θ0 − θ)            Krause et al. 2017, arXiv:1709.07432
+    adam     θ ← θ − η m̂ / (√v̂ + ε) + λ (θ0 − θ)                     Kingma & Ba 2014, arXiv:1412.6980
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dynlm.optim.base import Clock, Coordinates, Observation, Prior, Rule, Slots
+
+
+def scalar(value: float) -> nn.Parameter:
+    """A setting as a 0-dimensional meta-parameter in double precision: 0.1 stays 0.1 whatever the model's dtype."""
+    return nn.Parameter(torch.tensor(float(value), dtype=torch.float64))
+
+
+class Static(Rule):
+    """The trained weights, never changed: the baseline of every gain."""
+
+    name = "static"
+    reads_gradient = False
+
+    def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
+        return w.theta, slots
+
+
+class SGD(Rule):
+    """Gradient descent with decay to the prior. ``lr`` is per nat of mean segment loss."""
+
+    name = "sgd"
+
+    def __init__(self, lr: float = 1.0, decay: float = 0.0) -> None:
+        super().__init__()
+        self.lr, self.decay = scalar(lr), scalar(decay)
+
+    def context(self, prior: Prior, observation: Observation, clock: Clock) -> Slots:
+        return (self.lr, self.decay)
+
+    def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
+        lr, decay = context
+        return w.theta - lr * w.grad + decay * (w.theta0 - w.theta), slots
+
+
+class RMS(Rule):
+    """Dynamic evaluation with a static RMS (Krause et al. 2017). R is clipped so that decay never overshoots θ0."""
+
+    name = "rms"
+
+    def __init__(self, lr: float = 2e-3, eps: float = 5e-4, decay: float = 1e-3) -> None:
+        super().__init__()
+        self.lr, self.eps, self.decay = scalar(lr), scalar(eps), scalar(decay)
+
+    def context(self, prior: Prior, observation: Observation, clock: Clock) -> Slots:
+        return (self.lr, self.eps, self.decay * prior.relative_rms)
+
+    def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
+        lr, eps, decay = context
+        pull = (decay * w.rms).clamp(max=1.0)
+        return w.theta - lr * (w.grad / (w.rms + eps)) + pull * (w.theta0 - w.theta), slots
+
+
+class Adam(Rule):
+    """Adam with decay to the prior; moments start at zero in each article and are bias-corrected."""
+
+    name = "adam"
+    n_slots = 2
+
+    def __init__(
+        self, lr: float = 1e-3, eps: float = 1e-8, decay: float = 0.0, beta1: float = 0.9, beta2: float = 0.999
+    ) -> None:
+        super().__init__()
+        self.lr, self.eps, self.decay = scalar(lr), scalar(eps), scalar(decay)
+        self.beta1, self.beta2 = scalar(beta1), scalar(beta2)
+
+    def context(self, prior: Prior, observation: Observation, clock: Clock) -> Slots:
+        lr = self.lr / (1 - self.beta1**clock.step)
+        return (lr, self.eps, self.decay, self.beta1, self.beta2, (1 - self.beta2**clock.step).sqrt())
+
+    def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
+        lr, eps, decay, beta1, beta2, correction2 = context
+        m = beta1 * slots[0] + (1 - beta1) * w.grad
+        v = beta2 * slots[1] + (1 - beta2) * w.grad.square()
+        direction = m / (v.sqrt() / correction2 + eps)
+        return w.theta - lr * direction + decay * (w.theta0 - w.theta), (m, v)

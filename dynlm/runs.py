@@ -1,0 +1,128 @@
+"""The run directory: the one door to disk.
+
+Every write goes to a temporary name beside its target and is renamed, so that an interrupted command leaves the
+earlier file whole. Tensors are safetensors, everything else JSON; nothing is pickled.
+
+    RUN/recipe.json            the settings in force        RUN/rules/NAME/      tuned and learned rules
+    RUN/tokenizer/  RUN/model/ the base language model      RUN/evaluate/        results.json, losses.safetensors
+    RUN/prior.safetensors      static RMS of the gradient   RUN/report.html      the report
+    RUN/checkpoints/           unfinished work, for --resume
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dynlm.types import InputError
+
+Json = dict[str, Any]
+
+
+class Run:
+    """Paths of one run directory. Constructing it touches nothing on disk."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.json"
+        self.tokenizer = self.path / "tokenizer"
+        self.model = self.path / "model"
+        self.prior = self.path / "prior.safetensors"
+        self.evaluation = self.path / "evaluate"
+        self.results = self.evaluation / "results.json"
+        self.losses = self.evaluation / "losses.safetensors"
+        self.report = self.path / "report.html"
+
+    def rule(self, name: str) -> Path:
+        return self.path / "rules" / name
+
+    def checkpoint(self, stage: str) -> Path:
+        return self.path / "checkpoints" / f"{stage}.safetensors"
+
+    def log(self, stage: str) -> Path:
+        return self.path / f"{stage}.jsonl"
+
+    def require(self, path: Path, made_by: str) -> Path:
+        """``path``, or an error that names the command that makes it."""
+        if not path.exists():
+            raise InputError(f"{path} does not exist: run `dynlm {made_by}` with this run directory first")
+        return path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary sibling of ``path`` that takes its place when the block ends without an error.
+
+    Works for files and for directories; a directory is swapped in after the old one has moved aside.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another run directory") from error
+    try:
+        target = scratch / path.name
+        yield target
+        if path.is_dir():
+            os.rename(path, scratch / "old")
+        os.replace(target, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Strict JSON: a NaN or infinity is an error here, not in the reader's parser."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Json:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is not readable JSON ({error}): make it again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a {type(value).__name__}, not a JSON object: make it again")
+    return value
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: Json | None = None) -> None:
+    """Tensors and a JSON-valued ``meta`` in one safetensors file."""
+    contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(contiguous, temporary, metadata={"meta": json.dumps(meta or {})})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], Json]:
+    """The counterpart of :func:`write_tensors`; a missing or truncated file is one clear line."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return tensors, json.loads((file.metadata() or {}).get("meta", "{}"))
+    except (SafetensorError, ValueError, OSError) as error:
+        raise InputError(f"{path} is truncated or not safetensors ({error}): delete it and make it again") from error
+
+
+def append_log(path: Path, record: Json) -> None:
+    """One JSON line a record: what a stage did, readable while it runs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")

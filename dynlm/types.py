@@ -1,0 +1,52 @@
+"""Shared vocabulary: the shape legend, the one user-facing error, and the records that modules pass to each other.
+
+Shape legend (suffixes of names, e.g. ``losses_S``):
+    B  batch of parallel streams      T  tokens of one article       S  tokens of one segment
+    V  vocabulary                     D  model width                 N  adapted weights
+    R  rows, C  columns of a tensor seen as a matrix (a vector is one row)
+    K  sampled coordinates            F  features of a cell          H  hidden units of a cell
+Losses are nats (natural logarithm) unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+class InputError(Exception):
+    """Bad input, told in one line: the value, the bound, the next step. The command line turns it into exit code 2."""
+
+
+@dataclass(frozen=True)
+class Article:
+    """A unit of reading. ``text`` ends with a newline; nothing of the source is dropped."""
+
+    id: str
+    title: str
+    text: str
+
+    @property
+    def n_words(self) -> int:
+        """Whitespace-separated words plus one end-of-line a line (the WikiText convention)."""
+        return len(self.text.split()) + self.text.count("\n")
+
+    @property
+    def n_bytes(self) -> int:
+        """UTF-8 bytes."""
+        return len(self.text.encode("utf-8"))
+
+
+@dataclass(frozen=True)
+class TokenizedArticle:
+    """An article as token ids, with the exact word and byte counts of its text."""
+
+    id: str
+    title: str
+    ids_T: torch.Tensor
+    n_words: int
+    n_bytes: int
+
+    def __len__(self) -> int:
+        return self.ids_T.numel()

@@ -1,0 +1,232 @@
+"""One contract over every rule, the limit cases of the learned one, and the fused step against the plain reference."""
+
+import shutil
+
+import pytest
+import torch
+
+from dynlm.optim.base import Clock, Coordinates, Prior
+from dynlm.optim.handmade import RMS, SGD, Adam, Static
+from dynlm.optim.kernel import FusedStep
+from dynlm.optim.learned import Gated
+from dynlm.optim.library import HANDMADE, LEARNED, load_rule, make_rule, save_rule
+from dynlm.types import InputError
+
+SETTINGS = {"lr": 3e-2, "eps": 1e-3, "decay": 1e-2}
+SHAPES = {"embedding.weight": (17, 5), "bias": (1, 40)}
+needs_compiler = pytest.mark.skipif(not (shutil.which("gcc") or shutil.which("clang")), reason="no C compiler")
+
+
+def make_priors(dtype):
+    generator = torch.Generator().manual_seed(0)
+    priors = []
+    for name, shape in SHAPES.items():
+        theta0 = torch.randn(shape, generator=generator, dtype=dtype)
+        rms = torch.rand(shape, generator=generator, dtype=dtype) * 1e-2
+        rms[0, :3] = 0.0  # weights that never saw a gradient
+        priors.append(Prior(name, theta0, rms, float(rms.mean()), 200.0))
+    return priors
+
+
+def moved_gated(priors, dtype):
+    rule = Gated.from_rms(SETTINGS, priors, hidden=4).to(dtype)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in rule.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
+    return rule
+
+
+def rules(dtype):
+    priors = make_priors(dtype)
+    return {
+        "static": Static(),
+        "sgd": SGD(0.3, 0.02),
+        "rms": RMS(**SETTINGS),
+        "adam": Adam(0.02, 1e-3, 0.01),
+        "gated start": Gated.from_rms(SETTINGS, priors).to(dtype),
+        "gated": moved_gated(priors, dtype),
+    }
+
+
+NAMES = list(rules(torch.float64))
+
+
+def grads_at(priors, step):
+    generator = torch.Generator().manual_seed(100 + step)
+    return [torch.randn(p.theta0.shape, generator=generator, dtype=p.theta0.dtype) * 1e-2 for p in priors]
+
+
+def run_plain(rule, priors, n_steps):
+    thetas, state = [p.theta0 for p in priors], rule.init(priors)
+    for step in range(n_steps):
+        state.clock.tick(priors[0].theta0.new_tensor(3.0 + step % 3))
+        thetas, state = rule.update(thetas, grads_at(priors, step), state, priors)
+    return thetas, state
+
+
+def run_fused(rule, priors, n_steps, compiled):
+    thetas, state, fused = [p.theta0.clone() for p in priors], rule.init(priors), FusedStep(rule, compiled)
+    for step in range(n_steps):
+        state.clock.tick(priors[0].theta0.new_tensor(3.0 + step % 3))
+        fused(thetas, grads_at(priors, step), state, priors)
+    return thetas, state
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_contract_shapes_dtypes_and_untouched_inputs(name):
+    rule, priors = rules(torch.float32)[name], make_priors(torch.float32)
+    before = [p.theta0.clone() for p in priors]
+    thetas, state = run_plain(rule, priors, 3)
+    for theta, slots, prior, saved in zip(thetas, state.slots, priors, before, strict=True):
+        assert theta.shape == prior.theta0.shape
+        assert theta.dtype == torch.float32
+        assert len(slots) == rule.n_slots
+        assert all(s.shape == theta.shape and s.dtype == theta.dtype for s in slots)
+        assert torch.isfinite(theta).all()
+        assert torch.equal(prior.theta0, saved)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)])
+def test_fused_step_equals_the_plain_update(name, compiled, dtype, tolerance):
+    rule, priors = rules(dtype)[name], make_priors(dtype)
+    with torch.no_grad():
+        plain, plain_state = run_plain(rule, priors, 7)
+    fused, fused_state = run_fused(rule, priors, 7, compiled)
+    for a, b in zip(plain, fused, strict=True):
+        torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
+    for a_slots, b_slots in zip(plain_state.slots, fused_state.slots, strict=True):
+        for a, b in zip(a_slots, b_slots, strict=True):
+            torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scalar_code_equals_matrix_products(name):
+    rule, (prior, _) = rules(torch.float64)[name], make_priors(torch.float64)
+    clock = Clock()
+    clock.tick(torch.tensor(3.0, dtype=torch.float64))
+    grad = torch.randn_like(prior.theta0)
+    seen, _ = rule.observe(grad, prior, None, clock)
+    w = Coordinates(prior.theta0 + 0.1, prior.theta0, prior.rms, grad, seen.row, seen.col)
+    slots = tuple(torch.rand_like(grad) for _ in range(rule.n_slots))
+    context = rule.context(prior, seen, clock)
+    theta, new_slots = rule.step(w, slots, context)
+    theta_expanded, slots_expanded = rule.step(w, slots, context, expand=True)
+    torch.testing.assert_close(theta_expanded, theta, rtol=1e-12, atol=1e-14)
+    for a, b in zip(slots_expanded, new_slots, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_gated_rule_starts_exactly_at_its_rms_rule():
+    priors = make_priors(torch.float64)
+    gated, _ = run_plain(Gated.from_rms(SETTINGS, priors).double(), priors, 6)
+    rms, _ = run_plain(RMS(**SETTINGS), priors, 6)
+    for a, b in zip(gated, rms, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=0)  # the gated rule's settings are kept in float32
+
+
+@pytest.mark.parametrize("settings", [{"lr": 0.1}, {"lr": 0.03}])
+def test_sgd_without_decay_is_torchs(settings):
+    priors = make_priors(torch.float64)
+    ours, _ = run_plain(SGD(**settings), priors, 5)
+    parameters = [torch.nn.Parameter(p.theta0.clone()) for p in priors]
+    torchs = torch.optim.SGD(parameters, **settings)
+    for step in range(5):
+        for parameter, grad in zip(parameters, grads_at(priors, step), strict=True):
+            parameter.grad = grad
+        torchs.step()
+    for a, b in zip(ours, parameters, strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-13, atol=1e-15)
+
+
+def test_adam_without_decay_is_torchs():
+    priors = make_priors(torch.float64)
+    ours, _ = run_plain(Adam(lr=0.01, eps=1e-6), priors, 8)
+    parameters = [torch.nn.Parameter(p.theta0.clone()) for p in priors]
+    torchs = torch.optim.Adam(parameters, lr=0.01, eps=1e-6)
+    for step in range(8):
+        for parameter, grad in zip(parameters, grads_at(priors, step), strict=True):
+            parameter.grad = grad
+        torchs.step()
+    for a, b in zip(ours, parameters, strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_rms_is_krauses_rule_with_decay_clipped():
+    priors = make_priors(torch.float64)
+    (theta, _), _ = run_plain(RMS(lr=0.01, eps=1e-3, decay=0.9), priors, 1)
+    first = priors[0]
+    expected = first.theta0 - 0.01 * grads_at(priors, 0)[0] / (first.rms + 1e-3)  # δ is zero: no pull yet
+    torch.testing.assert_close(theta.detach(), expected, rtol=1e-13, atol=1e-15)
+    moved = Coordinates(theta, first.theta0, first.rms, torch.zeros_like(theta), (), ())
+    rule = RMS(lr=0.01, eps=1e-3, decay=0.9)
+    back, _ = rule.step(moved, (), rule.context(first, None, Clock()))
+    strong = 0.9 * first.relative_rms * first.rms >= 1
+    assert strong.any()
+    assert torch.equal(back[strong], first.theta0[strong])  # at most all the way back
+
+
+def test_zero_rate_never_moves_a_weight():
+    priors = make_priors(torch.float32)
+    for rule in (SGD(0.0), RMS(0.0, 1e-3, 0.0), Adam(0.0)):
+        for compiled in (False, bool(shutil.which("gcc"))):
+            thetas, _ = run_fused(rule, priors, 4, compiled)
+            assert all(torch.equal(theta, p.theta0) for theta, p in zip(thetas, priors, strict=True))
+
+
+@needs_compiler
+def test_a_nan_gradient_stays_visible_in_the_compiled_step():
+    priors = make_priors(torch.float32)
+    rule = moved_gated(priors, torch.float32)
+    for compiled in (False, True):
+        thetas, state = [p.theta0.clone() for p in priors], rule.init(priors)
+        state.clock.tick(torch.tensor(3.0))
+        grads = grads_at(priors, 0)
+        grads[0][2, 2] = float("nan")
+        FusedStep(rule, compiled)(thetas, grads, state, priors)
+        assert thetas[0][2, 2].isnan()
+
+
+def test_compiled_kernel_without_a_compiler_is_an_error(monkeypatch):
+    monkeypatch.setenv("DYNLM_KERNEL", "eager")
+    with pytest.raises(InputError, match="no C compiler was found"):
+        FusedStep(SGD(), compiled=True)
+    assert not FusedStep(SGD()).compiled
+
+
+@pytest.mark.parametrize("kind", [*HANDMADE, *LEARNED])
+def test_rules_survive_the_disk(tmp_path, kind):
+    priors = make_priors(torch.float32)
+    rule = moved_gated(priors, torch.float32) if kind == "gated" else make_rule(kind)
+    save_rule(rule, tmp_path / kind, {"trials": 3})
+    again, made = load_rule(tmp_path / kind)
+    assert made == {"trials": 3}
+    assert again.settings() == rule.settings()
+    for (name, a), (other, b) in zip(rule.named_parameters(), again.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(a, b)
+
+
+def test_broken_rule_files_are_one_clear_line(tmp_path):
+    path = tmp_path / "rms"
+    with pytest.raises(InputError, match="does not exist"):
+        load_rule(path)
+    save_rule(RMS(), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    with pytest.raises(InputError, match="truncated or not safetensors"):
+        load_rule(path)
+    with pytest.raises(InputError, match="unknown rule 'magic'"):
+        make_rule("magic")
+
+
+def test_unknown_tensors_use_the_shared_network_alone():
+    priors = make_priors(torch.float64)
+    rule = moved_gated(priors, torch.float64)
+    renamed = [p._replace(name=f"other.{p.name}") for p in priors]
+    known, _ = run_plain(rule, priors, 2)
+    unknown, _ = run_plain(rule, renamed, 2)
+    assert not torch.allclose(known[0], unknown[0])
+    assert torch.isfinite(unknown[0]).all()

@@ -4,7 +4,8 @@ With recorded gradients g_t held fixed, coordinates are independent, and the met
 
     J(φ) = Σ_t w_t ⟨g_t, θ_t(φ)⟩.
 
-So the rule alone is run again over the recorded g_t, block of coordinates by block, and backpropagated through. Since J
+So the rule alone is run again over the recorded g_t and backpropagated through: in one fused pass (dynlm.optim.kernel),
+or block of coordinates by block in torch. Since J
 is a sum over coordinates, a random sample of them, weighted by inverse inclusion probability, gives an unbiased
 estimate: O(T·K) floats are stored, K ≪ N.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from dynlm.adapt import Reader, Step
 from dynlm.optim.base import Clock, Coordinates, Observation, Prior, Rule, Slots
+from dynlm.optim.kernel import ReplayWork, flat_context, fused_replay, supported
 
 
 class Stratum(NamedTuple):
@@ -82,10 +84,46 @@ def _take(matrix_RC: Tensor, stratum: Stratum) -> Tensor:
 
 
 def replay(rule: Rule, recording: Recording, block: int = 32768) -> None:
-    """Add ∇φ J to the rule's gradients. Peak memory is the unroll of one block of coordinates."""
+    """Add ∇φ J to the rule's gradients, in fused kernels where they exist, else block by block in torch."""
+    if len(recording.weights) < 2:
+        return  # no update moves a loss of this window
+    if not supported(recording.theta[0]):
+        replay_eagerly(rule, recording, block)
+        return
+    for tensor in range(len(recording.strata)):
+        _replay_fused(rule, recording, tensor)
+
+
+def replay_eagerly(rule: Rule, recording: Recording, block: int = 32768) -> None:
+    """The plain form of :func:`replay`: autograd through ``Rule.step``. Peak memory is one block's unroll."""
     for tensor, stratum in enumerate(recording.strata):
         for start in range(0, stratum.index_K.numel(), block):
             _replay_block(rule, recording, tensor, slice(start, start + block))
+
+
+def _replay_fused(rule: Rule, recording: Recording, tensor: int) -> None:
+    stratum, prior = recording.strata[tensor], recording.priors[tensor]
+    theta, slots = recording.theta[tensor], recording.slots[tensor]
+    seen = [step[tensor] for step in recording.seen[:-1]]
+    contexts = [rule.context(prior, s, clock) for s, clock in zip(seen, recording.clocks[:-1], strict=True)]
+    context_WN = torch.stack([flat_context(context, theta) for context in contexts])
+    if not context_WN.requires_grad:
+        return  # a rule without meta-parameters
+    grads_WK = torch.stack([step[tensor] for step in recording.grads])
+    weights_W = grads_WK.new_tensor(recording.weights) * stratum.weight
+    columns = prior.theta0.shape[1]
+    work = ReplayWork(
+        theta,
+        prior.theta0.reshape(-1)[stratum.index_K],
+        prior.rms.reshape(-1)[stratum.index_K],
+        slots,
+        grads_WK,
+        weights_W[:, None] * grads_WK,
+        torch.stack([stratum.index_K // columns, stratum.index_K % columns]).int(),
+        tuple(torch.stack([s.row[k].reshape(-1) for s in seen]) for k in range(len(seen[0].row))),
+        tuple(torch.stack([s.col[k].reshape(-1) for s in seen]) for k in range(len(seen[0].col))),
+    )
+    context_WN.backward(fused_replay(rule, work, contexts[0], context_WN).to(context_WN))
 
 
 def _replay_block(rule: Rule, recording: Recording, tensor: int, block: slice) -> None:

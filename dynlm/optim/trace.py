@@ -1,32 +1,33 @@
-"""Tracing ``Rule.step`` into C: one loop over coordinates, everything in registers.
+"""Tracing ``Rule.step``: called once with symbols in place of tensors, it leaves a program that can be printed as C.
 
-``step`` is called once with symbols in place of tensors. Arithmetic on symbols records a program without repeated
-subexpressions, which is printed as one C function. Why not ``torch.compile``: on the gated rule it took 37 to 160 s to
-compile and ran 3 to 6 times slower (docs/LOG.md); this takes a second or two.
+The program holds each distinct expression once, so it fits in registers: dynlm.optim.source prints it as one loop over
+coordinates, forwards and, for meta-gradients, backwards. Why not ``torch.compile``: on the gated rule it took 37 to 160
+seconds to compile and its step took three times as long (docs/LOG.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from dynlm.optim.base import Coordinates, Rule
 
-BLOCK = 1024  # columns a thread takes at a time
 
-UNARY = {"neg": "-{0}", "abs": "ABS({0})", "sqrt": "SQRT({0})"}
-BINARY = {"add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "{0} / {1}"}
-CLAMP = {"min": "({0} > {1} ? {1} : {0})", "max": "({0} < {1} ? {1} : {0})"}  # a NaN stays a NaN, as in torch
-CODE = {**UNARY, **BINARY, **CLAMP}
+class Node(NamedTuple):
+    """One value: an operation on earlier nodes (by number), or a leaf (``name`` says which; ``op`` is its kind)."""
+
+    op: str
+    args: tuple[int, ...] = ()
+    name: str = ""
 
 
 class Symbol:
-    """A value a coordinate, or a setting that all share. Supports what ``step`` may use, and nothing else."""
+    """A value of each coordinate, or a setting that all share. Supports what ``step`` may use, and nothing else."""
 
-    def __init__(self, program: Program, name: str) -> None:
-        self.program, self.name = program, name
+    def __init__(self, program: Program, number: int) -> None:
+        self.program, self.number = program, number
 
     def _apply(self, op: str, *others: Symbol | float) -> Symbol:
         return self.program.emit(op, self, *others)
@@ -68,8 +69,8 @@ class Symbol:
         return self * self
 
     def clamp(self, min: float | None = None, max: float | None = None) -> Symbol:
-        lower = self if min is None else self._apply("max", min)
-        return lower if max is None else lower._apply("min", max)
+        lower = self if min is None else self._apply("atleast", min)
+        return lower if max is None else lower._apply("atmost", max)
 
 
 class SymbolArray:
@@ -91,66 +92,55 @@ class SymbolArray:
 
 
 class Program:
-    """Statements in order, each distinct expression once."""
+    """Nodes in an order in which each can be computed. Leaves: ``field``, ``row``, ``col``, ``context``, ``const``."""
 
     def __init__(self) -> None:
-        self.statements: list[str] = []
-        self.known: dict[str, Symbol] = {}
-        self.n_context = 0
+        self.nodes: list[Node] = []
+        self._known: dict[Node, int] = {}
+
+    def add(self, node: Node) -> Symbol:
+        if node not in self._known:
+            self._known[node] = len(self.nodes)
+            self.nodes.append(node)
+        return Symbol(self, self._known[node])
 
     def emit(self, op: str, *arguments: Symbol | float) -> Symbol:
-        names = [a.name if isinstance(a, Symbol) else f"(T){float(a)!r}" for a in arguments]
-        return self.bind(CODE[op].format(*names))
-
-    def bind(self, expression: str) -> Symbol:
-        if expression not in self.known:
-            name = f"v{len(self.known)}"
-            self.statements.append(f"const T {name} = {expression};")
-            self.known[expression] = Symbol(self, name)
-        return self.known[expression]
+        numbers = (
+            (a if isinstance(a, Symbol) else self.add(Node("const", name=repr(float(a))))).number for a in arguments
+        )
+        return self.add(Node(op, tuple(numbers)))
 
     def context(self, shape: tuple[int, ...], offset: int) -> Any:
-        if shape:
-            return SymbolArray(self, shape, offset)
-        self.n_context = max(self.n_context, offset + 1)
-        return Symbol(self, f"s{offset}")
+        return SymbolArray(self, shape, offset) if shape else self.add(Node("context", name=str(offset)))
 
 
-def to_c(rule: Rule, n_row: int, n_col: int, context: Sequence[Tensor]) -> str:
-    """C source of ``rule.step`` for these numbers of row and column features and these context shapes.
+class Traced(NamedTuple):
+    """A rule's step as a program. ``outputs`` are the nodes of the new θ and the new slots."""
 
-    ``void step(long R, long C, int threads, const T *context, T **data)``, with ``data`` the pointers of theta, theta0,
-    rms, grad, the slots, the row features and the column features, in this order. Weights and slots change in place.
-    """
-    program, offset, symbols = Program(), 0, []
+    program: Program
+    outputs: tuple[int, ...]
+    n_row: int
+    n_col: int
+    n_context: int
+
+    @property
+    def slots(self) -> list[str]:
+        return [f"slot{i}" for i in range(len(self.outputs) - 1)]
+
+
+def trace_step(rule: Rule, n_row: int, n_col: int, context: Sequence[Tensor]) -> Traced:
+    """Trace ``rule.step`` for these numbers of row and column features and context tensors of these shapes."""
+    program = Program()
+    symbols, offset = [], 0
     for tensor in context:
         symbols.append(program.context(tuple(tensor.shape), offset))
         offset += tensor.numel()
-    fields = ["theta", "theta0", "rms", "grad", *(f"slot{i}" for i in range(rule.n_slots))]
-    values = [program.bind(f"{name}[i]") for name in fields]
-    row = tuple(Symbol(program, f"r{k}") for k in range(n_row))
-    col = tuple(program.bind(f"col{k}[c]") for k in range(n_col))
-    make: Any = Coordinates
-    w = make(*values[:4], row, col)
+    names = ["theta", "theta0", "rms", "grad", *(f"slot{i}" for i in range(rule.n_slots))]
+    fields = [program.add(Node("field", name=name)) for name in names]
+    row = tuple(program.add(Node("row", name=str(k))) for k in range(n_row))
+    col = tuple(program.add(Node("col", name=str(k))) for k in range(n_col))
+    coordinates: Any = Coordinates
     step: Any = rule.step
-    theta, slots = step(w, tuple(values[4:]), tuple(symbols), expand=True)
-    stores = [f"theta[i] = {theta.name};", *(f"slot{i}[i] = {slot.name};" for i, slot in enumerate(slots))]
-    arrays = [*fields, *(f"row{k}" for k in range(n_row)), *(f"col{k}" for k in range(n_col))]
-    lines = [
-        "void step(long R, long C, int threads, const T *context, T **data) {",
-        *(f"  T *restrict {name} = data[{k}];" for k, name in enumerate(arrays)),
-        *(f"  const T s{k} = context[{k}];" for k in range(program.n_context)),
-        "  #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)",
-        "  for (long r = 0; r < R; r++)",
-        f"  for (long start = 0; start < C; start += {BLOCK}) {{",
-        f"    const long end = start + {BLOCK} < C ? start + {BLOCK} : C;",
-        *(f"    const T r{k} = row{k}[r];" for k in range(n_row)),
-        "    #pragma omp simd",
-        "    for (long c = start; c < end; c++) {",
-        "      const long i = r * C + c;",
-        *(f"      {line}" for line in [*program.statements, *stores]),
-        "    }",
-        "  }",
-        "}",
-    ]
-    return "\n".join(lines) + "\n"
+    theta, slots = step(coordinates(*fields[:4], row, col), tuple(fields[4:]), tuple(symbols), expand=True)
+    outputs = (theta.number, *(slot.number for slot in slots))
+    return Traced(program, outputs, n_row, n_col, offset)

@@ -29,7 +29,7 @@ COMPARISON_KEYS = ("better", "worse", "gain_nats_per_token", "ci95")
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """One evaluation. ``gains``: static loss minus method loss for every method but static, (T,) nats a token."""
+    """``gains``: static loss minus method loss for every method but static, (T,) nats a token."""
 
     results: Json
     gains: dict[str, Floats]

@@ -18,7 +18,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 GAIN = "gain over static (nats per token)"
 LETTERS = "ABCDEFGH"
-POINTS = 1200  # points drawn a line in the running figure: finer than a screen shows
+POINTS = 800  # points drawn a line in the running figure: finer than a screen shows
 
 
 def gain_by_position(bins: Mapping[str, Sequence[Json]]) -> str:
@@ -65,7 +65,7 @@ def gain_per_article(gains: Mapping[str, Floats]) -> str:
                 color=colour, marker=marker, markersize=size, linestyle="none", alpha=0.85,
             )  # fmt: skip
         axes.set_xlim(0.5, len(order) + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel(f"articles, by the gain of {_plain(list(gains)[-1])}")
         _finish(axes, list(gains), line=False)
 

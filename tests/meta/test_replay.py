@@ -1,13 +1,14 @@
 """The keel: the replay engine and the plain unroll give the same meta-gradient."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
 from dynlm.adapt import ReadConfig, Reader
 from dynlm.data.segments import article_segments
-from dynlm.meta.replay import Recording, replay, sample_coordinates
+from dynlm.meta.replay import Recording, replay, replay_eagerly, sample_coordinates
 from dynlm.meta.unroll import Unroll
 from dynlm.optim.handmade import RMS, SGD, Adam
 from dynlm.optim.learned import Gated
@@ -60,12 +61,13 @@ def gradients(rule):
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("carry", [0, 3])
 @pytest.mark.parametrize("name", RULES)
-def test_replay_equals_unroll(name, carry, layers):
+@pytest.mark.parametrize("engine", [replay, partial(replay_eagerly, block=50)], ids=["fused", "eager"])
+def test_replay_equals_unroll(engine, name, carry, layers):
     lab = make_lab(layers=layers)
     model, score, priors = lab
     rule = RULES[name](priors)
     recording, start, pieces, weights, adapted = read_window(lab, rule, 42, carry)
-    replay(rule, recording, block=50)
+    engine(rule, recording)
     replayed = gradients(rule)
     Unroll(model, score, rule, adapted, priors).meta_loss(start, pieces, weights).backward()
     unrolled = gradients(rule)

@@ -1,0 +1,80 @@
+"""Building C source into functions, once a machine: the cache folder keeps them."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from dynlm.runs import replacing
+from dynlm.types import InputError
+
+# reassociation and reciprocals, but NaN and infinity keep their meaning; the link step must not see -ffast-math, which
+# would switch off denormals for the whole process
+FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-ffast-math", "-fno-finite-math-only") + (
+    ("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()
+)
+
+
+def find_compiler() -> str | None:
+    """The C compiler of this machine (``$CC``, gcc, clang or cc), or None; ``DYNLM_KERNEL=eager`` says None."""
+    if os.environ.get("DYNLM_KERNEL") == "eager":
+        return None
+    names = (os.environ.get("CC"), "gcc", "clang", "cc")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+@functools.cache
+def build(source: str) -> ctypes.CDLL:
+    """The library of one C source, from the cache folder or freshly compiled.
+
+    Raises:
+        InputError: the compiler's first line, and how to go on without it.
+    """
+    compiler = find_compiler()
+    assert compiler is not None
+    identity = "\0".join([source, *FLAGS, compiler, platform.machine(), _processor(), torch.__version__])
+    path = _cache_folder() / f"kernel-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
+    if not path.is_file():
+        with replacing(path) as temporary:
+            _compile(compiler, source, temporary)
+    return ctypes.CDLL(str(path))
+
+
+def _compile(compiler: str, source: str, target: Path) -> None:
+    code, middle = target.with_suffix(".c"), target.with_suffix(".o")
+    code.write_text(source)
+    # torch's own OpenMP library, where it brings one: two thread pools would fight for the cores
+    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    libraries = [str(bundled[0])] if bundled else ["-fopenmp"]
+    for command in (
+        [compiler, *FLAGS, "-c", str(code), "-o", str(middle)],
+        [compiler, "-shared", str(middle), "-o", str(target), *libraries, "-lm"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
+            raise InputError(f"{compiler} failed ({reason.strip()}): set DYNLM_KERNEL=eager to go on without it")
+
+
+def _cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/dynlm`` or ``~/.cache/dynlm``: the user's own, since code is loaded from it."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "dynlm"
+
+
+@functools.cache
+def _processor() -> str:
+    """What ``-march=native`` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith("flags")), "")

@@ -1,0 +1,180 @@
+"""C source of a traced step: the update in place, and the reverse-mode replay of a window of updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dynlm.optim.trace import Node, Traced
+
+TYPES = {
+    "float32": "typedef float T;\n#define ABS fabsf\n#define SQRT sqrtf\n",
+    "float64": "typedef double T;\n#define ABS fabs\n#define SQRT sqrt\n",
+}
+HEAD = "#include <math.h>\n#include <stdlib.h>\n#include <omp.h>\n"
+COLUMNS = 1024  # coordinates of one row that a thread updates at a time
+LANES = 256  # coordinates replayed at a time: their whole window stays in the second-level cache
+
+FORWARD = {
+    "neg": "-{0}",
+    "abs": "ABS({0})",
+    "sqrt": "SQRT({0})",
+    "add": "{0} + {1}",
+    "sub": "{0} - {1}",
+    "mul": "{0} * {1}",
+    "div": "{0} / {1}",
+    "atmost": "({0} > {1} ? {1} : {0})",  # written so that a NaN stays a NaN, as in torch
+    "atleast": "({0} < {1} ? {1} : {0})",
+}
+# what ∂/∂value sends to ∂/∂argument: {a} is the adjoint, {v} the value, {0} and {1} the arguments
+REVERSE: dict[str, tuple[str, ...]] = {
+    "neg": ("-{a}",),
+    "abs": ("({0} > 0 ? {a} : ({0} < 0 ? -{a} : 0))",),
+    "sqrt": ("(T)0.5 * {a} / {v}",),
+    "add": ("{a}", "{a}"),
+    "sub": ("{a}", "-{a}"),
+    "mul": ("{a} * {1}", "{a} * {0}"),
+    "div": ("{a} / {1}", "-{a} * {v} / {1}"),
+    "atmost": ("({0} <= {1} ? {a} : 0)", "({0} > {1} ? {a} : 0)"),
+    "atleast": ("({0} >= {1} ? {a} : 0)", "({0} < {1} ? {a} : 0)"),
+}
+Leaf = Callable[[Node], str]
+
+
+def update_source(traced: Traced, dtype: str) -> str:
+    """``void step(long R, long C, int threads, const T *context, T **data)``: weights and slots change in place.
+
+    ``data`` points to theta, theta0, rms, grad, the slots (all R × C), the row features (R) and column features (C).
+    """
+    arrays = ["theta", "theta0", "rms", "grad", *traced.slots]
+    arrays += [f"row{k}" for k in range(traced.n_row)] + [f"col{k}" for k in range(traced.n_col)]
+    places = {"field": "{0}[i]", "row": "r{0}", "col": "col{0}[c]", "context": "s{0}", "const": "(T){0}"}
+    body = _forward(traced, lambda node: places[node.op].format(node.name))
+    stores = [f"{name}[i] = v{n};" for name, n in zip(["theta", *traced.slots], traced.outputs, strict=True)]
+    return f"""{HEAD}{TYPES[dtype]}
+void step(long R, long C, int threads, const T *context, T **data) {{
+{_lines(f"T *restrict {name} = data[{k}];" for k, name in enumerate(arrays))}
+{_lines(f"const T s{k} = context[{k}];" for k in range(traced.n_context))}
+  #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+  for (long r = 0; r < R; r++)
+  for (long start = 0; start < C; start += {COLUMNS}) {{
+    const long end = start + {COLUMNS} < C ? start + {COLUMNS} : C;
+{_lines(f"const T r{k} = row{k}[r];" for k in range(traced.n_row))}
+    #pragma omp simd
+    for (long c = start; c < end; c++) {{
+      const long i = r * C + c;
+{_lines([*body, *stores])}
+    }}
+  }}
+}}
+"""
+
+
+def replay_source(traced: Traced, dtype: str) -> str:
+    """``void replay(long K, long W, int threads, long *sizes, T *context, double *context_grad, int *place, T **data)``.
+
+    Runs W − 1 updates of K coordinates and back. ``data``: theta, theta0, rms (K), grad (W, K), cotangent (W, K) of θ_t,
+    the slots (K), row features (W − 1, R), column features (W − 1, C); ``place``: row and column of each coordinate
+    (2, K); ``sizes``: R, C; ``context`` (W − 1, n); ``context_grad`` (threads, W − 1, n), which is added to.
+    """
+    n, slots = traced.n_context, traced.slots
+    arrays = ["theta", "theta0", "rms", "grad", "cotangent", *slots]
+    arrays += [f"row{k}" for k in range(traced.n_row)] + [f"col{k}" for k in range(traced.n_col)]
+    state = ["theta", *slots]
+    places = {
+        "row": "row{0}[t * R + place[k]]",
+        "col": "col{0}[t * C + place[K + k]]",
+        "context": "context[t * N + {0}]",
+        "const": "(T){0}",
+    }
+
+    def leaf(node: Node) -> str:
+        if node.op != "field":
+            return places[node.op].format(node.name)
+        if node.name in state:
+            return f"at_{node.name}[t * {LANES} + l]"
+        return "grad[t * K + k]" if node.name == "grad" else f"{node.name}[k]"
+
+    forward = _forward(traced, leaf)
+    advance = [f"at_{s}[(t + 1) * {LANES} + l] = v{o};" for s, o in zip(state, traced.outputs, strict=True)]
+    reverse, contributions = _reverse(traced, state)
+    used = sorted(contributions)
+    reduction = f" reduction(+: {', '.join(f'c{k}' for k in used)})" if used else ""
+    return f"""{HEAD}{TYPES[dtype]}
+#define N {max(n, 1)}
+void replay(long K, long W, int threads, const long *sizes, const T *context, double *context_grad, const int *place,
+            T **data) {{
+  const long R = sizes[0], C = sizes[1];
+{_lines(f"const T *restrict {name} = data[{k}];" for k, name in enumerate(arrays))}
+  #pragma omp parallel num_threads(threads)
+  {{
+    double *own = context_grad + (long)omp_get_thread_num() * (W - 1) * N;
+{_lines(f"T *at_{s} = malloc(sizeof(T) * W * {LANES});" for s in state)}
+{_lines(f"T d_{s}[{LANES}];" for s in state)}
+    #pragma omp for schedule(static)
+    for (long start = 0; start < K; start += {LANES}) {{
+      const long n = start + {LANES} < K ? {LANES} : K - start;
+      for (long l = 0; l < n; l++) {{
+{_lines(f"at_{s}[l] = {s}[start + l]; d_{s}[l] = 0;" for s in state)}
+      }}
+      for (long t = 0; t < W - 1; t++) {{
+        #pragma omp simd
+        for (long l = 0; l < n; l++) {{
+          const long k = start + l;
+{_lines([*forward, *advance])}
+        }}
+      }}
+      for (long t = W - 2; t >= 0; t--) {{
+{_lines(f"T c{k} = 0;" for k in used)}
+        #pragma omp simd{reduction}
+        for (long l = 0; l < n; l++) {{
+          const long k = start + l;
+{_lines(forward)}
+          d_theta[l] += cotangent[(t + 1) * K + k];
+{_lines(reverse)}
+{_lines(f"c{k} += {contributions[k]};" for k in used)}
+        }}
+{_lines(f"own[t * N + {k}] += c{k};" for k in used)}
+      }}
+    }}
+{_lines(f"free(at_{s});" for s in state)}
+  }}
+}}
+"""
+
+
+def _lines(statements: object) -> str:
+    return "\n".join(f"  {line}" for line in statements)  # type: ignore[attr-defined]
+
+
+def _forward(traced: Traced, leaf: Leaf) -> list[str]:
+    statements = []
+    for number, node in enumerate(traced.program.nodes):
+        template = FORWARD.get(node.op)
+        value = leaf(node) if template is None else template.format(*(f"v{a}" for a in node.args))
+        statements.append(f"const T v{number} = {value};")
+    return statements
+
+
+def _reverse(traced: Traced, state: list[str]) -> tuple[list[str], dict[int, str]]:
+    """Statements that turn d_state (after the update) into d_state (before it), and each context entry's adjoint."""
+    nodes = traced.program.nodes
+    moves = [False] * len(nodes)  # does this value depend on θ, a slot or φ?
+    for number, node in enumerate(nodes):
+        own = node.op == "context" or (node.op == "field" and node.name in state)
+        moves[number] = own or any(moves[a] for a in node.args)
+    statements = [f"T a{number} = 0;" for number in range(len(nodes)) if moves[number]]
+    for name, output in zip(state, traced.outputs, strict=True):
+        if moves[output]:
+            statements.append(f"a{output} += d_{name}[l];")
+    for number in reversed(range(len(nodes))):
+        node = nodes[number]
+        if not moves[number] or node.op not in REVERSE:
+            continue
+        for argument, template in zip(node.args, REVERSE[node.op], strict=False):
+            if moves[argument]:
+                value = template.format(*(f"v{a}" for a in node.args), a=f"a{number}", v=f"v{number}")
+                statements.append(f"a{argument} += {value};")
+    leaves = {node.name: number for number, node in enumerate(nodes) if node.op == "field"}
+    statements += [f"d_{name}[l] = a{leaves[name]};" for name in state]
+    contributions = {int(node.name): f"a{number}" for number, node in enumerate(nodes) if node.op == "context"}
+    return statements, contributions

@@ -1,0 +1,77 @@
+"""Methods over identical tokens, and the files that hold the result."""
+
+import json
+
+import pytest
+import torch
+
+from dynlm.adapt import ReadConfig, Reader
+from dynlm.evaluate.compare import summarize, write_results
+from dynlm.evaluate.metrics import count
+from dynlm.evaluate.stream import Scores, read_articles
+from dynlm.optim.handmade import SGD, Static
+from dynlm.runs import Run, read_tensors
+from dynlm.types import InputError
+from lab import START, make_article, make_lab
+
+
+@pytest.fixture(scope="module")
+def reading():
+    model, score, priors = make_lab(torch.float32)
+    articles = [make_article(200, seed) for seed in range(3)]
+    scores = {
+        name: read_articles(Reader(model, score, rule, priors, ReadConfig(segment=8)), articles, START)
+        for name, rule in {"static": Static(), "sgd": SGD(1.0)}.items()
+    }
+    return scores, articles
+
+
+def test_results_hold_every_figure_of_the_schema(reading, tmp_path):
+    scores, articles = reading
+    counts = count(articles)
+    results = summarize(scores, {"sgd": {"lr": 1.0}}, counts)
+    write_results(Run(tmp_path), scores, {**counts._asdict(), **results})
+    saved = json.loads(Run(tmp_path).results.read_text())
+    assert saved["schema"] == 1
+    assert (saved["articles"], saved["tokens"], saved["words"], saved["bytes"]) == (3, 600, 600, 1800)
+    sgd = saved["methods"]["sgd"]
+    assert sgd["nats"] == pytest.approx(sum(float(losses_T.double().sum()) for losses_T in scores["sgd"].losses))
+    assert sgd["gain_nats_per_token"] == pytest.approx((saved["methods"]["static"]["nats"] - sgd["nats"]) / 600)
+    assert sgd["gain_ci95"][0] < sgd["gain_nats_per_token"] < sgd["gain_ci95"][1]
+    assert sgd["gain_nats_per_token"] > 0.05
+    assert sgd["settings"] == {"lr": 1.0}
+    assert saved["methods"]["static"]["gain_nats_per_token"] == 0
+    (comparison,) = saved["comparisons"]
+    assert (comparison["better"], comparison["worse"]) == ("sgd", "static")
+    assert comparison["word_ppl_ratio"] == pytest.approx(sgd["word_ppl"] / saved["methods"]["static"]["word_ppl"])
+
+
+def test_losses_come_back_token_by_token(reading, tmp_path):
+    scores, articles = reading
+    write_results(Run(tmp_path), scores, {})
+    tensors, _ = read_tensors(Run(tmp_path).losses)
+    assert torch.equal(tensors["losses/sgd"], torch.cat(scores["sgd"].losses))
+    assert tensors["article"].bincount().tolist() == [200, 200, 200]
+    assert tensors["position"][200:203].tolist() == [0, 1, 2]
+
+
+def test_static_is_required_and_a_nan_never_reaches_the_file(reading, tmp_path):
+    scores, articles = reading
+    with pytest.raises(InputError, match="lack 'static'"):
+        summarize({"sgd": scores["sgd"]}, {}, count(articles))
+    write_results(Run(tmp_path), scores, {})
+    before = Run(tmp_path).results.read_text()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_results(Run(tmp_path), scores, {"nats": float("nan")})
+    assert Run(tmp_path).results.read_text() == before
+
+
+def test_no_article_is_an_error():
+    model, score, priors = make_lab(torch.float32)
+    with pytest.raises(InputError, match="no article to read"):
+        read_articles(Reader(model, score, Static(), priors), [], START)
+
+
+def test_scores_sum_in_double_precision():
+    scores = Scores([torch.full((1000,), 0.1), torch.ones(3)], 1.0)
+    assert scores.nats == pytest.approx(1000 * float(torch.tensor(0.1)) + 3, rel=1e-12)

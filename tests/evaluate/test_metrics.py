@@ -1,0 +1,47 @@
+"""Perplexities and intervals against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from dynlm.evaluate.metrics import bootstrap_ratio, count, gain_by_position, paired_gain, perplexities
+from lab import make_article
+
+
+def test_perplexities_of_a_uniform_model():
+    counts = count([make_article(10), make_article(30)])
+    assert counts == (2, 40, 40, 120)
+    result = perplexities(40 * math.log(8), counts)
+    assert result["token_ppl"] == pytest.approx(8)
+    assert result["word_ppl"] == pytest.approx(8)
+    assert result["bits_per_byte"] == pytest.approx(1.0)  # 3 bits a token of 3 bytes
+
+
+def test_paired_gain_weighs_tokens_and_its_interval_draws_articles():
+    baseline = [torch.full((10,), 2.0), torch.full((30,), 3.0)]
+    method = [torch.full((10,), 1.0), torch.full((30,), 3.0)]
+    gain, (low, high) = paired_gain(baseline, method)
+    assert gain == pytest.approx(10 / 40)
+    assert (low, high) == (pytest.approx(0.0), pytest.approx(1.0))  # either article may fill both places
+
+
+def test_interval_shrinks_with_articles_and_is_repeatable():
+    sums = torch.randn(400, generator=torch.Generator().manual_seed(0)).double() + 1
+    sizes = torch.ones(400)
+    low, high = bootstrap_ratio(sums, sizes)
+    assert (low, high) == bootstrap_ratio(sums, sizes)
+    assert high - low == pytest.approx(2 * 1.96 * sums.std().item() / 20, rel=0.1)
+    few = bootstrap_ratio(sums[:25], sizes[:25])
+    assert few[1] - few[0] > 2.5 * (high - low)
+
+
+def test_gain_by_position_covers_every_token_once():
+    lengths = [5, 40, 700]
+    baseline = [torch.arange(n).float() for n in lengths]
+    method = [losses_T - 0.5 for losses_T in baseline]
+    bins = gain_by_position(baseline, method)
+    assert sum(b["tokens"] for b in bins) == sum(lengths)
+    assert [b["from"] for b in bins] == [0, 32, 64, 128, 256, 512]
+    assert [b["articles"] for b in bins] == [3, 2, 1, 1, 1, 1]
+    assert all(b["gain"] == pytest.approx(0.5) for b in bins)

@@ -1,0 +1,81 @@
+"""Base training: it learns, resumes bit for bit, and refuses what cannot work."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dynlm.models.causal import load_model
+from dynlm.models.lstm import ModelConfig
+from dynlm.models.train import TrainConfig, cycle, train_base_model
+from dynlm.runs import Run
+from dynlm.types import InputError
+from lab import START, VOCAB, make_article
+
+CONFIG = TrainConfig(epochs=2, batch_size=4, segment=10, lr=2e-2, validations_per_epoch=2, precision="fp32")
+ARTICLES = ([make_article(300, seed=1) for _ in range(4)], [make_article(300, seed=1)])
+
+
+def build():
+    return ModelConfig(embedding_size=8, hidden_size=8, input_dropout=0.2).build(VOCAB, START, seed=0)
+
+
+def test_training_learns_and_keeps_the_best_model(tmp_path):
+    progress = train_base_model(build(), ARTICLES, replace(CONFIG, epochs=6), Run(tmp_path))
+    assert progress.best < 2.4  # ln 23 = 3.1 before
+    assert load_model(Run(tmp_path).model).num_parameters() == build().num_parameters()
+
+
+def test_an_interrupted_training_resumes_bit_for_bit(tmp_path, monkeypatch):
+    straight = build()
+    train_base_model(straight, ARTICLES, CONFIG, Run(tmp_path / "straight"))
+
+    class Stop(Exception):
+        pass
+
+    from dynlm import runs
+
+    write, calls = runs.write_tensors, []
+
+    def stop_after_the_second(path, tensors, meta=None):
+        write(path, tensors, meta)
+        calls.append(path)
+        if len(calls) == 2:
+            raise Stop
+
+    monkeypatch.setattr(runs, "write_tensors", stop_after_the_second)
+    with pytest.raises(Stop):
+        train_base_model(build(), ARTICLES, CONFIG, Run(tmp_path / "cut"))
+    monkeypatch.undo()
+    torch.manual_seed(77)  # whatever happened in between
+    resumed = build()
+    train_base_model(resumed, ARTICLES, CONFIG, Run(tmp_path / "cut"), resume=True)
+    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    train_base_model(build(), ARTICLES, CONFIG, Run(tmp_path))
+    with pytest.raises(InputError, match=r"other \[train\] settings"):
+        train_base_model(build(), ARTICLES, replace(CONFIG, lr=1.0), Run(tmp_path), resume=True)
+    other = ModelConfig(embedding_size=10, hidden_size=10).build(VOCAB, START, seed=0)
+    with pytest.raises(InputError, match="does not fit this model"):
+        train_base_model(other, ARTICLES, CONFIG, Run(tmp_path), resume=True)
+
+
+def test_a_loss_that_runs_away_stops_and_keeps_the_earlier_model(tmp_path):
+    run = Run(tmp_path)
+    train_base_model(build(), ARTICLES, CONFIG, run)
+    before = (run.model / "model.safetensors").read_bytes()
+    broken = build()
+    broken.lm_head.bias.data[3] = float("nan")
+    with pytest.raises(InputError, match=r"training loss is nan at step 0: lower train\.lr"):
+        train_base_model(broken, ARTICLES, CONFIG, run)
+    assert (run.model / "model.safetensors").read_bytes() == before
+
+
+def test_learning_rate_cycle():
+    assert cycle(0.0) == 0.01
+    assert cycle(0.1) == pytest.approx(1.0)
+    assert cycle(1.0) == pytest.approx(0.0)
+    assert all(cycle(x / 100) >= cycle((x + 1) / 100) for x in range(10, 100))

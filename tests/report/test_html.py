@@ -1,0 +1,234 @@
+"""The page: complete, self-contained, the same each time, and never half written."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from dynlm.report.html import _percent, _plain, _ppl, _signed, _span, write_report
+from dynlm.runs import Run
+from dynlm.types import InputError
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; ``open`` must be empty at the end of a well-formed one."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.source = write_report(run).read_text(encoding="utf-8")
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.open: list[str] = []
+        self.words = ""
+        self.feed(self.source)
+        self.close()
+        self.text = " ".join(self.words.split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(key, value or "") for key, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+@pytest.mark.parametrize("reset", ["article", "never"])
+def test_page_is_well_formed_and_loads_nothing(make_run, reset):
+    page = Page(make_run(reset=reset))
+    assert page.source.startswith("<!DOCTYPE html>")
+    assert page.open == []
+    assert not {"script", "img", "iframe", "object", "embed", "base", "form"} & set(page.tags)
+    loads = {value for key, value in page.attributes if key in ("src", "href", "xlink:href", "srcset", "data")}
+    assert all(value.startswith("#") or value == "data:," for value in loads)
+    assert not re.search(r"https?://|@import|url\((?!#)", page.source)
+    assert "default-src 'none'" in page.source
+    assert not any(key.startswith("on") for key, _ in page.attributes)
+
+
+def test_page_tells_every_method_and_its_numbers(make_run):
+    run = make_run()
+    page = Page(run)
+    assert page.tags.count("svg") == 3
+    for name, method in run.value["methods"].items():
+        assert f'<th scope="row">{name} ' in page.source
+        assert _ppl(method["word_ppl"]) in page.text
+        assert f"{method['bits_per_byte']:.3f}" in page.text
+    assert "best hand-made rule: rms" in page.text
+    assert "best learned rule: gated" in page.text
+    assert "than static, " in page.text
+    assert "4,321" in page.text
+    assert "lr 0.002 " in page.text.replace("lr0.002", "lr 0.002 ")
+    for part in ("sha256:4f1c9a77", "arXiv:1803.10631", "LSTM", "1,574,912", "2.13.0", "Title 7"):
+        assert part in page.text
+
+
+def test_ids_are_unique_in_the_page(make_run):
+    ids = [value for key, value in Page(make_run()).attributes if key == "id"]
+    assert len(ids) > 100
+    assert len(ids) == len(set(ids))
+
+
+def test_reset_policy_is_told(make_run):
+    assert "one long stream" in Page(make_run(reset="never")).text
+    assert "forgotten when the article ends" in Page(make_run(reset="article")).text
+
+
+def test_same_evaluation_gives_the_same_bytes(make_run):
+    run = make_run()
+    first = write_report(run).read_bytes()
+    assert write_report(run) == run.report == run.path / "report.html"
+    assert run.report.read_bytes() == first
+
+
+def test_hostile_text_is_escaped(make_run):
+    evil = '</title></style><script>alert("1")</script><img src=x onerror=y>'
+    run = make_run(["static", evil, "{{ 7 * 7 }}"])
+    data = run.value["data"]
+    data.update(source=evil, split=evil, fingerprint=evil, titles=[evil] * len(data["titles"]))
+    run.value["model"][evil] = {evil: [evil]}
+    run.value["methods"][evil]["settings"] = {evil: evil}
+    run.value["comparisons"] = [{"better": evil, "worse": "static", "gain_nats_per_token": 0.1, "ci95": [0.0, 0.2]}]
+    run.save()
+    page = Page(run)
+    assert not {"script", "img"} & set(page.tags)
+    assert evil in page.text
+    assert "{{ 7 * 7 }}" in page.text
+    assert page.open == []
+
+
+def test_static_alone(make_run):
+    page = Page(make_run(["static"]))
+    assert "svg" not in page.tags
+    assert page.text.count("none was evaluated") == 2
+    assert "Only static was evaluated" in page.text
+
+
+def test_one_article_claims_no_interval(make_run):
+    run = make_run(articles=1)
+    for method in run.value["methods"].values():
+        method["gain_ci95"] = [method["gain_nats_per_token"]] * 2
+    compared = {"better": "gated", "worse": "rms", "gain_nats_per_token": 0.1, "ci95": [0.1, 0.1]}
+    run.value["comparisons"] = [compared]
+    run.save()
+    page = Page(run)
+    assert page.tags.count("svg") == 3
+    assert "1 article," in page.text
+    assert "There is no interval" in page.text
+    assert "excludes zero" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("ci95", "said"),
+    [([0.01, 0.2], "excludes zero"), ([-0.2, -0.1], "excludes zero"), ([-0.01, 0.2], "includes zero")],
+)
+def test_comparison_says_whether_it_is_sure(make_run, ci95, said):
+    run = make_run()
+    run.value["comparisons"] = [{"better": "gated", "worse": "rms", "gain_nats_per_token": 0.1, "ci95": ci95}]
+    run.save()
+    text = Page(run).text
+    assert {phrase for phrase in ("excludes zero", "includes zero", "no interval") if phrase in text} == {said}
+    methods = run.value["methods"]
+    assert f"a word perplexity {_percent(1 - methods['gated']['word_ppl'] / methods['rms']['word_ppl'])}" in re.sub(
+        r"(?<=\d) (?=%)", "\N{NO-BREAK SPACE}", text
+    )
+
+
+def change(key, value):
+    return lambda run: run.value.__setitem__(key, value)
+
+
+def drop_loss(run):
+    del run.losses_by_method["rms"]
+
+
+def cut_loss(run):
+    run.losses_by_method["rms"] = run.losses_by_method["rms"][:-1]
+
+
+def other_loss(run):
+    run.losses_by_method["rms"] = run.losses_by_method["rms"] * 1.1
+
+
+def broken_loss(run):
+    run.losses_by_method["rms"] = torch.full_like(run.losses_by_method["rms"], float("nan"))
+
+
+def cut_article(run):
+    run.article = run.article[:-1]
+
+
+def drop_title(run):
+    run.value["data"]["titles"].pop()
+
+
+def drop_number(run):
+    del run.value["methods"]["rms"]["word_ppl"]
+
+
+def drop_static(run):
+    del run.value["methods"]["static"]
+
+
+BROKEN = [
+    (change("schema", 2), "schema 2, this version reads 1"),
+    (change("schema", None), "schema None"),
+    (change("data", []), "data lacks 'source'"),
+    (change("tokens", 0), "0 tokens"),
+    (change("comparisons", [{"better": "x", "worse": "y", "gain_nats_per_token": 0, "ci95": None}]), "lacks 'x', 'y'"),
+    (drop_loss, "no 'losses/rms'"),
+    (cut_loss, "tokens in 'losses/rms', results.json has"),
+    (other_loss, "nats for 'rms'"),
+    (broken_loss, "sums to nan nats"),
+    (cut_article, "tokens in 'article'"),
+    (drop_title, "names article 9"),
+    (drop_number, "method 'rms' lacks 'word_ppl'"),
+    (drop_static, "methods lacks 'static'"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), BROKEN)
+def test_inconsistent_evaluation_is_one_clear_line_and_keeps_the_earlier_report(make_run, damage, message):
+    run = make_run()
+    run.report.write_text("earlier")
+    damage(run)
+    run.save()
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        write_report(run)
+    assert "\n" not in str(caught.value)
+    assert run.report.read_text() == "earlier"
+    assert [path.name for path in run.path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("name", ["results", "losses"])
+def test_missing_file_names_the_command_that_makes_it(make_run, name):
+    run = make_run()
+    getattr(run, name).unlink()
+    with pytest.raises(InputError, match="run `dynlm evaluate`"):
+        write_report(run)
+    assert not run.report.exists()
+
+
+def test_numbers_are_told_with_sensible_digits():
+    assert [_ppl(value) for value in (9.876, 99.44, 123.456, 12345.6)] == ["9.88", "99.44", "123.5", "12,346"]
+    assert [_signed(value) for value in (0.1234, -0.1, -0.0001, None)] == ["+0.123", "−0.100", "0.000", "–"]
+    assert _span([-0.1, 0.25]) == "−0.100 to +0.250"
+    assert _span(None) == "–"
+    assert _percent(0.345) == "34.5\N{NO-BREAK SPACE}% lower"
+    assert _percent(-0.02) == "2.0\N{NO-BREAK SPACE}% higher"
+    assert [_plain(value) for value in ("a", 1234, 0.0020000001, 3000.0)] == ["a", "1,234", "0.002", "3,000"]
+    assert [_plain(value) for value in (True, None, [1, "é"])] == ["true", "null", '[1, "é"]']

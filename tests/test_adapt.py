@@ -72,9 +72,14 @@ def test_reading_learns_a_repeating_article_and_restores_every_bit():
 def test_weights_are_restored_after_an_exception():
     lab = make_lab(torch.float32)
     saved = [p.clone() for p in lab[0].parameters()]
-    with pytest.raises(KeyboardInterrupt), reader_for(lab, SGD(1.0)) as reader:
-        reader.segment(torch.tensor([1, 2]), torch.tensor([2, 3]))
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with reader_for(lab, SGD(1.0)) as reader:
+            reader.segment(torch.tensor([1, 2]), torch.tensor([2, 3]))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert all(torch.equal(a, b) for a, b in zip(saved, lab[0].parameters(), strict=True))
 
 
@@ -82,7 +87,7 @@ def test_an_exploding_rule_is_one_clear_line_and_leaves_theta0():
     lab = make_lab(torch.float32)
     saved = [p.clone() for p in lab[0].parameters()]
     reader = reader_for(lab, SGD(1e38))
-    with pytest.raises(InputError, match="loss is not finite at segment .* 'sgd': lower its lr"):
+    with pytest.raises(InputError, match=r"loss is not finite at segment .* 'sgd': lower its lr"):
         reader.read(make_article(80), START)
     assert all(torch.equal(a, b) for a, b in zip(saved, lab[0].parameters(), strict=True))
 

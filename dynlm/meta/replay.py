@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from dynlm.adapt import Reader, Step
+from dynlm.compiler import supported
 from dynlm.optim.base import Clock, Coordinates, Observation, Prior, Rule, Slots
-from dynlm.optim.kernel import ReplayWork, flat_context, fused_replay, supported
+from dynlm.optim.kernel import ReplayWork, flat_context, fused_replay
 
 
 class Stratum(NamedTuple):

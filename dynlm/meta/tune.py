@@ -1,8 +1,8 @@
 """Tuning hand-made rules on the meta split, with the articles that the learned rule is trained on.
 
-Half of the trials are Optuna's TPE over η, ε and λ on log scales, the other half a pattern search from the best of them:
-each setting is doubled and halved, then moved by √2, and so on, while that helps. ε is searched in units of the mean
-static RMS, so that the same ranges serve models of every size. Trials that fall behind the median after the same
+Half of the trials are Optuna's TPE over η, ε and λ on log scales, the other half a pattern search from the best of
+them: each setting is doubled and halved, then moved by √2, and so on, while that helps. ε is searched in units of the
+mean static RMS, so that the same ranges serve models of every size. Trials that fall behind the median after the same
 articles are cut short.
 """
 
@@ -131,7 +131,7 @@ def _pattern_search(
     space: dict[str, Range],
     callback: Callable[[optuna.Study, optuna.trial.FrozenTrial], None],
 ) -> None:
-    """Up to ``n_trials`` in all: one setting at a time, from the best so far, with steps that shrink when none helps."""
+    """Up to ``n_trials`` in all: one setting at a time, from the best so far; steps shrink when none helps."""
     factor, tried = 2.0, {_rounded(trial.params) for trial in study.trials}
     while factor > 1.05:
         before = _best_params(study)

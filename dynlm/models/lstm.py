@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from dynlm.models.recurrence import lstm_layer
+from dynlm.models.recurrence import lstm_layer, one_stream
 from dynlm.types import InputError
 
 Hidden = tuple[tuple[Tensor, Tensor], ...]
@@ -194,7 +194,9 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
         if self.training and config.embedding_dropout:
             keep = torch.empty_like(weight[:, :1]).bernoulli_(1 - config.embedding_dropout)
             weight = weight * (keep / (1 - config.embedding_dropout))  # whole words are dropped
-        x = locked_dropout(F.embedding(input_ids, weight), config.input_dropout, self.training)
+        # tied, the gradient of a few rows joins the head's dense one in place: no second matrix to fill and add
+        sparse = not self.training and weight is self.lm_head.weight and one_stream(input_ids)
+        x = locked_dropout(F.embedding(input_ids, weight, sparse=sparse), config.input_dropout, self.training)
         new_hidden = []
         for i, (layer, state) in enumerate(zip(self.layers, hidden, strict=True)):
             if i:

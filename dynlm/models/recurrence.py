@@ -8,14 +8,17 @@ depend on the choice; gradients agree to rounding (tests/models/test_recurrence.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from dynlm.compiler import build, pointers, supported
 
 State = tuple[Tensor, Tensor]
 
@@ -32,10 +35,15 @@ def differentiable_twice() -> Iterator[None]:
         _twice.reset(token)
 
 
+def one_stream(batch: Tensor) -> bool:
+    """Whether the fast first-order paths serve this batch: one stream on a CPU, full precision, one derivative."""
+    on_cpu = batch.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return batch.shape[0] == 1 and on_cpu and not _twice.get()
+
+
 def lstm_layer(x_BTD: Tensor, state: State, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor) -> tuple[Tensor, State]:
     """Gates (i, f, g, o) = W_ih x + W_hh h + b. ``state``: (h, c), each (B, H). Returns (B, T, H) and the new state."""
-    one_stream = x_BTD.shape[0] == 1 and x_BTD.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    if one_stream and torch.is_grad_enabled() and not _twice.get() and not state[0].requires_grad:
+    if one_stream(x_BTD) and torch.is_grad_enabled() and not state[0].requires_grad:
         output, h, c = _OneStream.apply(x_BTD[0], *state, weight_ih, weight_hh, bias)  # type: ignore[no-untyped-call]
         return output[None], (h, c)
     return _torch_lstm(x_BTD, state, weight_ih, weight_hh, bias)
@@ -49,6 +57,69 @@ def _torch_lstm(
     weights = [weight_ih, weight_hh, bias, torch.zeros_like(bias)]
     output, h, c = torch.lstm(x_BTD, [h[None], c[None]], weights, True, 1, 0.0, True, False, True)
     return output, (h[0], c[0])
+
+
+class Factors(NamedTuple):
+    """What one unit of ∂c or ∂h sends on, at each step of a stream of T steps and H units."""
+
+    c_to_gates: Tensor
+    """(T, 3, H): ∂c to the gates i, f, g"""
+    h_to_gate: Tensor
+    """(T, H): ∂h to the gate o"""
+    h_to_c: Tensor
+    """(T, H)"""
+    c_to_before: Tensor
+    """(T, H): ∂c to the cell state before"""
+
+
+def _run_back(grad_TH: Tensor, factors: Factors, weight_hh: Tensor) -> Tensor:
+    """Gradients of the gates (T, 4H) from those of the outputs, last step first: the plain form."""
+    n_steps, width = grad_TH.shape
+    grad_gates = grad_TH.new_empty(n_steps, 4, width)
+    grad_c, grad_h = torch.zeros_like(grad_TH[0]), grad_TH[-1]
+    for t in reversed(range(n_steps)):
+        grad_c = torch.addcmul(grad_c, grad_h, factors.h_to_c[t])
+        torch.mul(factors.c_to_gates[t], grad_c, out=grad_gates[t, :3])
+        torch.mul(factors.h_to_gate[t], grad_h, out=grad_gates[t, 3])
+        grad_c = grad_c * factors.c_to_before[t]
+        if t:
+            grad_h = torch.addmv(grad_TH[t - 1], weight_hh.t(), grad_gates[t].flatten())
+    return grad_gates.flatten(1)
+
+
+_SOURCE = """
+void back(long steps, long H, T **data) {
+  const T *grad = data[0], *c_to_gates = data[1], *h_to_gate = data[2], *h_to_c = data[3], *c_to_before = data[4];
+  const T *weight = data[5];
+  T *gates = data[6];
+  T *restrict grad_c = calloc(2 * H, sizeof(T)), *restrict grad_h = grad_c + H;
+  for (long t = steps - 1; t >= 0; t--) {
+    T *restrict out = gates + t * 4 * H;
+    for (long j = 0; j < H; j++) {
+      const T h = grad_h[j] + grad[t * H + j], c = grad_c[j] + h * h_to_c[t * H + j];
+      for (long k = 0; k < 3; k++) out[k * H + j] = c * c_to_gates[(t * 3 + k) * H + j];
+      out[3 * H + j] = h * h_to_gate[t * H + j];
+      grad_c[j] = c * c_to_before[t * H + j];
+      grad_h[j] = 0;
+    }
+    for (long k = 0; k < 4 * H && t; k += 4) {  /* 4 H is a multiple of 4 */
+      const T a = out[k], b = out[k + 1], c = out[k + 2], d = out[k + 3];
+      const T *restrict w = weight + k * H;
+      for (long j = 0; j < H; j++) grad_h[j] += a * w[j] + b * w[H + j] + c * w[2 * H + j] + d * w[3 * H + j];
+    }
+  }
+  free(grad_c);
+}
+"""
+
+
+def _run_back_in_c(grad_TH: Tensor, factors: Factors, weight_hh: Tensor) -> Tensor:
+    """The same, without a call into torch at every step."""
+    n_steps, width = grad_TH.shape
+    grad_gates = grad_TH.new_empty(n_steps, 4 * width)
+    tensors = [grad_TH, *factors, weight_hh, grad_gates]
+    build(_SOURCE, grad_TH.dtype).back(ctypes.c_long(n_steps), ctypes.c_long(width), pointers(tensors))
+    return grad_gates
 
 
 class _OneStream(torch.autograd.Function):
@@ -79,17 +150,8 @@ class _OneStream(torch.autograd.Function):
         from_c = torch.stack([g * i * (1 - i), c_before * f * (1 - f), i * (1 - g * g)], dim=1)
         from_h = tanh_c * o * (1 - o)
         h_to_c = o * (1 - tanh_c * tanh_c)
-        n_steps, width = output_TH.shape
-        grad_gates = torch.empty_like(gates)
-        by_gate = grad_gates.view(n_steps, 4, width)
-        back = weight_hh.t()
-        grad_c, grad_h = torch.zeros_like(cells[0]), grad_TH[-1]
-        for t in reversed(range(n_steps)):
-            grad_c = torch.addcmul(grad_c, grad_h, h_to_c[t])
-            torch.mul(from_c[t], grad_c, out=by_gate[t, :3])
-            torch.mul(from_h[t], grad_h, out=by_gate[t, 3])
-            grad_c = grad_c * f[t]
-            if t:
-                grad_h = torch.addmv(grad_TH[t - 1], back, grad_gates[t])
+        factors = Factors(from_c, from_h, h_to_c, f.contiguous())
+        run_back = _run_back_in_c if supported(grad_TH) else _run_back
+        grad_gates = run_back(grad_TH.contiguous(), factors, weight_hh.contiguous())
         by_time = grad_gates.t()
         return grad_gates @ weight_ih, None, None, by_time @ x_TD, by_time @ before_TH, grad_gates.sum(0)

@@ -47,7 +47,7 @@ class Statistics(NamedTuple):
     row_level: Tensor
     """static mean square of the gradient by row (R, 1)"""
     col_level: Tensor
-    """the same by column (1, C)"""
+    """the same by column (1, C), over the rows that column statistics look at"""
     tensor_level: Tensor
     """the same over the tensor, ()"""
     row_memory: Tensor
@@ -66,14 +66,13 @@ def observe_matrix(
         level = prior.rms.square()
         memory = Statistics(
             level.mean(1, keepdim=True),
-            level.mean(0, keepdim=True),
+            _some_rows(level).mean(0, keepdim=True),
             level.mean(),
             torch.zeros_like(level[:, :1]),
         )
-    square = grad.square()
-    row_square = square.mean(1, keepdim=True)
+    row_square = torch.linalg.vector_norm(grad, dim=1, keepdim=True).square() / grad.shape[1]
     row = _activity(row_square, memory.row_level)
-    col = _activity(square.mean(0, keepdim=True), memory.col_level)
+    col = _activity(_some_rows(grad).square().mean(0, keepdim=True), memory.col_level)
     row_memory = MEMORY_DECAY * memory.row_memory + (1 - MEMORY_DECAY) * row
     assert clock.loss is not None
     assert clock.baseline is not None
@@ -84,6 +83,11 @@ def observe_matrix(
     )
     observation = Observation(row=(row, row_memory), col=(col,), scalars=scalars)
     return observation, memory._replace(row_memory=row_memory)
+
+
+def _some_rows(matrix_RC: Tensor) -> Tensor:
+    """At most about 256 rows, evenly spread: enough for a mean over rows, and one pass over memory less."""
+    return matrix_RC[:: max(1, matrix_RC.shape[0] // 256)]
 
 
 def _activity(square: Tensor, level: Tensor) -> Tensor:

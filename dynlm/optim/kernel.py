@@ -13,22 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dynlm.compiler import build, find_compiler, pointer, pointers, supported
 from dynlm.optim.base import Coordinates, Observation, Prior, Rule, RuleState, Slots
-from dynlm.optim.compiler import build, find_compiler
-from dynlm.optim.source import TYPES, replay_source, update_source
+from dynlm.optim.source import replay_source, update_source
 from dynlm.optim.trace import trace_step
 from dynlm.types import InputError
 
 Kernel = Callable[[Coordinates, Slots, Tensor], None]
-
-
-def supported(like: Tensor) -> bool:
-    """Whether kernels exist for a tensor's device and dtype, and a compiler to build them."""
-    return like.device.type == "cpu" and _dtype(like) in TYPES and find_compiler() is not None
-
-
-def _dtype(like: Tensor) -> str:
-    return str(like.dtype).removeprefix("torch.")
 
 
 class FusedStep:
@@ -62,7 +53,7 @@ class FusedStep:
         key = (w.theta.dtype, len(w.row), len(w.col), *(tuple(t.shape) for t in context))
         if key not in self._kernels:
             traced = trace_step(self.rule, len(w.row), len(w.col), context)
-            self._kernels[key] = _update_kernel(build(update_source(traced, _dtype(w.theta))).step)
+            self._kernels[key] = _update_kernel(build(update_source(traced), w.theta.dtype).step)
         return self._kernels[key]
 
 
@@ -86,7 +77,7 @@ def _update_kernel(function: Any) -> Kernel:
         tensors = [t if t.is_contiguous() else t.contiguous() for t in tensors]
         assert tensors[0] is w.theta, "weights must be contiguous to change in place"
         rows, columns = map(ctypes.c_long, w.theta.shape)
-        function(rows, columns, ctypes.c_int(torch.get_num_threads()), _pointer(context), _pointers(tensors))
+        function(rows, columns, ctypes.c_int(torch.get_num_threads()), pointer(context), pointers(tensors))
 
     return kernel
 
@@ -115,7 +106,7 @@ def fused_replay(rule: Rule, work: ReplayWork, context: Slots, context_WN: Tenso
     ``context`` gives the shapes of one step's context, ``context_WN`` the flat numbers of all W − 1 steps.
     """
     traced = trace_step(rule, len(work.row), len(work.col), context)
-    function = build(replay_source(traced, _dtype(work.theta))).replay
+    function = build(replay_source(traced), work.theta.dtype).replay
     threads = torch.get_num_threads()
     result = torch.zeros(threads, *context_WN.shape, dtype=torch.float64)
     fields = [work.theta, work.theta0, work.rms, work.grads_WK, work.cotangents_WK]
@@ -124,14 +115,13 @@ def fused_replay(rule: Rule, work: ReplayWork, context: Slots, context_WN: Tenso
     numbers, place = context_WN.detach().contiguous(), work.place_2K.contiguous()
     window, n = map(ctypes.c_long, work.grads_WK.shape)
     function(
-        n, window, ctypes.c_int(threads), sizes, _pointer(numbers), _pointer(result), _pointer(place), _pointers(tensors)
+        n,
+        window,
+        ctypes.c_int(threads),
+        sizes,
+        pointer(numbers),
+        pointer(result),
+        pointer(place),
+        pointers(tensors),
     )
     return result.sum(0)
-
-
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _pointers(tensors: Sequence[Tensor]) -> Any:
-    return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))

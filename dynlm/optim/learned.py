@@ -120,7 +120,7 @@ class Gated(Rule):
         moved = s3 * delta
         moved = moved / (4 * lr * share + moved.abs())  # softsign of δ in units of four typical updates
         features = [g, a, b, moved, g * moved, b * moved, g.abs(), w.rms / floor, *w.row, *w.col]
-        hidden = [h.clamp(-1, 1) for h in affine(features, input_weight, hidden_bias, expand)]
+        hidden = [h.abs() for h in affine(features, input_weight, hidden_bias, expand)]
         update, share1, share2, flush = affine(hidden, output_weight, output_bias, expand)
         direction = _power(update) * direction + share * (share1 * m1 + share2 * m2)
         pull = ((decay * w.rms).clamp(max=1.0) + FLUSH_RANGE * flush).clamp(0.0, 1.0)

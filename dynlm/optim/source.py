@@ -6,11 +6,6 @@ from collections.abc import Callable
 
 from dynlm.optim.trace import Node, Traced
 
-TYPES = {
-    "float32": "typedef float T;\n#define ABS fabsf\n#define SQRT sqrtf\n",
-    "float64": "typedef double T;\n#define ABS fabs\n#define SQRT sqrt\n",
-}
-HEAD = "#include <math.h>\n#include <stdlib.h>\n#include <omp.h>\n"
 COLUMNS = 1024  # coordinates of one row that a thread updates at a time
 LANES = 256  # coordinates replayed at a time: their whole window stays in the second-level cache
 
@@ -40,7 +35,7 @@ REVERSE: dict[str, tuple[str, ...]] = {
 Leaf = Callable[[Node], str]
 
 
-def update_source(traced: Traced, dtype: str) -> str:
+def update_source(traced: Traced) -> str:
     """``void step(long R, long C, int threads, const T *context, T **data)``: weights and slots change in place.
 
     ``data`` points to theta, theta0, rms, grad, the slots (all R × C), the row features (R) and column features (C).
@@ -50,8 +45,7 @@ def update_source(traced: Traced, dtype: str) -> str:
     places = {"field": "{0}[i]", "row": "r{0}", "col": "col{0}[c]", "context": "s{0}", "const": "(T){0}"}
     body = _forward(traced, lambda node: places[node.op].format(node.name))
     stores = [f"{name}[i] = v{n};" for name, n in zip(["theta", *traced.slots], traced.outputs, strict=True)]
-    return f"""{HEAD}{TYPES[dtype]}
-void step(long R, long C, int threads, const T *context, T **data) {{
+    return f"""void step(long R, long C, int threads, const T *context, T **data) {{
 {_lines(f"T *restrict {name} = data[{k}];" for k, name in enumerate(arrays))}
 {_lines(f"const T s{k} = context[{k}];" for k in range(traced.n_context))}
   #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
@@ -69,11 +63,10 @@ void step(long R, long C, int threads, const T *context, T **data) {{
 """
 
 
-def replay_source(traced: Traced, dtype: str) -> str:
-    """``void replay(long K, long W, int threads, long *sizes, T *context, double *context_grad, int *place, T **data)``.
+def replay_source(traced: Traced) -> str:
+    """``void replay(long K, long W, int threads, sizes, context, context_grad, place, data)``: W − 1 updates and back.
 
-    Runs W − 1 updates of K coordinates and back. ``data``: theta, theta0, rms (K), grad (W, K), cotangent (W, K) of θ_t,
-    the slots (K), row features (W − 1, R), column features (W − 1, C); ``place``: row and column of each coordinate
+    ``data`` points to theta, theta0, rms (K), grad (W, K), cotangent (W, K) of θ_t, the slots (K), row features (W − 1, R), column features (W − 1, C); ``place``: row and column of each coordinate
     (2, K); ``sizes``: R, C; ``context`` (W − 1, n); ``context_grad`` (threads, W − 1, n), which is added to.
     """
     n, slots = traced.n_context, traced.slots
@@ -99,8 +92,7 @@ def replay_source(traced: Traced, dtype: str) -> str:
     reverse, contributions = _reverse(traced, state)
     used = sorted(contributions)
     reduction = f" reduction(+: {', '.join(f'c{k}' for k in used)})" if used else ""
-    return f"""{HEAD}{TYPES[dtype]}
-#define N {max(n, 1)}
+    return f"""#define N {max(n, 1)}
 void replay(long K, long W, int threads, const long *sizes, const T *context, double *context_grad, const int *place,
             T **data) {{
   const long R = sizes[0], C = sizes[1];

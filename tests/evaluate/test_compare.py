@@ -47,7 +47,7 @@ def test_results_hold_every_figure_of_the_schema(reading, tmp_path):
 
 
 def test_losses_come_back_token_by_token(reading, tmp_path):
-    scores, articles = reading
+    scores, _ = reading
     write_results(Run(tmp_path), scores, {})
     tensors, _ = read_tensors(Run(tmp_path).losses)
     assert torch.equal(tensors["losses/sgd"], torch.cat(scores["sgd"].losses))

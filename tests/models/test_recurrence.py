@@ -13,8 +13,10 @@ def layer(n_steps, dtype=torch.float64):
     return [x, *weights], (h, c)
 
 
+@pytest.mark.parametrize("kernel", ["compiled", "eager"])
 @pytest.mark.parametrize("n_steps", [1, 2, 9])
-def test_fast_backward_equals_torch(n_steps):
+def test_fast_backward_equals_torch(n_steps, kernel, monkeypatch):
+    monkeypatch.setenv("DYNLM_KERNEL", kernel)
     inputs, state = layer(n_steps)
     results = []
     for twice in (False, True):

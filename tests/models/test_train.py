@@ -30,7 +30,7 @@ def test_an_interrupted_training_resumes_bit_for_bit(tmp_path, monkeypatch):
     straight = build()
     train_base_model(straight, ARTICLES, CONFIG, Run(tmp_path / "straight"))
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     from dynlm import runs
@@ -41,10 +41,10 @@ def test_an_interrupted_training_resumes_bit_for_bit(tmp_path, monkeypatch):
         write(path, tensors, meta)
         calls.append(path)
         if len(calls) == 2:
-            raise Stop
+            raise StopError
 
     monkeypatch.setattr(runs, "write_tensors", stop_after_the_second)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         train_base_model(build(), ARTICLES, CONFIG, Run(tmp_path / "cut"))
     monkeypatch.undo()
     torch.manual_seed(77)  # whatever happened in between

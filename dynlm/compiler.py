@@ -1,4 +1,7 @@
-"""Building C source into functions, once a machine: the cache folder keeps them."""
+"""Building C source into functions, once a machine: the cache folder keeps them.
+
+Used for fused rules (dynlm.optim.kernel) and the LSTM's backward pass (dynlm.models.recurrence); each has a plain form.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,12 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from dynlm.runs import replacing
 from dynlm.types import InputError
@@ -31,15 +37,39 @@ def find_compiler() -> str | None:
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
+TYPES = {
+    torch.float32: "typedef float T;\n#define ABS fabsf\n#define SQRT sqrtf\n",
+    torch.float64: "typedef double T;\n#define ABS fabs\n#define SQRT sqrt\n",
+}
+HEAD = "#include <math.h>\n#include <stdlib.h>\n#include <omp.h>\n"
+
+
+def supported(like: Tensor) -> bool:
+    """Whether kernels exist for a tensor's device and dtype, and a compiler to build them."""
+    return like.device.type == "cpu" and like.dtype in TYPES and find_compiler() is not None
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    """The address of a contiguous tensor, which the caller keeps alive."""
+    assert tensor.is_contiguous()
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def pointers(tensors: Sequence[Tensor]) -> Any:
+    """A C array of the addresses of contiguous tensors."""
+    return (ctypes.c_void_p * len(tensors))(*(pointer(t).value for t in tensors))
+
+
 @functools.cache
-def build(source: str) -> ctypes.CDLL:
-    """The library of one C source, from the cache folder or freshly compiled.
+def build(body: str, dtype: torch.dtype) -> ctypes.CDLL:
+    """The library of one C source, in which ``T`` is ``dtype``, from the cache folder or freshly compiled.
 
     Raises:
         InputError: the compiler's first line, and how to go on without it.
     """
     compiler = find_compiler()
     assert compiler is not None
+    source = HEAD + TYPES[dtype] + body
     identity = "\0".join([source, *FLAGS, compiler, platform.machine(), _processor(), torch.__version__])
     path = _cache_folder() / f"kernel-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
     if not path.is_file():

@@ -1,0 +1,119 @@
+"""Meta-training: it improves on its start, resumes exactly, and leaves φ alone when something breaks."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dynlm.adapt import ReadConfig, Reader
+from dynlm.evaluate.stream import read_articles
+from dynlm.meta.train import MetaConfig, MetaTrainer, divide_meta_split, meta_train
+from dynlm.optim.learned import Gated
+from dynlm.runs import Run
+from dynlm.types import InputError
+from lab import START, make_article, make_lab
+
+CONFIG = MetaConfig(
+    steps=8, articles=2, truncation=6, coordinates=300, lr=3e-2, validate_every=4, validation_articles=2, hidden=4
+)
+WEAK = {"lr": 3e-3, "eps": 1e-2, "decay": 1e-4}  # far from the best settings: there is something to gain
+ARTICLES = [make_article(300, seed) for seed in range(6)]
+
+
+def make_trainer(config=CONFIG):
+    model, score, priors = make_lab(torch.float32)
+    rule = Gated.from_rms(WEAK, priors, config.hidden)
+    reader = Reader(model, score, rule, priors, ReadConfig(segment=8))
+    train, valid = divide_meta_split(ARTICLES, config)
+    trainer = MetaTrainer(reader, train, START, config)
+    return trainer, lambda: read_articles(reader, valid, START).nats / sum(map(len, valid))
+
+
+def phi(trainer):
+    return [p.detach().clone() for p in trainer.rule.parameters()]
+
+
+def test_meta_training_beats_its_start(tmp_path):
+    trainer, validate = make_trainer(replace(CONFIG, steps=40, validate_every=10))
+    start, kept = validate(), []
+    progress = meta_train(trainer, validate, Run(tmp_path), lambda rule, p: kept.append((rule, p.best)))
+    assert progress.best < start - 0.05
+    trainer.rule.load_state_dict(kept[-1][0].state_dict())
+    assert validate() == pytest.approx(progress.best)
+
+
+def test_an_interrupted_meta_training_resumes_exactly(tmp_path):
+    straight, validate = make_trainer()
+    meta_train(straight, validate, Run(tmp_path / "straight"), lambda *_: None)
+
+    class StopError(Exception):
+        pass
+
+    cut, validate_cut = make_trainer()
+    calls = []
+
+    def stop_at_the_third():  # start, step 4 and its checkpoint, step 8
+        calls.append(1)
+        if len(calls) == 3:
+            raise StopError
+        return validate_cut()
+
+    with pytest.raises(StopError):
+        meta_train(cut, stop_at_the_third, Run(tmp_path / "cut"), lambda *_: None)
+    resumed, validate_resumed = make_trainer()
+    progress = meta_train(resumed, validate_resumed, Run(tmp_path / "cut"), lambda *_: None, resume=True)
+    assert progress.step == 8
+    assert all(torch.equal(a, b) for a, b in zip(phi(straight), phi(resumed), strict=True))
+
+
+def test_it_stops_early_when_validation_no_longer_improves(tmp_path):
+    trainer, _ = make_trainer(replace(CONFIG, steps=100, validate_every=1, patience=2))
+    progress = meta_train(trainer, lambda: 3.0, Run(tmp_path), lambda *_: None)
+    assert (progress.step, progress.stale) == (2, 2)
+
+
+def test_streams_carry_on_and_then_take_a_fresh_article():
+    trainer, _ = make_trainer(replace(CONFIG, articles=1, truncation=20))
+    assert len(trainer.streams[0].pieces) == 38
+    trainer.step()
+    assert trainer.streams[0].done == 20
+    assert trainer.streams[0].snapshot is not None
+    trainer.step()
+    assert trainer.streams[0].done == 0
+    assert trainer.streams[0].snapshot is None
+
+
+def test_a_meta_gradient_that_is_not_finite_leaves_phi(monkeypatch):
+    from dynlm.meta import train
+
+    trainer, _ = make_trainer()
+    before = phi(trainer)
+
+    def poisoned(rule, recording, block):
+        for p in rule.parameters():
+            p.grad = torch.full_like(p, float("nan"))
+
+    monkeypatch.setattr(train, "replay", poisoned)
+    with pytest.raises(InputError, match=r"meta-gradient is nan at step 0: lower meta\.lr"):
+        trainer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, phi(trainer), strict=True))
+
+
+def test_a_foreign_checkpoint_is_refused():
+    trainer, _ = make_trainer()
+    trainer.step()
+    tensors, meta = copy.deepcopy(trainer.state())
+    with pytest.raises(InputError, match=r"other \[meta\] settings"):
+        make_trainer(replace(CONFIG, lr=1.0))[0].load(tensors, meta)
+    del tensors["rng"]
+    with pytest.raises(InputError, match="does not fit this run"):
+        make_trainer()[0].load(tensors, meta)
+
+
+def test_the_meta_split_is_divided_without_overlap():
+    train, valid = divide_meta_split(ARTICLES, CONFIG)
+    assert (len(train), len(valid)) == (4, 2)
+    assert not {id(a) for a in train} & {id(a) for a in valid}
+    with pytest.raises(InputError, match="needs at least 2"):
+        divide_meta_split(ARTICLES[:1], CONFIG)

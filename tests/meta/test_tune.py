@@ -1,0 +1,52 @@
+"""Tuning: better than the start, the same twice, honest about its edges."""
+
+import pytest
+import torch
+
+from dynlm.adapt import ReadConfig, Reader
+from dynlm.evaluate.stream import read_articles
+from dynlm.meta.tune import SPACES, TuneConfig, tune_rule
+from dynlm.optim.library import make_rule
+from dynlm.types import InputError
+from lab import START, make_article, make_lab
+
+ARTICLES = [make_article(150, seed) for seed in range(3)]
+CONFIG = TuneConfig(trials=14, articles=2, max_tokens=100)
+
+
+@pytest.fixture(scope="module")
+def reader_for():
+    model, score, priors = make_lab(torch.float32)
+    return lambda rule: Reader(model, score, rule, priors, ReadConfig(segment=8))
+
+
+@pytest.mark.parametrize("kind", SPACES)
+def test_tuned_settings_beat_static_and_are_repeatable(kind, reader_for):
+    texts = [type(a)(a.id, a.title, a.ids_T[:100], 0, 0) for a in ARTICLES[:2]]
+    static = read_articles(reader_for(make_rule("static")), texts, START).nats / 200
+    calls = []
+    tuned = tune_rule(kind, reader_for, ARTICLES, START, CONFIG, lambda: calls.append(1))
+    assert tuned.nats_per_token < static - 0.01
+    assert len(calls) == tuned.trials == 14
+    assert read_articles(reader_for(tuned.rule), texts, START).nats / 200 == pytest.approx(tuned.nats_per_token)
+    again = tune_rule(kind, reader_for, ARTICLES, START, CONFIG)
+    assert again.rule.settings() == tuned.rule.settings()
+
+
+def test_pattern_search_improves_on_the_random_half(reader_for):
+    half = tune_rule("sgd", reader_for, ARTICLES, START, TuneConfig(trials=7, articles=2, max_tokens=100))
+    full = tune_rule("sgd", reader_for, ARTICLES, START, CONFIG)
+    assert full.nats_per_token <= half.nats_per_token
+
+
+def test_settings_at_the_edge_are_named(reader_for, monkeypatch):
+    low = SPACES["sgd"]["lr"]._replace(low=1e-6, high=1e-5, start=5e-6)
+    monkeypatch.setitem(SPACES, "sgd", {**SPACES["sgd"], "lr": low})
+    assert "lr" in tune_rule("sgd", reader_for, ARTICLES, START, CONFIG).at_bound
+
+
+def test_errors(reader_for):
+    with pytest.raises(InputError, match="'static' has no search space"):
+        tune_rule("static", reader_for, ARTICLES, START, CONFIG)
+    with pytest.raises(InputError, match="the meta split is empty"):
+        tune_rule("sgd", reader_for, [], START, CONFIG)

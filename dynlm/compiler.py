@@ -38,8 +38,8 @@ def find_compiler() -> str | None:
 
 
 TYPES = {
-    torch.float32: "typedef float T;\n#define ABS fabsf\n#define SQRT sqrtf\n",
-    torch.float64: "typedef double T;\n#define ABS fabs\n#define SQRT sqrt\n",
+    torch.float32: "typedef float T;\n#define ABS fabsf\n#define SQRT sqrtf\n#define LOG2 log2f\n",
+    torch.float64: "typedef double T;\n#define ABS fabs\n#define SQRT sqrt\n#define LOG2 log2\n",
 }
 HEAD = "#include <math.h>\n#include <stdlib.h>\n#include <omp.h>\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import shutil
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ from dynlm.evaluate.stream import Scores, read_articles
 from dynlm.meta.train import MetaProgress, MetaTrainer, divide_meta_split, meta_train
 from dynlm.meta.tune import tune_rule
 from dynlm.models.causal import LSTMScorer, load_model
+from dynlm.models.lstm import LSTMForCausalLM
 from dynlm.models.params import adapted_parameters
 from dynlm.models.train import train_base_model
 from dynlm.optim.base import Prior, Rule
@@ -125,11 +127,22 @@ def train(recipe: Recipe) -> None:
     model = recipe.model.build(tokenizer.vocab_size, tokenizer.eos_id, recipe.train.seed)
     tokens = sum(map(len, articles[0]))
     print(f"{model.num_parameters():,} weights, {len(train_texts)} articles, {tokens:,} training tokens")
-    tokenizer.save(run.tokenizer)
-    runs.write_json(run.recipe, asdict(dataclasses.replace(recipe, overwrite=False, resume=False)))
-    for stale in (run.prior, *([] if recipe.resume else [run.log("train")])):
-        stale.unlink(missing_ok=True)
-    progress = train_base_model(model, articles, recipe.train, run, recipe.resume)
+    fresh = not recipe.resume
+
+    def save_best(best: LSTMForCausalLM) -> None:
+        nonlocal fresh
+        if fresh:  # only now is there something to put in the place of an earlier run, and of what was made from it
+            for stale in (run.path / "rules", run.evaluation):
+                shutil.rmtree(stale, ignore_errors=True)
+            for stale in (run.prior, run.report, run.log("train"), run.log("meta-train")):
+                stale.unlink(missing_ok=True)
+            tokenizer.save(run.tokenizer)
+            runs.write_json(run.recipe, asdict(dataclasses.replace(recipe, overwrite=False, resume=False)))
+            fresh = False
+        with runs.replacing(run.model) as temporary:
+            best.save_pretrained(temporary)
+
+    progress = train_base_model(model, articles, recipe.train, run, save_best, recipe.resume)
     checkpoint.unlink(missing_ok=True)
     print(f"best validation {progress.best:.4f} nats/token after {progress.seconds / 60:.1f} minutes of training")
 
@@ -158,8 +171,6 @@ def meta_training(recipe: Recipe) -> None:
     if recipe.resume:
         bench.run.require(checkpoint, "meta-train")
     _free(target, recipe, checkpoint)
-    if not recipe.resume:
-        bench.run.log("meta-train").unlink(missing_ok=True)
     articles, held_back = divide_meta_split(bench.articles("meta"), recipe.meta)
     start = bench.load_rule("rms").settings()
     rule = Gated.from_rms(start, bench.priors, recipe.meta.hidden, recipe.meta.seed)
@@ -171,6 +182,8 @@ def meta_training(recipe: Recipe) -> None:
         return read_articles(reader, held_back, bench.tokenizer.eos_id).nats / tokens
 
     def save_best(best: Rule, progress: MetaProgress) -> None:
+        if progress.step == 0:
+            bench.run.log("meta-train").unlink(missing_ok=True)
         save_rule(best, target, {"progress": progress._asdict(), "config": asdict(recipe.meta), "start": start})
 
     progress = meta_train(trainer, validate, bench.run, save_best, recipe.resume)

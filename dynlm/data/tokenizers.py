@@ -212,7 +212,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         path = folder / "sentencepiece.model"
         if not path.is_file():
             raise InputError(f"{path} does not exist: train the tokenizer again")
-        return SentencePieceTokenizer(path.read_bytes())
+        try:
+            return SentencePieceTokenizer(path.read_bytes())
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
     raise InputError(f"{folder}/tokenizer.json: unknown kind {kind!r}")
 
 

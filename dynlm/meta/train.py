@@ -237,31 +237,27 @@ def meta_train(
     if resume:
         trainer.load(*runs.read_tensors(path))
     started = time.perf_counter() - trainer.progress.seconds
-    bar = tqdm(total=config.steps, initial=trainer.progress.step, desc="meta-train", unit="step")
-    if trainer.progress.step == 0:
-        trainer.progress = trainer.progress._replace(best=validate())
-        save_best(trainer.rule, trainer.progress)
-        bar.write(f"start, the tuned RMS rule: meta-validation {trainer.progress.best:.4f} nats/token")
-    while trainer.progress.step < config.steps and trainer.progress.stale < config.patience:
-        loss = trainer.step()
-        bar.update()
-        bar.set_postfix_str(f"reading {loss:.3f} nats/token")
-        step = trainer.progress.step
-        if step % config.validate_every and step != config.steps:
-            continue
-        valid = validate()
-        improved = valid < trainer.progress.best
-        trainer.progress = MetaProgress(
-            step,
-            min(valid, trainer.progress.best),
-            0 if improved else trainer.progress.stale + 1,
-            time.perf_counter() - started,
-        )
-        if improved:
-            save_best(copy.deepcopy(trainer.rule), trainer.progress)
-        runs.write_tensors(path, *trainer.state())
-        record = {"step": step, "train": loss, "valid": valid, "seconds": round(trainer.progress.seconds, 1)}
-        runs.append_log(run.log("meta-train"), record)
-        bar.write(f"step {step}: meta-validation {valid:.4f} nats/token ({'best' if improved else 'no better'})")
-    bar.close()
+    with tqdm(total=config.steps, initial=trainer.progress.step, desc="meta-train", unit="step") as bar:
+        if trainer.progress.step == 0:
+            trainer.progress = trainer.progress._replace(best=validate())
+            save_best(trainer.rule, trainer.progress)
+            bar.write(f"start, the tuned RMS rule: meta-validation {trainer.progress.best:.4f} nats/token")
+        while trainer.progress.step < config.steps and trainer.progress.stale < config.patience:
+            loss = trainer.step()
+            bar.update()
+            bar.set_postfix_str(f"reading {loss:.3f} nats/token")
+            step = trainer.progress.step
+            if step % config.validate_every and step != config.steps:
+                continue
+            valid = validate()
+            improved = valid < trainer.progress.best
+            stale = 0 if improved else trainer.progress.stale + 1
+            seconds = time.perf_counter() - started
+            trainer.progress = MetaProgress(step, min(valid, trainer.progress.best), stale, seconds)
+            if improved:
+                save_best(copy.deepcopy(trainer.rule), trainer.progress)
+            runs.write_tensors(path, *trainer.state())
+            record = {"step": step, "train": loss, "valid": valid, "seconds": round(seconds, 1)}
+            runs.append_log(run.log("meta-train"), record)
+            bar.write(f"step {step}: meta-validation {valid:.4f} nats/token ({'best' if improved else 'no better'})")
     return trainer.progress

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -62,9 +62,10 @@ def train_base_model(
     articles: tuple[Sequence[TokenizedArticle], Sequence[TokenizedArticle]],
     config: TrainConfig,
     run: runs.Run,
+    save_best: Callable[[LSTMForCausalLM], None],
     resume: bool = False,
 ) -> Progress:
-    """Train ``model`` on (train, valid) articles; the weights of the best validation end in ``run.model``.
+    """Train ``model`` on (train, valid) articles; ``save_best`` gets it after each best validation.
 
     Raises:
         InputError: a loss that is not finite (earlier files stay), or a checkpoint that does not fit.
@@ -74,34 +75,30 @@ def train_base_model(
     path = run.checkpoint("train")
     if resume:
         trainer.load(*runs.read_tensors(path))
-    bar = tqdm(total=trainer.total_steps, initial=trainer.progress.step, desc="train", unit="step")
     started = time.perf_counter() - trainer.progress.seconds
-    for loss in trainer.steps():
-        bar.update()
-        step = trainer.progress.step
-        seconds = time.perf_counter() - started
-        if step % 10 == 0:
-            bar.set_postfix_str(f"{trainer.tokens_per_step * step / seconds:,.0f} tokens/s, loss {loss:.3f} nats/token")
-        if step % trainer.steps_per_validation == 0 or step == trainer.total_steps:
+    with tqdm(total=trainer.total_steps, initial=trainer.progress.step, desc="train", unit="step") as bar:
+        for loss in trainer.steps():
+            bar.update()
+            step = trainer.progress.step
+            seconds = time.perf_counter() - started
+            if step % 10 == 0:
+                speed = trainer.tokens_per_step * step / seconds
+                bar.set_postfix_str(f"{speed:,.0f} tokens/s, loss {loss:.3f} nats/token")
+            if step % trainer.steps_per_validation and step != trainer.total_steps:
+                continue
             valid = trainer.validate()
             improved = valid < trainer.progress.best
             trainer.progress = Progress(step, min(valid, trainer.progress.best), time.perf_counter() - started)
             if accelerator.is_main_process:
                 if improved:
-                    save_model(trainer.bare_model, run)
+                    save_best(trainer.bare_model)
                 runs.write_tensors(path, *trainer.state())
                 record = {"step": step, "train": loss, "valid": valid, "seconds": round(seconds, 1)}
                 runs.append_log(run.log("train"), record)
                 word_ppl = math.exp(valid * trainer.valid_tokens_per_word)
                 bar.write(f"step {step}: validation {valid:.4f} nats/token, word perplexity {word_ppl:.1f}")
-    bar.close()
     accelerator.wait_for_everyone()
     return trainer.progress
-
-
-def save_model(model: LSTMForCausalLM, run: runs.Run) -> None:
-    with runs.replacing(run.model) as temporary:
-        model.save_pretrained(temporary)
 
 
 class _Trainer:

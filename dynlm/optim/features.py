@@ -6,12 +6,15 @@ Everything evaluated once a coordinate uses only + − × ÷ and |x|: transcende
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dynlm.compiler import build, pointers, supported
 from dynlm.optim.base import Clock, Observation, Prior
 
 N_ROW, N_COL, N_SCALARS = 2, 1, 4
@@ -70,27 +73,93 @@ def observe_matrix(
             level.mean(),
             torch.zeros_like(level[:, :1]),
         )
-    row_square = torch.linalg.vector_norm(grad, dim=1, keepdim=True).square() / grad.shape[1]
+    look = _look_in_c if supported(grad) else _look
+    row, row_memory, col, activity = look(grad, memory)
+    assert clock.loss is not None
+    assert clock.baseline is not None
+    surprise = softsign(clock.loss - clock.baseline).to(grad)
+    time = grad.new_tensor(math.log2(clock.step) / 8)
+    scalars = torch.stack([activity, surprise, time, torch.ones_like(time)])
+    return Observation(row=(row, row_memory), col=(col,), scalars=scalars), memory._replace(row_memory=row_memory)
+
+
+Looked = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Row activity (R, 1), its running mean (R, 1), column activity (1, C), tensor activity ()."""
+
+
+def _look(grad: Tensor, memory: Statistics) -> Looked:
+    """The plain form."""
+    row_square = grad.square().mean(1, keepdim=True)
     row = _activity(row_square, memory.row_level)
     col = _activity(_some_rows(grad).square().mean(0, keepdim=True), memory.col_level)
     row_memory = MEMORY_DECAY * memory.row_memory + (1 - MEMORY_DECAY) * row
-    assert clock.loss is not None
-    assert clock.baseline is not None
-    surprise = softsign(clock.loss - clock.baseline)
-    time = grad.new_tensor(float(clock.step)).log2() / 8
-    scalars = torch.stack(
-        [_activity(row_square.mean(), memory.tensor_level), surprise.to(grad), time, torch.ones_like(time)]
+    return row, row_memory, col, _activity(row_square.mean(), memory.tensor_level)
+
+
+_SOURCE = """
+static T activity(T square, T level, T tiny) {
+  const T x = (T)0.25 * LOG2((square + tiny) / (level + tiny));
+  return x / (1 + ABS(x));
+}
+void look(long R, long C, long stride, int threads, double tiny, double decay, T **data) {
+  const T *grad = data[0], *row_level = data[1], *col_level = data[2], *memory = data[3];
+  T *row = data[4], *row_memory = data[5], *col = data[6], *total = data[7];
+  double sum = 0;
+  #pragma omp parallel for schedule(static) num_threads(threads) reduction(+: sum)
+  for (long r = 0; r < R; r++) {
+    T square = 0;
+    #pragma omp simd reduction(+: square)
+    for (long c = 0; c < C; c++) square += grad[r * C + c] * grad[r * C + c];
+    sum += square;
+    row[r] = activity(square / C, row_level[r], tiny);
+    row_memory[r] = (T)decay * memory[r] + (1 - (T)decay) * row[r];
+  }
+  *total = sum / ((double)R * C);
+  for (long c = 0; c < C; c++) col[c] = 0;
+  for (long r = 0; r < R; r += stride)
+    for (long c = 0; c < C; c++) col[c] += grad[r * C + c] * grad[r * C + c];
+  const long n = (R + stride - 1) / stride;
+  for (long c = 0; c < C; c++) col[c] = activity(col[c] / n, col_level[c], tiny);
+}
+"""
+
+
+def _look_in_c(grad: Tensor, memory: Statistics) -> Looked:
+    """The same in one pass over the gradient."""
+    rows, columns = grad.shape
+    row, row_memory, col = (
+        torch.empty_like(memory.row_level),
+        torch.empty_like(memory.row_level),
+        grad.new_empty(1, columns),
     )
-    observation = Observation(row=(row, row_memory), col=(col,), scalars=scalars)
-    return observation, memory._replace(row_memory=row_memory)
+    total = grad.new_empty(())
+    tensors = [grad.contiguous(), memory.row_level, memory.col_level.contiguous(), memory.row_memory]
+    build(_SOURCE, grad.dtype).look(
+        ctypes.c_long(rows),
+        ctypes.c_long(columns),
+        ctypes.c_long(_stride(rows)),
+        ctypes.c_int(torch.get_num_threads()),
+        ctypes.c_double(_tiny(grad.dtype)),
+        ctypes.c_double(MEMORY_DECAY),
+        pointers([*tensors, row, row_memory, col, total]),
+    )
+    return row, row_memory, col, _activity(total, memory.tensor_level)
+
+
+def _stride(n_rows: int) -> int:
+    """Between the rows that column statistics look at: about 256 of them are enough for a mean."""
+    return max(1, n_rows // 256)
 
 
 def _some_rows(matrix_RC: Tensor) -> Tensor:
-    """At most about 256 rows, evenly spread: enough for a mean over rows, and one pass over memory less."""
-    return matrix_RC[:: max(1, matrix_RC.shape[0] // 256)]
+    return matrix_RC[:: _stride(matrix_RC.shape[0])]
+
+
+def _tiny(dtype: torch.dtype) -> float:
+    return float(torch.finfo(dtype).tiny ** 0.5)
 
 
 def _activity(square: Tensor, level: Tensor) -> Tensor:
-    """Half the log-ratio of two mean squares, squashed: 0 at the static level."""
-    tiny = torch.finfo(square.dtype).tiny ** 0.5
+    """A quarter of the log2-ratio of two mean squares, squashed: 0 at the static level."""
+    tiny = _tiny(square.dtype)
     return softsign(0.25 * torch.log2((square + tiny) / (level + tiny)))

@@ -66,7 +66,8 @@ def update_source(traced: Traced) -> str:
 def replay_source(traced: Traced) -> str:
     """``void replay(long K, long W, int threads, sizes, context, context_grad, place, data)``: W − 1 updates and back.
 
-    ``data`` points to theta, theta0, rms (K), grad (W, K), cotangent (W, K) of θ_t, the slots (K), row features (W − 1, R), column features (W − 1, C); ``place``: row and column of each coordinate
+    ``data`` points to theta, theta0, rms (K), grad (W, K), cotangent (W, K) of θ_t, the slots (K),
+    row features (W − 1, R), column features (W − 1, C); ``place``: row and column of each coordinate
     (2, K); ``sizes``: R, C; ``context`` (W − 1, n); ``context_grad`` (threads, W − 1, n), which is added to.
     """
     n, slots = traced.n_context, traced.slots

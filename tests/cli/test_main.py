@@ -1,0 +1,281 @@
+"""The command line on real text: the whole chain once, and one clear line for everything that is wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dynlm.cli.main import main
+from dynlm.cli.recipe import Recipe, load_recipe, recipe_of_run
+from dynlm.runs import Run, read_tensors
+from dynlm.types import InputError
+
+RECIPES = sorted(Path(__file__).parents[2].glob("recipes/*.toml"))
+STEPS = ("train", "tune", "meta-train", "evaluate")
+RECIPE = """
+[data]
+source = "{source}"
+meta_articles = 6
+held_out = 3
+[tokenizer]
+vocab_size = 400
+[model]
+embedding_size = 12
+hidden_size = 12
+[train]
+epochs = 1
+batch_size = 4
+segment = 16
+precision = "fp32"
+[prior]
+tokens = 1024
+[tune]
+rules = ["rms", "sgd"]
+trials = 4
+articles = 2
+max_tokens = 256
+[meta]
+steps = 2
+articles = 1
+truncation = 4
+coordinates = 500
+validate_every = 1
+validation_articles = 2
+hidden = 2
+[evaluate]
+methods = ["static", "sgd", "rms", "gated"]
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(recipe file, run directory) after the whole chain, on a few articles of Python's own documentation."""
+    from dynlm.data.articles import DataConfig, read_pools
+
+    folder = tmp_path_factory.mktemp("chain")
+    rows = [{"title": a.title, "text": a.text[:3000]} for a in read_pools(DataConfig())["all"][:40]]
+    (folder / "docs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = folder / "recipe.toml"
+    recipe.write_text(RECIPE.format(source=folder / "docs.jsonl"))
+    run = folder / "run"
+    for command in STEPS:
+        assert main([command, str(recipe), "--run", str(run)]) == 0
+    return recipe, run
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the finished run, to break."""
+    recipe, run = finished
+    shutil.copytree(run, tmp_path / "run")
+    return recipe, tmp_path / "run"
+
+
+def fails(capsys, arguments, *parts):
+    """The command ends with code 2 and one line that holds ``parts``."""
+    capsys.readouterr()
+    assert main([str(a) for a in arguments]) == 2
+    lines = capsys.readouterr().err.strip().split("\n")
+    message = lines[-1].split("\r")[-1]
+    assert message.startswith("dynlm: ")
+    for part in parts:
+        assert part in message
+    return message
+
+
+def files(folder):
+    return {p: p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def test_the_chain_leaves_results_losses_and_a_report(finished):
+    run = Run(finished[1])
+    results = json.loads(run.results.read_text())
+    assert set(results["methods"]) == {"static", "sgd", "rms", "gated"}
+    assert results["articles"] == 3
+    tensors, _ = read_tensors(run.losses)
+    assert tensors["losses/gated"].numel() == results["tokens"]
+    assert "gated" in run.report.read_text()
+    assert not run.checkpoint("train").exists()
+    assert recipe_of_run(run.recipe).tokenizer.vocab_size == 400
+
+
+def test_learning_while_reading_gains_on_real_text(finished):
+    methods = json.loads(Run(finished[1]).results.read_text())["methods"]
+    assert methods["rms"]["nats"] < methods["static"]["nats"]
+
+
+def test_a_run_is_taken_up_without_its_recipe_and_the_stream_setting_runs(copy, capsys):
+    _, run = copy
+    arguments = ["--run", str(run), "--overwrite", "--read.reset", "never", "--evaluate.methods", "static", "rms"]
+    assert main(["evaluate", *arguments]) == 0
+    results = json.loads(Run(run).results.read_text())
+    assert results["reset"] == "never"
+    assert set(results["methods"]) == {"static", "rms"}
+    assert f"run directory: {run}" in capsys.readouterr().out
+
+
+def test_evaluation_is_repeatable_bitwise(copy):
+    _, run = copy
+    first, _ = read_tensors(Run(run).losses)
+    assert main(["evaluate", "--run", str(run), "--overwrite"]) == 0
+    again, _ = read_tensors(Run(run).losses)
+    assert all((first[name] == again[name]).all() for name in first)
+
+
+@pytest.mark.parametrize("command", [*STEPS])
+def test_nothing_finished_is_replaced_unasked(copy, capsys, command):
+    recipe, run = copy
+    before = files(run)
+    fails(capsys, [command, recipe, "--run", run], "exists", "--overwrite")
+    assert files(run) == before
+
+
+def test_an_unknown_key_is_named_with_the_nearest_one(finished, tmp_path, capsys):
+    recipe = tmp_path / "bad.toml"
+    recipe.write_text("[train]\nepoch = 3\n")
+    for command in STEPS:
+        fails(capsys, [command, recipe], "unknown key 'epoch'", "did you mean 'epochs'")
+    assert not list(tmp_path.glob("runs"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train = 3", "expected a [table]"),
+        ("[train]\nepochs = 'many'", "'many' (str): expected int"),
+        ("[read]\nreset = 'often'", "expected one of 'article', 'never'"),
+        ("[evaluate]\nmethods = 'static'", "expected a list"),
+        ("[train", "is not TOML"),
+    ],
+)
+def test_recipes_are_checked(tmp_path, capsys, text, message):
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    fails(capsys, ["train", path], message)
+
+
+@pytest.mark.parametrize("command", ["train", *STEPS[1:], "report"])
+def test_missing_files(tmp_path, capsys, command):
+    fails(capsys, [command, tmp_path / "none.toml"], "does not exist")
+    if command == "train":
+        flags = ["--data.source", tmp_path / "none.txt"]
+        fails(capsys, [command, "--run", tmp_path / "new", *flags], "file does not exist")
+    else:
+        fails(capsys, [command, "--run", tmp_path / "new"], "does not exist: run `dynlm")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_empty_corpus(tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text(" \n")
+    flags = ["--run", tmp_path / "new", "--data.source", tmp_path / "empty.txt"]
+    fails(capsys, ["train", *flags], "holds no article")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("model/model.safetensors", "evaluate"),
+        ("model/model.safetensors", "tune"),
+        ("model/model.safetensors", "meta-train"),
+        ("rules/gated", "evaluate"),
+        ("rules/rms", "meta-train"),
+        ("prior.safetensors", "evaluate"),
+        ("recipe.json", "evaluate"),
+        ("tokenizer/sentencepiece.model", "tune"),
+        ("evaluate/results.json", "report"),
+        ("evaluate/losses.safetensors", "report"),
+    ],
+)
+def test_truncated_files(copy, capsys, name, command):
+    recipe, run = copy
+    path = run / name
+    path.write_bytes(path.read_bytes()[:-7] if path.suffix != ".model" else b"\x01")
+    before = files(run)
+    fails(capsys, [command, recipe, "--run", run, "--overwrite"], str(run))
+    assert files(run) == before
+
+
+def test_a_truncated_checkpoint(copy, capsys):
+    recipe, run = copy
+    for command in ("train", "meta-train"):
+        checkpoint = Run(run).checkpoint(command)
+        checkpoint.parent.mkdir(exist_ok=True)
+        checkpoint.write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{")
+        before = files(run)
+        fails(capsys, [command, recipe, "--run", run], "holds unfinished work", "--resume")
+        fails(capsys, [command, recipe, "--run", run, "--resume"], "truncated")
+        assert files(run) == before
+
+
+def test_a_nan_loss_in_every_stage(copy, capsys):
+    import torch
+
+    from dynlm.models.causal import load_model
+
+    recipe, run = copy
+    model = load_model(Run(run).model)
+    model.lm_head.bias.data[5] = float("nan")
+    model.save_pretrained(Run(run).model)
+    before = files(run)
+    for command, message in (
+        ("tune", "ran away"),
+        ("meta-train", "loss is not finite"),
+        ("evaluate", "loss is not finite"),
+    ):
+        fails(capsys, [command, recipe, "--run", run, "--overwrite"], message)
+        assert {p: b for p, b in files(run).items() if p in before} == before
+    fails(capsys, ["train", recipe, "--run", run, "--overwrite", "--train.lr", "1e30"], "training loss is", "train.lr")
+    assert not torch.isfinite(load_model(Run(run).model).lm_head.bias[5])  # still the earlier model
+
+
+def test_data_and_model_are_fixed_by_training(copy, capsys):
+    recipe, run = copy
+    arguments = ["tune", recipe, "--run", run, "--overwrite", "--model.hidden-size", "13"]
+    fails(capsys, arguments, "model.hidden_size is 13", "was trained with 12")
+
+
+def test_evaluation_needs_static_and_existing_splits_and_rules(copy, capsys):
+    _, run = copy
+    base = ["evaluate", "--run", run, "--overwrite"]
+    fails(capsys, [*base, "--evaluate.methods", "rms"], "lack 'static'")
+    fails(capsys, [*base, "--evaluate.methods", "static", "adam"], "adam does not exist: run `dynlm tune`")
+    fails(capsys, [*base, "--evaluate.split", "dev"], "unknown split 'dev'")
+    fails(capsys, [*base, "--read.params", "layer.*"], "matches no parameter", "did you mean")
+
+
+def test_unknown_commands_and_help(capsys):
+    fails(capsys, ["learn"], "unknown command 'learn'")
+    assert main(["--help"]) == 0
+    assert "meta-train" in capsys.readouterr().out
+    assert main([]) == 2
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--help"])
+    assert end.value.code == 0
+    assert "passes over the train split" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--train.epoch", "3"])
+    assert end.value.code == 2
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_every_recipe_loads_and_differs_from_the_defaults(path):
+    recipe = load_recipe(path)
+    assert recipe != Recipe()
+    assert f"dynlm train recipes/{path.name}" in path.read_text()
+
+
+def test_a_recipe_survives_its_run_directory(tmp_path):
+    from dataclasses import asdict
+
+    from dynlm.runs import write_json
+
+    recipe = load_recipe(RECIPES[0])
+    write_json(tmp_path / "recipe.json", asdict(recipe))
+    assert recipe_of_run(tmp_path / "recipe.json") == recipe
+
+
+def test_run_require_names_the_command(tmp_path):
+    with pytest.raises(InputError, match="run `dynlm train` with this run directory first"):
+        Run(tmp_path).require(Run(tmp_path).model, "train")

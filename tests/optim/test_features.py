@@ -1,0 +1,77 @@
+"""What learned cells see: bounded, zero at the static level, the same in C as in torch."""
+
+import pytest
+import torch
+
+from dynlm.optim.base import Clock, Prior
+from dynlm.optim.features import affine, observe_matrix, softsign
+
+
+def clock_at(*losses):
+    clock = Clock()
+    for loss in losses:
+        clock.tick(torch.tensor(float(loss), dtype=torch.float64))
+    return clock
+
+
+def prior(rows, columns, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    rms = torch.rand(rows, columns, generator=generator, dtype=dtype) + 0.1
+    return Prior("w", torch.zeros_like(rms), rms, float(rms.mean()), 1.0)
+
+
+@pytest.mark.parametrize("shape", [(1, 50), (9, 5), (700, 3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
+def test_compiled_statistics_equal_the_plain_ones(shape, dtype, tolerance, monkeypatch):
+    p, results = prior(*shape, dtype), {}
+    for kernel in ("compiled", "eager"):
+        monkeypatch.setenv("DYNLM_KERNEL", kernel)
+        memory, generator = None, torch.Generator().manual_seed(1)
+        for step in range(3):
+            grad = torch.randn(shape, generator=generator, dtype=dtype)
+            grad[0] = 0.0
+            seen, memory = observe_matrix(grad, p, memory, clock_at(*range(3, 4 + step)))
+        results[kernel] = [*seen.row, *seen.col, seen.scalars]
+    for a, b in zip(*results.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_activity_is_zero_at_the_static_level_and_grows_with_the_gradient():
+    p = prior(6, 4)
+    at_level, _ = observe_matrix(p.rms, p, None, clock_at(3))
+    torch.testing.assert_close(at_level.row[0], torch.zeros(6, 1, dtype=torch.float64), atol=1e-9, rtol=0)
+    torch.testing.assert_close(at_level.col[0], torch.zeros(1, 4, dtype=torch.float64), atol=1e-9, rtol=0)
+    above, _ = observe_matrix(4 * p.rms, p, None, clock_at(3))
+    torch.testing.assert_close(above.row[0], torch.full((6, 1), 0.5, dtype=torch.float64))  # 0.25 · log2 16 = 1
+    assert above.scalars[0] == pytest.approx(0.5)
+
+
+def test_row_memory_remembers_active_rows():
+    p = prior(6, 4)
+    grad = 1e-6 * p.rms
+    grad[2] = 8 * p.rms[2]
+    _, memory = observe_matrix(grad, p, None, clock_at(3))
+    seen, _ = observe_matrix(torch.zeros_like(grad), p, memory, clock_at(3, 3))
+    assert seen.row[1].argmax() == 2
+
+
+def test_surprise_and_time():
+    p = prior(3, 2)
+    calm, _ = observe_matrix(p.rms, p, None, clock_at(3, 3, 3))
+    assert calm.scalars[1] == 0
+    surprised, _ = observe_matrix(p.rms, p, None, clock_at(3, 3, 5))
+    assert surprised.scalars[1] == pytest.approx(2 / 3)
+    first, _ = observe_matrix(p.rms, p, None, clock_at(3))
+    assert (first.scalars[2], first.scalars[3]) == (0, 1)
+    late, _ = observe_matrix(p.rms, p, None, clock_at(*[3] * 16))
+    assert late.scalars[2] == pytest.approx(0.5)
+
+
+def test_softsign_and_affine():
+    assert softsign(torch.tensor([-1.0, 0.0, 3.0])).tolist() == [-0.5, 0.0, 0.75]
+    features = [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]])]
+    weight, bias = torch.tensor([[1.0, 10.0], [0.0, 1.0]]), torch.tensor([0.5, 0.0])
+    for expand in (False, True):
+        first, second = affine(features, weight, bias, expand)
+        assert first.tolist() == [[31.5, 32.5]]
+        assert torch.broadcast_to(second, (1, 2)).tolist() == [[3.0, 3.0]]

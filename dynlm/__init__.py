@@ -1,3 +1,40 @@
-"""dynlm: language models that keep learning while they read."""
+"""dynlm: language models that keep learning while they read.
+
+The public names load their modules when first used; importing the package runs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "Reader": "dynlm.adapt",
+    "ReadConfig": "dynlm.adapt",
+    "measure_priors": "dynlm.adapt",
+    "LSTMForCausalLM": "dynlm.models.lstm",
+    "LSTMScorer": "dynlm.models.causal",
+    "load_model": "dynlm.models.causal",
+    "Rule": "dynlm.optim.base",
+    "Static": "dynlm.optim.handmade",
+    "SGD": "dynlm.optim.handmade",
+    "RMS": "dynlm.optim.handmade",
+    "Adam": "dynlm.optim.handmade",
+    "Gated": "dynlm.optim.learned",
+    "load_rule": "dynlm.optim.library",
+    "load_corpus": "dynlm.data.articles",
+    "InputError": "dynlm.types",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'dynlm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*_HOME, "__version__"]

@@ -123,14 +123,15 @@ class Reader:
             losses_S, hidden = self.score(inputs_S, targets_S, self.hidden)
             mean = losses_S.mean()
         self.hidden = detach(hidden)
-        if not math.isfinite(mean.item()):
+        value = mean.item()
+        if not math.isfinite(value):
             step = self.state.clock.step
             self.begin()
             raise InputError(f"loss is not finite at segment {step} with rule {self.rule.name!r}: lower its lr")
         if not learns:
             return Step(losses_S, [], [])
         grads = self.gradient(mean)
-        self.state.clock.tick(mean)
+        self.state.clock.tick(value)
         seen = self.apply(self.thetas, grads, self.state, self.priors)
         return Step(losses_S.detach(), grads, seen)
 

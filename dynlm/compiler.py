@@ -31,10 +31,15 @@ FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-ffast-math", "-fno-finit
 
 def find_compiler() -> str | None:
     """The C compiler of this machine (``$CC``, gcc, clang or cc), or None; ``DYNLM_KERNEL=eager`` says None."""
-    if os.environ.get("DYNLM_KERNEL") == "eager":
+    return _find_compiler(*(os.environ.get(name) for name in ("DYNLM_KERNEL", "CC", "PATH")))
+
+
+@functools.cache
+def _find_compiler(kernel: str | None, cc: str | None, path: str | None) -> str | None:
+    """Searching the path takes longer than a small kernel runs, so it is done once for each environment."""
+    if kernel == "eager":
         return None
-    names = (os.environ.get("CC"), "gcc", "clang", "cc")
-    return next((path for name in names if name and (path := shutil.which(name))), None)
+    return next((found for name in (cc, "gcc", "clang", "cc") if name and (found := shutil.which(name))), None)
 
 
 TYPES = {

@@ -11,7 +11,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -160,7 +160,7 @@ class MetaTrainer:
             streams.append({"article": stream.article, "done": stream.done if stream.snapshot else 0})
             if stream.snapshot:
                 tensors |= {f"stream.{i}.{name}": t for name, t in _pack(stream.snapshot).items()}
-                streams[-1]["clock"] = stream.snapshot.state.clock.step
+                streams[-1]["clock"] = astuple(stream.snapshot.state.clock)
         meta = {"progress": self.progress._asdict(), "config": asdict(self.config), "streams": streams}
         return tensors, meta
 
@@ -200,13 +200,10 @@ def _pack(snapshot: Snapshot) -> dict[str, Tensor]:
             tensors |= {f"memory.{i}.{name}": value for name, value in memory._asdict().items()}
     for layer, (h, c) in enumerate(snapshot.hidden or ()):
         tensors |= {f"hidden.{layer}.0": h, f"hidden.{layer}.1": c}
-    clock = snapshot.state.clock
-    if clock.loss is not None and clock.baseline is not None:
-        tensors |= {"clock.loss": clock.loss, "clock.baseline": clock.baseline}
     return tensors
 
 
-def _unpack(tensors: dict[str, Tensor], step: int, reader: Reader) -> Snapshot:
+def _unpack(tensors: dict[str, Tensor], clock: Sequence[Any], reader: Reader) -> Snapshot:
     device = reader.parameters[0].device
     moved = {name: t.to(device) for name, t in tensors.items()}
     n = len(reader.thetas)
@@ -218,8 +215,7 @@ def _unpack(tensors: dict[str, Tensor], step: int, reader: Reader) -> Snapshot:
     ]
     layers = sum(name.startswith("hidden.") for name in moved) // 2
     hidden = tuple((moved[f"hidden.{i}.0"], moved[f"hidden.{i}.1"]) for i in range(layers)) or None
-    clock = Clock(step, moved.get("clock.loss"), moved.get("clock.baseline"))
-    return Snapshot([moved[f"theta.{i}"] for i in range(n)], RuleState(slots, memory, clock), hidden)
+    return Snapshot([moved[f"theta.{i}"] for i in range(n)], RuleState(slots, memory, Clock(*clock)), hidden)
 
 
 def meta_train(

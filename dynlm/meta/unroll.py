@@ -69,7 +69,7 @@ class Unroll:
             )
             if not second_order:
                 grads = tuple(g.detach() for g in grads)
-            clock.tick(mean)
+            clock.tick(mean.item())
             state = type(state)(state.slots, state.memory, clock)
             thetas, state = self.rule.update(thetas, [as_matrix(g) for g in grads], state, self.priors)
         return total

@@ -14,6 +14,7 @@ reading and with (K,) samples while meta-training.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -64,16 +65,13 @@ class Clock:
     """Time and surprise, common to all tensors. ``loss`` is the segment's mean nats, ``baseline`` its running mean."""
 
     step: int = 0
-    loss: Tensor | None = None
-    baseline: Tensor | None = None
+    loss: float = math.nan
+    baseline: float = math.nan
 
-    def tick(self, loss: Tensor, decay: float = 0.9) -> None:
+    def tick(self, loss: float, decay: float = 0.9) -> None:
         """Take note of a segment's loss, before the update that follows it."""
-        loss = loss.detach()
-        if self.loss is None or self.baseline is None:
-            self.baseline = loss
-        else:
-            self.baseline = decay * self.baseline + (1 - decay) * self.loss
+        first = self.step == 0
+        self.baseline = loss if first else decay * self.baseline + (1 - decay) * self.loss
         self.loss = loss
         self.step += 1
 

@@ -73,27 +73,21 @@ def observe_matrix(
             level.mean(),
             torch.zeros_like(level[:, :1]),
         )
+    surprise = clock.loss - clock.baseline
+    scalars = [0.0, surprise / (1 + abs(surprise)), math.log2(clock.step) / 8, 1.0]
     look = _look_in_c if supported(grad) else _look
-    row, row_memory, col, activity = look(grad, memory)
-    assert clock.loss is not None
-    assert clock.baseline is not None
-    surprise = softsign(clock.loss - clock.baseline).to(grad)
-    time = grad.new_tensor(math.log2(clock.step) / 8)
-    scalars = torch.stack([activity, surprise, time, torch.ones_like(time)])
-    return Observation(row=(row, row_memory), col=(col,), scalars=scalars), memory._replace(row_memory=row_memory)
+    seen = look(grad, memory, torch.tensor(scalars, dtype=grad.dtype, device=grad.device))
+    return seen, memory._replace(row_memory=seen.row[1])
 
 
-Looked = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Row activity (R, 1), its running mean (R, 1), column activity (1, C), tensor activity ()."""
-
-
-def _look(grad: Tensor, memory: Statistics) -> Looked:
-    """The plain form."""
+def _look(grad: Tensor, memory: Statistics, scalars: Tensor) -> Observation:
+    """Row activity and its running mean, column activity; tensor activity goes into ``scalars[0]``. The plain form."""
     row_square = grad.square().mean(1, keepdim=True)
     row = _activity(row_square, memory.row_level)
     col = _activity(_some_rows(grad).square().mean(0, keepdim=True), memory.col_level)
     row_memory = MEMORY_DECAY * memory.row_memory + (1 - MEMORY_DECAY) * row
-    return row, row_memory, col, _activity(row_square.mean(), memory.tensor_level)
+    scalars[0] = _activity(row_square.mean(), memory.tensor_level)
+    return Observation((row, row_memory), (col,), scalars)
 
 
 _SOURCE = """
@@ -102,8 +96,8 @@ static T activity(T square, T level, T tiny) {
   return x / (1 + ABS(x));
 }
 void look(long R, long C, long stride, int threads, double tiny, double decay, T **data) {
-  const T *grad = data[0], *row_level = data[1], *col_level = data[2], *memory = data[3];
-  T *row = data[4], *row_memory = data[5], *col = data[6], *total = data[7];
+  const T *grad = data[0], *row_level = data[1], *col_level = data[2], *level = data[3], *memory = data[4];
+  T *row = data[5], *row_memory = data[6], *col = data[7], *scalars = data[8];
   double sum = 0;
   #pragma omp parallel for schedule(static) num_threads(threads) reduction(+: sum)
   for (long r = 0; r < R; r++) {
@@ -114,7 +108,7 @@ void look(long R, long C, long stride, int threads, double tiny, double decay, T
     row[r] = activity(square / C, row_level[r], tiny);
     row_memory[r] = (T)decay * memory[r] + (1 - (T)decay) * row[r];
   }
-  *total = sum / ((double)R * C);
+  scalars[0] = activity(sum / ((double)R * C), *level, tiny);
   for (long c = 0; c < C; c++) col[c] = 0;
   for (long r = 0; r < R; r += stride)
     for (long c = 0; c < C; c++) col[c] += grad[r * C + c] * grad[r * C + c];
@@ -124,7 +118,7 @@ void look(long R, long C, long stride, int threads, double tiny, double decay, T
 """
 
 
-def _look_in_c(grad: Tensor, memory: Statistics) -> Looked:
+def _look_in_c(grad: Tensor, memory: Statistics, scalars: Tensor) -> Observation:
     """The same in one pass over the gradient."""
     rows, columns = grad.shape
     row, row_memory, col = (
@@ -132,8 +126,7 @@ def _look_in_c(grad: Tensor, memory: Statistics) -> Looked:
         torch.empty_like(memory.row_level),
         grad.new_empty(1, columns),
     )
-    total = grad.new_empty(())
-    tensors = [grad.contiguous(), memory.row_level, memory.col_level.contiguous(), memory.row_memory]
+    tensors = [grad.contiguous(), memory.row_level, memory.col_level, memory.tensor_level, memory.row_memory]
     build(_SOURCE, grad.dtype).look(
         ctypes.c_long(rows),
         ctypes.c_long(columns),
@@ -141,9 +134,9 @@ def _look_in_c(grad: Tensor, memory: Statistics) -> Looked:
         ctypes.c_int(torch.get_num_threads()),
         ctypes.c_double(_tiny(grad.dtype)),
         ctypes.c_double(MEMORY_DECAY),
-        pointers([*tensors, row, row_memory, col, total]),
+        pointers([*tensors, row, row_memory, col, scalars]),
     )
-    return row, row_memory, col, _activity(total, memory.tensor_level)
+    return Observation((row, row_memory), (col,), scalars)
 
 
 def _stride(n_rows: int) -> int:

@@ -10,7 +10,7 @@ from dynlm.optim.features import affine, observe_matrix, softsign
 def clock_at(*losses):
     clock = Clock()
     for loss in losses:
-        clock.tick(torch.tensor(float(loss), dtype=torch.float64))
+        clock.tick(float(loss))
     return clock
 
 

@@ -60,7 +60,7 @@ def grads_at(priors, step):
 def run_plain(rule, priors, n_steps):
     thetas, state = [p.theta0 for p in priors], rule.init(priors)
     for step in range(n_steps):
-        state.clock.tick(priors[0].theta0.new_tensor(3.0 + step % 3))
+        state.clock.tick(3.0 + step % 3)
         thetas, state = rule.update(thetas, grads_at(priors, step), state, priors)
     return thetas, state
 
@@ -68,7 +68,7 @@ def run_plain(rule, priors, n_steps):
 def run_fused(rule, priors, n_steps, compiled):
     thetas, state, fused = [p.theta0.clone() for p in priors], rule.init(priors), FusedStep(rule, compiled)
     for step in range(n_steps):
-        state.clock.tick(priors[0].theta0.new_tensor(3.0 + step % 3))
+        state.clock.tick(3.0 + step % 3)
         fused(thetas, grads_at(priors, step), state, priors)
     return thetas, state
 
@@ -106,7 +106,7 @@ def test_fused_step_equals_the_plain_update(name, compiled, dtype, tolerance):
 def test_scalar_code_equals_matrix_products(name):
     rule, (prior, _) = rules(torch.float64)[name], make_priors(torch.float64)
     clock = Clock()
-    clock.tick(torch.tensor(3.0, dtype=torch.float64))
+    clock.tick(3.0)
     grad = torch.randn_like(prior.theta0)
     seen, _ = rule.observe(grad, prior, None, clock)
     w = Coordinates(prior.theta0 + 0.1, prior.theta0, prior.rms, grad, seen.row, seen.col)
@@ -182,7 +182,7 @@ def test_a_nan_gradient_stays_visible_in_the_compiled_step():
     rule = moved_gated(priors, torch.float32)
     for compiled in (False, True):
         thetas, state = [p.theta0.clone() for p in priors], rule.init(priors)
-        state.clock.tick(torch.tensor(3.0))
+        state.clock.tick(3.0)
         grads = grads_at(priors, 0)
         grads[0][2, 2] = float("nan")
         FusedStep(rule, compiled)(thetas, grads, state, priors)

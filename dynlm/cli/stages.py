@@ -8,7 +8,6 @@ import shutil
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import transformers
@@ -192,33 +191,44 @@ def meta_training(recipe: Recipe) -> None:
     print(f"best meta-validation {progress.best:.4f} nats/token; {progress.seconds / 60:.1f} minutes")
 
 
-class _Reading(NamedTuple):
-    scores: dict[str, Scores]
-    settings: dict[str, runs.Json]
-
-
 def evaluate(recipe: Recipe) -> None:
     """All methods over the same tokens of one split; results.json, losses and the report."""
     bench, config = Bench(recipe), recipe.evaluate
-    if not recipe.overwrite and bench.run.results.exists():
-        raise InputError(f"{bench.run.results} exists: add --overwrite to replace it, or choose another --run")
+    _free(bench.run.results, recipe)
     if "static" not in config.methods:
         raise InputError(f"evaluate.methods {config.methods} lack 'static', the baseline of every gain: add it")
     rules = {name: bench.load_rule(name) for name in config.methods}
     articles = bench.articles(config.split, config.max_articles)
-    counts, reading = count(articles), _Reading({}, {})
-    for name, rule in rules.items():
-        reader = bench.reader(rule)
-        if rule.reads_gradient:
-            with reader:  # compile outside the timed pass
-                reader.read(dataclasses.replace(articles[0], ids_T=articles[0].ids_T[:128]), bench.tokenizer.eos_id)
-        with tqdm(total=counts.tokens, desc=f"read {name}", unit="token", unit_scale=True) as bar:
-            reading.scores[name] = read_articles(reader, articles, bench.tokenizer.eos_id, bar.update)
-        reading.settings[name] = rule.settings()
-    results = {
+    counts = count(articles)
+    scores = {name: _read(bench, rule, articles) for name, rule in rules.items()}
+    summary = summarize(scores, {name: rule.settings() for name, rule in rules.items()}, counts)
+    write_results(bench.run, scores, {**_circumstances(bench, articles), **counts._asdict(), **summary})
+    for name, method in sorted(summary["methods"].items(), key=lambda item: -item[1]["nats"]):
+        low, high = method["gain_ci95"]
+        print(
+            f"{name:>8}  word perplexity {method['word_ppl']:8.2f}  bits/byte {method['bits_per_byte']:.4f}"
+            f"  gain {method['gain_nats_per_token']:+.4f} [{low:+.4f}, {high:+.4f}] nats/token"
+            f"  {method['tokens_per_s']:,.0f} tokens/s"
+        )
+    report(recipe)
+
+
+def _read(bench: Bench, rule: Rule, articles: list[TokenizedArticle]) -> Scores:
+    reader, start_id = bench.reader(rule), bench.tokenizer.eos_id
+    if rule.reads_gradient:
+        with reader:  # kernels are built outside the timed pass
+            reader.read(dataclasses.replace(articles[0], ids_T=articles[0].ids_T[:128]), start_id)
+    with tqdm(total=sum(map(len, articles)), desc=f"read {rule.name}", unit="token", unit_scale=True) as bar:
+        return read_articles(reader, articles, start_id, bar.update)
+
+
+def _circumstances(bench: Bench, articles: list[TokenizedArticle]) -> runs.Json:
+    """What results.json says of data, model and versions."""
+    recipe = bench.recipe
+    return {
         "data": {
             "source": recipe.data.source,
-            "split": config.split,
+            "split": recipe.evaluate.split,
             "titles": [a.title for a in articles],
             "fingerprint": bench.corpus.fingerprint,
         },
@@ -229,19 +239,13 @@ def evaluate(recipe: Recipe) -> None:
             "parameters": bench.model.num_parameters(),
             "adapted": sum(p.theta0.numel() for p in bench.priors),
         },
-        "versions": _versions(),
-        **counts._asdict(),
-        **summarize(reading.scores, reading.settings, counts),
+        "versions": {
+            "dynlm": dynlm.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
-    write_results(bench.run, reading.scores, results)
-    for name, method in sorted(results["methods"].items(), key=lambda item: -item[1]["nats"]):
-        low, high = method["gain_ci95"]
-        print(
-            f"{name:>8}  word perplexity {method['word_ppl']:8.2f}  bits/byte {method['bits_per_byte']:.4f}"
-            f"  gain {method['gain_nats_per_token']:+.4f} [{low:+.4f}, {high:+.4f}] nats/token"
-            f"  {method['tokens_per_s']:,.0f} tokens/s"
-        )
-    report(recipe)
 
 
 def report(recipe: Recipe) -> None:
@@ -249,12 +253,3 @@ def report(recipe: Recipe) -> None:
     run = runs.Run(recipe.run)
     run.require(run.results, "evaluate")
     print(f"report: {write_report(run)}")
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "dynlm": dynlm.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }

@@ -98,14 +98,17 @@ static T activity(T square, T level, T tiny) {
 void look(long R, long C, long stride, int threads, double tiny, double decay, T **data) {
   const T *grad = data[0], *row_level = data[1], *col_level = data[2], *level = data[3], *memory = data[4];
   T *row = data[5], *row_memory = data[6], *col = data[7], *scalars = data[8];
-  double sum = 0;
-  #pragma omp parallel for schedule(static) num_threads(threads) reduction(+: sum)
+  #pragma omp parallel for schedule(static) num_threads(threads)
   for (long r = 0; r < R; r++) {
     T square = 0;
     #pragma omp simd reduction(+: square)
     for (long c = 0; c < C; c++) square += grad[r * C + c] * grad[r * C + c];
-    sum += square;
-    row[r] = activity(square / C, row_level[r], tiny);
+    row[r] = square;
+  }
+  double sum = 0;  /* in the order of rows, whatever the threads did: sums are repeatable */
+  for (long r = 0; r < R; r++) {
+    sum += row[r];
+    row[r] = activity(row[r] / C, row_level[r], tiny);
     row_memory[r] = (T)decay * memory[r] + (1 - (T)decay) * row[r];
   }
   scalars[0] = activity(sum / ((double)R * C), *level, tiny);

@@ -68,7 +68,7 @@ def test_bad_json_is_one_clear_line(tmp_path, content, message):
 
 def test_unwritable_places_are_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"cannot write .*: choose another run directory"):
+    with pytest.raises(InputError, match=r"cannot write .*; choose another run directory"):
         write_text(tmp_path / "file" / "below" / "x", "text")
 
 

@@ -80,30 +80,18 @@ class Gated(Rule):
     def context(self, prior: Prior, observation: Observation, clock: Clock) -> Slots:
         """(network weights and settings at this tensor and time); the parts that carry φ into ``step``."""
         assert observation.scalars is not None
-        scalars = observation.scalars
-        dtype = prior.theta0.dtype
+        scalars, dtype, config = observation.scalars, prior.theta0.dtype, self.config
         hidden_bias = self.input_scalars.to(dtype) @ scalars
         output_bias = self.output_scalars.to(dtype) @ scalars
         index = self.tensor_index.get(prior.name)
         if index is not None:
             hidden_bias = hidden_bias + self.input_tensors[index]
             output_bias = output_bias + self.output_tensors[index]
-        settings = torch.stack(
-            [
-                self.config.lr * self.log2_lr.exp2(),
-                self.config.eps * self.log2_eps.exp2(),
-                self.config.decay * prior.relative_rms * self.log2_decay.exp2(),
-            ]
-        )
+        multipliers = torch.stack([self.log2_lr, self.log2_eps, self.log2_decay]).exp2()
+        settings = multipliers * multipliers.new_tensor([config.lr, config.eps, config.decay * prior.relative_rms])
         typical = settings.new_tensor([prior.mean_rms])  # guards divisions where a weight's own RMS is near zero
-        numbers = (settings, self.logit_betas.sigmoid(), self.log2_scales.exp2(), typical)
-        return (
-            self.input_weight.to(dtype),
-            hidden_bias,
-            self.output_weight.to(dtype),
-            output_bias,
-            torch.cat([n.to(dtype) for n in numbers]),
-        )
+        numbers = torch.cat([settings, self.logit_betas.sigmoid(), self.log2_scales.exp2(), typical])
+        return (self.input_weight.to(dtype), hidden_bias, self.output_weight.to(dtype), output_bias, numbers.to(dtype))
 
     def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
         input_weight, hidden_bias, output_weight, output_bias, numbers = context

@@ -1,75 +1,164 @@
-"""The reference meta-gradient: read a window as one autograd graph and backpropagate through it.
+"""The unroll engine: read a window as one autograd graph, of first or second order, in checkpointed slices.
 
-Every θ_t is a graph tensor; the model runs on it through ``torch.func.functional_call``, so tied tensors stay tied.
-Plain and memory-hungry on purpose: dynlm.meta.replay gives the same first-order gradient at a fraction of the cost, and
-the test that both agree to rounding is the keel of this package.
+Only the rule's updates are nodes that stay. The language model is run on leaves that share the storage of θ_t
+(:func:`dynlm.models.params.pointed`), its gradient is taken at once, and its graph is freed; what remains in the meta
+graph is one node a segment that knows g_t. Backwards it sends w_t g_t to θ_t, and for the second order runs its segment
+again for the Hessian-vector product H_t v that the cotangent v of g_t asks for.
+
+Slices are recomputed on the way back (``torch.utils.checkpoint``, Chen et al. 2016, arXiv:1604.06174; its theory for
+unrolls: Gruslys et al. 2016, arXiv:1606.03401), nested ones too, with dropout replayed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from dynlm.adapt import Scorer, Snapshot, detach
-from dynlm.models.params import Adapted, as_matrix
+from dynlm.models.params import Adapted, as_matrix, pointed
 from dynlm.models.recurrence import differentiable_twice
 from dynlm.optim.base import Prior, Rule
+from dynlm.types import InputError
+
+Piece = tuple[Tensor, Tensor]
+"""(inputs_S, targets_S) of one segment."""
 
 
-class _Scoring(nn.Module):
-    """A scorer as a module, so that its model's parameters can be swapped for graph tensors."""
+@dataclass(frozen=True)
+class UnrollConfig:
+    """How a window is unrolled."""
 
-    def __init__(self, model: nn.Module, score: Scorer) -> None:
-        super().__init__()
-        self.model = model
-        self.score = score
+    order: Literal[1, 2] = 1
+    """1: gradients are inputs without derivative; 2: differentiate through them too"""
+    slices: tuple[int, ...] = ()
+    """segments of a checkpointed slice, from the outermost level inwards; none keeps the whole graph"""
 
-    def forward(self, inputs_S: Tensor, targets_S: Tensor, hidden: object) -> tuple[Tensor, object]:
-        return self.score(inputs_S, targets_S, hidden)
+
+class Unrolled(NamedTuple):
+    """A window as a graph: differentiable in φ, and in the start's tensors and the priors' θ0 that ask for it."""
+
+    loss: Tensor
+    """Σ_t w_t mean(ℓ_t(θ_t)), nats"""
+    position: Snapshot
+    """after the last segment; detach it to carry it on into the next window"""
 
 
 class Unroll:
-    """Unrolls a rule over segments of text. ``second_order`` differentiates through the gradients too."""
+    """Unrolls a rule over segments. Any rule, any module: ``score`` says what a segment's losses are."""
 
     def __init__(
-        self, model: nn.Module, score: Scorer, rule: Rule, adapted: Sequence[Adapted], priors: Sequence[Prior]
+        self, score: Scorer, rule: Rule, adapted: Sequence[Adapted], priors: Sequence[Prior], config: UnrollConfig
     ) -> None:
-        self.scoring, self.rule = _Scoring(model, score), rule
-        self.adapted, self.priors = adapted, priors
+        if any(n < 1 for n in config.slices) or list(config.slices) != sorted(config.slices, reverse=True):
+            raise InputError(f"slices {config.slices} must be positive and fall from the outermost level inwards")
+        self.score, self.rule, self.adapted, self.priors, self.config = score, rule, adapted, priors, config
 
-    def meta_loss(
-        self,
-        start: Snapshot,
-        pieces: Sequence[tuple[Tensor, Tensor]],
-        weights: Sequence[float],
-        second_order: bool = False,
-    ) -> Tensor:
-        """Σ_t w_t mean(ℓ_t(θ_t(φ))): call ``backward`` on it. ``start`` is left as it was.
+    def run(self, start: Snapshot, pieces: Sequence[Piece], weights: Sequence[float]) -> Unrolled:
+        """Unroll ``pieces`` from ``start``, which is left as it was. Hidden states are detached between segments."""
+        if not pieces:
+            raise InputError("no segment to unroll")
+        thetas = [theta if theta.requires_grad else theta.detach().requires_grad_() for theta in start.thetas]
+        return self._run(start._replace(thetas=thetas), pieces, weights, self.config.slices)
 
-        The rule's inputs are detached except θ and its own state (first order); hidden states are detached always.
-        """
-        thetas = [theta.detach().requires_grad_() for theta in start.thetas]
-        state, hidden = start.state, start.hidden
-        total = thetas[0].new_zeros(())
-        clock = type(state.clock)(state.clock.step, state.clock.loss, state.clock.baseline)
-        for (inputs_S, targets_S), weight in zip(pieces, weights, strict=True):
-            parameters = {
-                f"model.{a.name}": theta.view(a.parameter.shape) for a, theta in zip(self.adapted, thetas, strict=True)
-            }
-            with differentiable_twice() if second_order else nullcontext():
-                losses_S, hidden = torch.func.functional_call(self.scoring, parameters, (inputs_S, targets_S, hidden))
-            hidden = detach(hidden)
-            mean = losses_S.mean()
-            total = total + weight * mean
-            grads = torch.autograd.grad(
-                mean, thetas, retain_graph=True, create_graph=second_order, materialize_grads=True
-            )
-            if not second_order:
-                grads = tuple(g.detach() for g in grads)
-            clock.tick(mean.item())
-            state = type(state)(state.slots, state.memory, clock)
-            thetas, state = self.rule.update(thetas, [as_matrix(g) for g in grads], state, self.priors)
-        return total
+    def _run(
+        self, position: Snapshot, pieces: Sequence[Piece], weights: Sequence[float], slices: tuple[int, ...]
+    ) -> Unrolled:
+        loss = position.thetas[0].new_zeros(())
+        n = slices[0] if slices else 1
+        for first in range(0, len(pieces), n):
+            part = pieces[first : first + n], weights[first : first + n]
+            if slices:
+                unrolled = checkpoint(self._run, position, *part, slices[1:], use_reentrant=False)
+            else:
+                unrolled = self._segment(position, part[0][0], part[1][0])
+            loss, position = loss + unrolled.loss, unrolled.position
+        return Unrolled(loss, position)
+
+    def _segment(self, position: Snapshot, piece: Piece, weight: float) -> Unrolled:
+        thetas, state = position.thetas, position.state
+        scoring = _Scoring(self, piece, position.hidden)
+        mean, *grads = _Score.apply(scoring, *thetas)  # type: ignore[no-untyped-call]
+        clock = replace(state.clock)
+        clock.tick(float(mean.detach()))
+        thetas, state = self.rule.update(thetas, grads, replace(state, clock=clock), self.priors)
+        return Unrolled(weight * mean, Snapshot(thetas, state, scoring.hidden))
+
+    @contextmanager
+    def model_graph(self) -> Iterator[None]:
+        """A graph of the language model alone: on, in memory of its own, and differentiable twice where that is asked."""
+        keep = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)  # not the checkpoint's to recompute
+        with ExitStack() as stack:
+            for context in (torch.enable_grad(), keep, second_order() if self.config.order == 2 else nullcontext()):
+                stack.enter_context(context)  # type: ignore[arg-type]
+            yield
+
+
+@contextmanager
+def second_order() -> Iterator[None]:
+    """Inside, everything has a second derivative: attention takes its MATH form, and recurrent layers no fused one.
+
+    The flash, memory-efficient and cuDNN kernels have none; what was set before is set again afterwards.
+    """
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False), differentiable_twice():
+        yield
+
+
+class _Scoring:
+    """One segment's losses and gradients at given weights; remembers the random state, so that dropout is replayed."""
+
+    def __init__(self, unroll: Unroll, piece: Piece, hidden: Any) -> None:
+        self.unroll, self.piece, self.start = unroll, piece, hidden
+        self.hidden: Any = None
+        self.devices = [piece[0].device.index] if piece[0].is_cuda else []
+        self.rng = torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self.devices)
+
+    def mean_loss(self, leaves: Sequence[Tensor]) -> Tensor:
+        with pointed(self.unroll.adapted, leaves):
+            losses_S, hidden = self.unroll.score(*self.piece, self.start)
+        self.hidden = detach(hidden)
+        return losses_S.mean()
+
+    def again(self, leaves: Sequence[Tensor]) -> Tensor:
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.rng[0])
+            for device, state in zip(self.devices, self.rng[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            return self.mean_loss(leaves)
+
+
+class _Score(torch.autograd.Function):
+    """θ_t ↦ (mean loss, g_t): a node of the meta graph that keeps θ_t and g_t, not the language model's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, scoring: _Scoring, *thetas: Tensor) -> tuple[Tensor, ...]:
+        leaves = [theta.detach().requires_grad_() for theta in thetas]
+        with scoring.unroll.model_graph():
+            mean = scoring.mean_loss(leaves)
+            grads = torch.autograd.grad(mean, leaves, materialize_grads=True)
+        grads = tuple(as_matrix(g) for g in grads)
+        ctx.scoring, ctx.second = scoring, scoring.unroll.config.order == 2
+        ctx.save_for_backward(*(thetas if ctx.second else grads))
+        if not ctx.second:
+            ctx.mark_non_differentiable(*grads)
+        return mean.detach(), *grads
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_mean: Tensor, *grad_grads: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.second:
+            return None, *(grad_mean * g for g in ctx.saved_tensors)
+        leaves = [theta.detach().requires_grad_() for theta in ctx.saved_tensors]
+        with ctx.scoring.unroll.model_graph():
+            mean = ctx.scoring.again(leaves)
+            grads = torch.autograd.grad(mean, leaves, create_graph=True, materialize_grads=True)
+        pairs = [(g, v) for g, v in zip(grads, grad_grads, strict=True) if g.requires_grad]
+        outputs, cotangents = [mean, *(g for g, _ in pairs)], [grad_mean, *(v.view_as(g) for g, v in pairs)]
+        return None, *torch.autograd.grad(outputs, leaves, cotangents, materialize_grads=True)

@@ -1,10 +1,12 @@
 """The contract of an online rule U_φ, and the bookkeeping that every rule shares.
 
-A rule is an ``nn.Module`` whose parameters are its meta-parameters φ. Its work splits in two, and the split is what
+A rule is an ``nn.Module`` whose parameters are its meta-parameters φ. Its work splits in three, and the split is what
 makes meta-gradients cheap (dynlm.meta.replay):
 
 1. ``observe``: statistics of a whole gradient tensor. No φ enters, so nothing is differentiated.
-2. ``step``: elementwise over coordinates and differentiable in φ. Given the observations, coordinates do not see each
+2. ``context``: a few numbers a tensor and segment, from φ and the observations; a hierarchical rule has a network with
+   its own memory here (``tensor_step``). It does not see θ.
+3. ``step``: elementwise over coordinates and differentiable in the context. Given that, coordinates do not see each
    other, so any sample of them can be replayed alone.
 
 Each tensor is a matrix (R, C); a vector is one row. ``step`` must broadcast, as it is called with (R, C) matrices while
@@ -78,10 +80,15 @@ class Clock:
 
 @dataclass
 class RuleState:
-    """The rule's memory: ``slots[tensor][slot]`` is (R, C), ``memory[tensor]`` belongs to ``observe``."""
+    """The rule's memory.
+
+    ``slots[tensor][slot]`` is (R, C) or (R, C, H), ``tensors[tensor]`` belongs to ``tensor_step``, ``memory[tensor]`` to
+    ``observe``.
+    """
 
     slots: list[Slots]
     memory: list[Any]
+    tensors: list[Slots]
     clock: Clock = field(default_factory=Clock)
 
 
@@ -90,12 +97,21 @@ class Rule(nn.Module, abc.ABC):
 
     name: str
     n_slots: int = 0
+    slot_width: int = 0
+    """0: a slot is one number a weight; H: a vector (R, C, H)"""
     reads_gradient: bool = True
+    traceable: bool = True
+    """``step`` is short and uses only what dynlm.optim.trace knows, so it can become one fused loop"""
 
     def init(self, priors: Sequence[Prior]) -> RuleState:
         """The state at θ0: all zeros."""
-        slots = [tuple(torch.zeros_like(p.theta0) for _ in range(self.n_slots)) for p in priors]
-        return RuleState(slots=slots, memory=[None] * len(priors))
+        width = (self.slot_width,) if self.slot_width else ()
+        slots = [tuple(p.theta0.new_zeros(p.theta0.shape + width) for _ in range(self.n_slots)) for p in priors]
+        return RuleState(slots=slots, memory=[None] * len(priors), tensors=[self.tensor_init(p) for p in priors])
+
+    def tensor_init(self, prior: Prior) -> Slots:
+        """The start of the memory that :meth:`tensor_step` keeps for a tensor. Default: none."""
+        return ()
 
     def observe(self, grad: Tensor, prior: Prior, memory: Any, clock: Clock) -> tuple[Observation, Any]:
         """Statistics of the gradient (R, C) of one tensor, and the memory for the next segment. Default: none."""
@@ -104,6 +120,10 @@ class Rule(nn.Module, abc.ABC):
     def context(self, prior: Prior, observation: Observation, clock: Clock) -> Slots:
         """Small tensors that all coordinates of a tensor share at this step: the only way in for φ. Default: none."""
         return ()
+
+    def tensor_step(self, prior: Prior, observation: Observation, clock: Clock, memory: Slots) -> tuple[Slots, Slots]:
+        """(context, new memory): for rules whose context has a memory of its own. Default: ``context``, no memory."""
+        return self.context(prior, observation, clock), memory
 
     @abc.abstractmethod
     def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
@@ -123,14 +143,16 @@ class Rule(nn.Module, abc.ABC):
 
         ``state.clock`` must already have ticked for this segment.
         """
-        new_thetas, new_slots, new_memory = [], [], []
-        for theta, grad, slots, memory, prior in zip(thetas, grads, state.slots, state.memory, priors, strict=True):
+        new_thetas = []
+        new = RuleState([], [], [], state.clock)
+        for i, (theta, grad, prior) in enumerate(zip(thetas, grads, priors, strict=True)):
             with torch.no_grad():
-                seen, memory = self.observe(grad, prior, memory, state.clock)
-            context = self.context(prior, seen, state.clock)
+                seen, memory = self.observe(grad, prior, state.memory[i], state.clock)
+            context, of_tensor = self.tensor_step(prior, seen, state.clock, state.tensors[i])
             w = Coordinates(theta, prior.theta0, prior.rms, grad, seen.row, seen.col)
-            theta, slots = self.step(w, slots, context)
+            theta, slots = self.step(w, state.slots[i], context)
             new_thetas.append(theta)
-            new_slots.append(slots)
-            new_memory.append(memory)
-        return new_thetas, RuleState(new_slots, new_memory, state.clock)
+            new.slots.append(slots)
+            new.memory.append(memory)
+            new.tensors.append(of_tensor)
+        return new_thetas, new

@@ -40,9 +40,9 @@ class FusedStep:
         seen = []
         for i, (theta, grad, prior) in enumerate(zip(thetas, grads, priors, strict=True)):
             observation, state.memory[i] = self.rule.observe(grad, prior, state.memory[i], state.clock)
-            context = self.rule.context(prior, observation, state.clock)
+            context, state.tensors[i] = self.rule.tensor_step(prior, observation, state.clock, state.tensors[i])
             w = Coordinates(theta, prior.theta0, prior.rms, grad, observation.row, observation.col)
-            if self.compiled and supported(theta):
+            if self.compiled and self.rule.traceable and supported(theta):
                 self._kernel(w, context)(w, state.slots[i], flat_context(context, theta))
             else:
                 _plain_step(self.rule, w, state.slots[i], context)

@@ -9,7 +9,7 @@ import torch
 from dynlm.adapt import ReadConfig, Reader
 from dynlm.data.segments import article_segments
 from dynlm.meta.replay import Recording, replay, replay_eagerly, sample_coordinates
-from dynlm.meta.unroll import Unroll
+from dynlm.meta.unroll import Unroll, UnrollConfig
 from dynlm.optim.handmade import RMS, SGD, Adam
 from dynlm.optim.learned import Gated
 from lab import START, make_article, make_lab
@@ -69,7 +69,7 @@ def test_replay_equals_unroll(engine, name, carry, layers):
     recording, start, pieces, weights, adapted = read_window(lab, rule, 42, carry)
     engine(rule, recording)
     replayed = gradients(rule)
-    Unroll(model, score, rule, adapted, priors).meta_loss(start, pieces, weights).backward()
+    Unroll(score, rule, adapted, priors, UnrollConfig()).run(start, pieces, weights).loss.backward()
     unrolled = gradients(rule)
     assert replayed.keys() == unrolled.keys()
     assert all(g.abs().max() > 0 for g in unrolled.values()), "a meta-parameter that never learns"
@@ -91,7 +91,7 @@ def test_unroll_meta_loss_is_what_reading_scored(lab):
     with Reader(model, score, rule, priors, ReadConfig(segment=SEGMENT, kernel="eager")) as reader:
         means = [reader.segment(*piece).losses_S.mean() for piece in pieces]
     expected = sum(w * m for w, m in zip(weights, means, strict=True))
-    actual = Unroll(model, score, rule, adapted, priors).meta_loss(start, pieces, weights)
+    actual = Unroll(score, rule, adapted, priors, UnrollConfig()).run(start, pieces, weights).loss
     torch.testing.assert_close(actual.detach(), expected, rtol=1e-12, atol=0)
 
 
@@ -104,15 +104,14 @@ def test_second_order_unroll_matches_finite_differences(lab):
     lab = model, score, priors
     rule = SGD(0.4, 0.02)
     _, start, pieces, weights, adapted = read_window(lab, rule, 20)
-    unroll = Unroll(model, score, rule, adapted, priors)
-    unroll.meta_loss(start, pieces, weights, second_order=True).backward()
+    Unroll(score, rule, adapted, priors, UnrollConfig(order=2)).run(start, pieces, weights).loss.backward()
     exact = rule.lr.grad.item()
     h = 1e-5
     values = []
     for sign in (1, -1):
         moved = copy.deepcopy(rule)
         moved.lr.data += sign * h
-        values.append(Unroll(model, score, moved, adapted, priors).meta_loss(start, pieces, weights).item())
+        values.append(Unroll(score, moved, adapted, priors, UnrollConfig()).run(start, pieces, weights).loss.item())
     assert exact == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-6)
 
 

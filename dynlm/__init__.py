@@ -22,7 +22,7 @@ _HOME = {
     "SGD": "dynlm.optim.handmade",
     "RMS": "dynlm.optim.handmade",
     "Adam": "dynlm.optim.handmade",
-    "Gated": "dynlm.optim.learned",
+    "Gated": "dynlm.optim.gated",
     "load_rule": "dynlm.optim.library",
     "load_corpus": "dynlm.data.articles",
     "InputError": "dynlm.types",

@@ -7,7 +7,7 @@ from dynlm.adapt import ReadConfig, Reader, measure_priors
 from dynlm.data.segments import article_segments
 from dynlm.evaluate.audit import first_leak, restores
 from dynlm.optim.handmade import RMS, SGD, Static
-from dynlm.optim.learned import Gated
+from dynlm.optim.gated import Gated
 from dynlm.types import InputError, TokenizedArticle
 from lab import START, VOCAB, make_article, make_lab
 
@@ -44,7 +44,7 @@ def test_zero_rate_equals_static_bitwise(make, kernel):
 @pytest.mark.parametrize("rule", ["sgd", "rms", "gated"])
 def test_scores_do_not_move_when_later_tokens_change(rule, position):
     lab = make_lab(torch.float32)
-    rules = {"sgd": SGD(0.5), "rms": RMS(**SETTINGS), "gated": Gated.from_rms(SETTINGS, lab[2])}
+    rules = {"sgd": SGD(0.5), "rms": RMS(**SETTINGS), "gated": Gated.started_at(SETTINGS, lab[2])}
     reader = reader_for(lab, rules[rule])
     assert first_leak(reader, make_article(40), START, position, VOCAB) is None
 
@@ -114,7 +114,7 @@ def test_reset_never_is_one_stream():
 def test_a_snapshot_goes_on_exactly():
     lab = make_lab(torch.float32)
     pieces = list(article_segments(make_article(64).ids_T, START, 8))
-    with reader_for(lab, Gated.from_rms(SETTINGS, lab[2])) as reader:
+    with reader_for(lab, Gated.started_at(SETTINGS, lab[2])) as reader:
         for piece in pieces[:4]:
             reader.segment(*piece)
         saved = reader.snapshot()

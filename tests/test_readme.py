@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dynlm.cli.main import COMMANDS
-from dynlm.meta.replay import replay
+from dynlm.meta.replay import Replay
 from dynlm.optim.base import Rule
 from dynlm.optim.handmade import scalar
 from lab import make_lab
@@ -23,7 +23,7 @@ def test_the_rule_of_the_readme_reads_and_gets_a_meta_gradient():
     exec(BLOCKS[0], names)
     rule = names["SignDescent"](1e-2)
     recording, *_ = read_window(make_lab(), rule, 30)
-    replay(rule, recording)
+    Replay(rule)(recording)
     assert gradients(rule)["lr"] != 0
 
 

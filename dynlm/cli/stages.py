@@ -31,8 +31,7 @@ from dynlm.models.params import adapted_parameters
 from dynlm.models.train import train_base_model
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.handmade import Static
-from dynlm.optim.learned import Gated
-from dynlm.optim.library import LEARNED, load_rule, save_rule
+from dynlm.optim.library import LEARNED, load_rule, save_rule, start_rule
 from dynlm.report.html import write_report
 from dynlm.types import Article, InputError, TokenizedArticle
 
@@ -164,15 +163,15 @@ def tune(recipe: Recipe) -> None:
 
 
 def meta_training(recipe: Recipe) -> None:
-    """The gated rule, from the tuned RMS rule, on the meta-training articles."""
-    bench = Bench(recipe)
-    target, checkpoint = bench.run.rule("gated"), bench.run.checkpoint("meta-train")
+    """A learned rule, from the tuned hand-made rule that it starts at, on the meta-training articles."""
+    bench, kind = Bench(recipe), recipe.meta.rule
+    target, checkpoint = bench.run.rule(kind), bench.run.checkpoint("meta-train")
     if recipe.resume:
         bench.run.require(checkpoint, "meta-train")
     _free(target, recipe, checkpoint)
     articles, held_back = divide_meta_split(bench.articles("meta"), recipe.meta)
-    start = bench.load_rule("rms").settings()
-    rule = Gated.from_rms(start, bench.priors, recipe.meta.hidden, recipe.meta.seed)
+    start = bench.load_rule(LEARNED[kind].start).settings()
+    rule = start_rule(kind, start, bench.priors, recipe.meta.seed, recipe.meta.hidden)
     reader = bench.reader(rule)
     trainer = MetaTrainer(reader, articles, bench.tokenizer.eos_id, recipe.meta)
     tokens = sum(map(len, held_back))

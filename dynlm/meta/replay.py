@@ -4,151 +4,164 @@ With recorded gradients g_t held fixed, coordinates are independent, and the met
 
     J(φ) = Σ_t w_t ⟨g_t, θ_t(φ)⟩.
 
-So the rule alone is run again over the recorded g_t and backpropagated through: in one fused pass (dynlm.optim.kernel),
-or block of coordinates by block in torch. Since J
-is a sum over coordinates, a random sample of them, weighted by inverse inclusion probability, gives an unbiased
-estimate: O(T·K) floats are stored, K ≪ N.
+So the rule alone is run again over the recorded g_t and backpropagated through, block of coordinates by block, in a fused
+kernel (dynlm.optim.kernel) or in torch. What tensors share, the contexts and the networks that make them, is run once and
+receives the summed gradient of all blocks. Since J is a sum over coordinates, a random sample of them
+(dynlm.meta.sampling) gives an unbiased estimate: O(T·K) floats are stored, K ≪ N.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dynlm.adapt import Reader, Step
 from dynlm.compiler import supported
-from dynlm.optim.base import Clock, Coordinates, Observation, Prior, Rule, Slots
-from dynlm.optim.kernel import ReplayWork, flat_context, fused_replay
+from dynlm.meta.recording import Recording
+from dynlm.meta.sampling import Stratum
+from dynlm.optim.base import Coordinates, Rule, Slots
+from dynlm.optim.kernel import FusedReplay, ReplayWork, flat_context
+
+MIB = 2**20
 
 
-class Stratum(NamedTuple):
-    """Sampled coordinates of one tensor: flat positions (K,), and the weight 1 / inclusion probability of each."""
+@dataclass(frozen=True)
+class ReplayConfig:
+    """How a recording is replayed."""
 
-    index_K: Tensor
-    weight: float
-
-
-def sample_coordinates(
-    sizes: Sequence[int], n_sampled: int, generator: torch.Generator, smallest: int = 1024
-) -> list[Stratum]:
-    """One stratum a tensor, in proportion to its size but at least ``smallest`` coordinates (all, if it has fewer).
-
-    Within a tensor one coordinate is drawn from each of K equal intervals, so rows are covered evenly; a tensor whose
-    share is its size is taken whole. ``n_sampled`` of 0 takes everything.
-    """
-    total = sum(sizes)
-    strata = []
-    for size in sizes:
-        share = size if n_sampled == 0 else min(size, max(smallest, round(n_sampled * size / total)))
-        offsets = torch.rand(share, generator=generator, dtype=torch.float64)
-        index = ((torch.arange(share) + offsets) * (size / share)).long().clamp_(max=size - 1)
-        strata.append(Stratum(torch.arange(size) if share == size else index, size / share))
-    return strata
+    memory: int = 256
+    """MiB that a block of coordinates may take beside the recording; blocks are sized from it"""
+    fused: bool = True
+    """one C loop where the rule and the machine allow it; False: torch's autograd, the plain form"""
 
 
-@dataclass
-class Recording:
-    """What one window of reading leaves for the replay: everything is detached."""
+class Replay:
+    """Adds ∇φ J of recordings to the gradients of one rule's meta-parameters."""
 
-    priors: Sequence[Prior]
-    strata: Sequence[Stratum]
-    theta: list[Tensor]
-    """θ at the window's start, (K,) a tensor"""
-    slots: list[Slots]
-    grads: list[list[Tensor]] = field(default_factory=list)
-    """[step][tensor] (K,)"""
-    seen: list[list[Observation]] = field(default_factory=list)
-    clocks: list[Clock] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
+    def __init__(self, rule: Rule, config: ReplayConfig | None = None) -> None:
+        self.rule, self.config = rule, config or ReplayConfig()
+        self.fused = FusedReplay(rule)
 
-    @classmethod
-    def begin(cls, reader: Reader, strata: Sequence[Stratum]) -> Recording:
-        """Take the reader's present position as the start of the window."""
-        theta = [_take(t, s) for t, s in zip(reader.thetas, strata, strict=True)]
-        slots = [tuple(_take(x, s) for x in xs) for xs, s in zip(reader.state.slots, strata, strict=True)]
-        return cls(reader.priors, strata, theta, slots)
+    def __call__(self, recording: Recording, part: int = 0, parts: int = 1) -> None:
+        """``part`` of ``parts``: only every so many-th coordinate, weighted to stand for all."""
+        if len(recording) < 2:
+            return  # no update moves a loss of this window
+        for tensor, stratum in enumerate(recording.strata):
+            context, context_WN = self._contexts(recording, tensor)
+            if context_WN.requires_grad:  # else a rule without meta-parameters
+                chosen = range(part, stratum.index_K.numel(), parts)
+                if chosen:
+                    adjoint_WN = self._adjoint(recording, tensor, chosen, (context, context_WN.detach()))
+                    context_WN.backward(adjoint_WN.to(context_WN))
 
-    def add(self, step: Step, clock: Clock, weight: float) -> None:
-        """Record one segment; ``weight`` is w_t, ``clock`` as the rule's update saw it."""
-        self.grads.append([_take(g, s) for g, s in zip(step.grads, self.strata, strict=True)])
-        self.seen.append(step.seen)
-        self.clocks.append(Clock(clock.step, clock.loss, clock.baseline))
-        self.weights.append(weight)
+    def _contexts(self, recording: Recording, tensor: int) -> tuple[Slots, Tensor]:
+        """(one step's context, for its shapes; the flat numbers of all W − 1 steps, a graph in φ)."""
+        memory, rows, context = recording.tensors[tensor], [], ()
+        for t in range(len(recording) - 1):  # the last update moves no loss of this window
+            seen, clock = recording.seen(tensor, t), recording.clocks[t]
+            context, memory = self.rule.tensor_step(recording.priors[tensor], seen, clock, memory)
+            rows.append(flat_context(context, recording.theta[tensor]))
+        return context, torch.stack(rows)
+
+    def _adjoint(self, recording: Recording, tensor: int, chosen: range, contexts: tuple[Slots, Tensor]) -> Tensor:
+        """∂J/∂context (W − 1, N) from the chosen coordinates of one tensor, summed over blocks."""
+        fused = self.config.fused and self.rule.traceable and supported(recording.theta[tensor])
+        replay_block = self._fused_block if fused else self._plain_block
+        stratum = recording.strata[tensor]
+        weight = stratum.weight * stratum.index_K.numel() / len(chosen)
+        total = torch.zeros_like(contexts[1], dtype=torch.float64)
+        size = chosen.step * self._block(recording, tensor, contexts, fused)
+        for start in range(chosen.start, chosen.stop, size):
+            block = slice(start, min(start + size, chosen.stop), chosen.step)
+            total += replay_block(block_work(recording, tensor, block, weight), contexts)
+        return total
+
+    def _block(self, recording: Recording, tensor: int, contexts: tuple[Slots, Tensor], fused: bool) -> int:
+        """Coordinates of a block that fits the budget: a fused one holds its gradients, a plain one its graph."""
+        like = recording.theta[tensor]
+        per_step = like.element_size()
+        if not fused:
+            work = block_work(recording, tensor, slice(0, 16), 1.0)
+            per_step += -(-self._graph_bytes(work, contexts) // work.theta.shape[0])
+        return max(64, self.config.memory * MIB // (per_step * len(recording)))
+
+    def _graph_bytes(self, work: ReplayWork, contexts: tuple[Slots, Tensor]) -> int:
+        """What autograd keeps of one step over a small block, measured."""
+        kept: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            if tensor.shape and work.theta.shape[0] in tensor.shape:
+                kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            self._steps(work, contexts, 1)
+        return sum(kept.values())
+
+    def _steps(self, work: ReplayWork, contexts: tuple[Slots, Tensor], steps: int) -> tuple[list[Tensor], Tensor]:
+        """(θ after each of the first updates, the leaf that stands for their contexts)."""
+        context, context_WN = contexts
+        leaf_WN = context_WN[:steps].clone().requires_grad_()
+        theta, slots, thetas = work.theta, work.slots, []
+        row_K, col_K = work.place_2K.long()
+        for t in range(steps):
+            row, col = tuple(x[t, row_K] for x in work.row), tuple(x[t, col_K] for x in work.col)
+            w = Coordinates(theta, work.theta0, work.rms, work.grads_WK[t], row, col)
+            theta, slots = self.rule.step(w, slots, _unflatten(leaf_WN[t], context))
+            thetas.append(theta)
+        return thetas, leaf_WN
+
+    def _plain_block(self, work: ReplayWork, contexts: tuple[Slots, Tensor]) -> Tensor:
+        """Autograd through ``Rule.step``: the reference, and the way of rules that are not traceable."""
+        thetas, leaf_WN = self._steps(work, contexts, work.grads_WK.shape[0] - 1)
+        cotangents = (work.weights_W[1:, None] * work.grads_WK[1:]).unbind()
+        (adjoint_WN,) = torch.autograd.grad(thetas, leaf_WN, cotangents)
+        return adjoint_WN.double()
+
+    def _fused_block(self, work: ReplayWork, contexts: tuple[Slots, Tensor]) -> Tensor:
+        return self.fused(work, *contexts)
 
 
-def _take(matrix_RC: Tensor, stratum: Stratum) -> Tensor:
-    return matrix_RC.reshape(-1)[stratum.index_K]
-
-
-def replay(rule: Rule, recording: Recording, block: int = 32768) -> None:
-    """Add ∇φ J to the rule's gradients, in fused kernels where they exist, else block by block in torch."""
-    if len(recording.weights) < 2:
-        return  # no update moves a loss of this window
-    if not supported(recording.theta[0]):
-        replay_eagerly(rule, recording, block)
-        return
-    for tensor in range(len(recording.strata)):
-        _replay_fused(rule, recording, tensor)
-
-
-def replay_eagerly(rule: Rule, recording: Recording, block: int = 32768) -> None:
-    """The plain form of :func:`replay`: autograd through ``Rule.step``. Peak memory is one block's unroll."""
-    for tensor, stratum in enumerate(recording.strata):
-        for start in range(0, stratum.index_K.numel(), block):
-            _replay_block(rule, recording, tensor, slice(start, start + block))
-
-
-def _replay_fused(rule: Rule, recording: Recording, tensor: int) -> None:
-    stratum, prior = recording.strata[tensor], recording.priors[tensor]
-    theta, slots = recording.theta[tensor], recording.slots[tensor]
-    seen = [step[tensor] for step in recording.seen[:-1]]
-    contexts = [rule.context(prior, s, clock) for s, clock in zip(seen, recording.clocks[:-1], strict=True)]
-    context_WN = torch.stack([flat_context(context, theta) for context in contexts])
-    if not context_WN.requires_grad:
-        return  # a rule without meta-parameters
-    grads_WK = torch.stack([step[tensor] for step in recording.grads])
-    weights_W = grads_WK.new_tensor(recording.weights) * stratum.weight
-    columns = prior.theta0.shape[1]
-    work = ReplayWork(
-        theta,
-        prior.theta0.reshape(-1)[stratum.index_K],
-        prior.rms.reshape(-1)[stratum.index_K],
-        slots,
+def block_work(recording: Recording, tensor: int, block: slice, weight: float) -> ReplayWork:
+    """The chosen coordinates of one tensor's stratum, ready to replay."""
+    prior, stratum = recording.priors[tensor], recording.strata[tensor]
+    index_K, columns = stratum.index_K[block], prior.theta0.shape[1]
+    grads_WK = recording.grads.read(tensor, len(recording), block)
+    of_block = Stratum(index_K, weight)
+    return ReplayWork(
+        recording.theta[tensor][block],
+        of_block.take(prior.theta0),
+        of_block.take(prior.rms),
+        tuple(slot[block] for slot in recording.slots[tensor]),
         grads_WK,
-        weights_W[:, None] * grads_WK,
-        torch.stack([stratum.index_K // columns, stratum.index_K % columns]).int(),
-        tuple(torch.stack([s.row[k].reshape(-1) for s in seen]) for k in range(len(seen[0].row))),
-        tuple(torch.stack([s.col[k].reshape(-1) for s in seen]) for k in range(len(seen[0].col))),
+        grads_WK.new_tensor(recording.weights) * weight,
+        torch.stack([index_K // columns, index_K % columns]).int(),
+        tuple(x[: len(recording)] for x in recording.rows[tensor]),
+        tuple(x[: len(recording)] for x in recording.cols[tensor]),
     )
-    context_WN.backward(fused_replay(rule, work, contexts[0], context_WN).to(context_WN))
 
 
-def _replay_block(rule: Rule, recording: Recording, tensor: int, block: slice) -> None:
-    stratum, prior = recording.strata[tensor], recording.priors[tensor]
-    index_K = stratum.index_K[block]
-    columns = prior.theta0.shape[1]
-    row_K, col_K = index_K // columns, index_K % columns
-    theta0, rms = prior.theta0.reshape(-1)[index_K], prior.rms.reshape(-1)[index_K]
-    theta = recording.theta[tensor][block]
-    slots = tuple(slot[block] for slot in recording.slots[tensor])
-    thetas, cotangents = [], []
-    for t in range(len(recording.weights) - 1):  # the last update moves no loss of this window
-        seen = recording.seen[t][tensor]
-        w = Coordinates(
-            theta,
-            theta0,
-            rms,
-            recording.grads[t][tensor][block],
-            tuple(x[row_K, 0] for x in seen.row),
-            tuple(x[0, col_K] for x in seen.col),
-        )
-        theta, slots = rule.step(w, slots, rule.context(prior, seen, recording.clocks[t]))
-        thetas.append(theta)
-        weight = recording.weights[t + 1] * stratum.weight
-        cotangents.append(weight * recording.grads[t + 1][tensor][block])
-    if thetas and thetas[-1].requires_grad:
-        torch.autograd.backward(thetas, cotangents)
+def _unflatten(flat_N: Tensor, like: Slots) -> Slots:
+    parts = flat_N.split([t.numel() for t in like])
+    return tuple(part.view(t.shape) for part, t in zip(parts, like, strict=True))
+
+
+def sampling_error(replay: Replay, recording: Recording, parts: int = 8) -> tuple[Tensor, Tensor]:
+    """(estimate, standard error) of the sampled meta-gradient, flat over φ, from ``parts`` disjoint subsamples.
+
+    Subsamples are interleaved, so the error says nothing of what even spacing gains: it is an upper estimate. Gradients
+    that φ already holds are left as they are.
+    """
+    phi = [p for p in replay.rule.parameters() if p.numel()]
+    before = [p.grad for p in phi]
+    draws = []
+    for part in range(parts):
+        for p in phi:
+            p.grad = None
+        replay(recording, part, parts)
+        draws.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).double().flatten() for p in phi]))
+    for p, grad in zip(phi, before, strict=True):
+        p.grad = grad
+    stacked = torch.stack(draws)
+    return stacked.mean(0), stacked.std(0) / parts**0.5

@@ -1,59 +1,59 @@
 """Meta-training: the reading rule learns from long stretches of reading.
 
-Several articles are read side by side, a window of segments at a time; after each round of windows the replay engine
-gives the meta-gradient and Adam moves φ. Truncation with carry: θ, s and h go on into the next window, the graph does
-not. A part of the meta split is kept aside to choose the best φ and to stop early.
+Several articles are read side by side, a window of segments at a time; after each round of windows an estimator
+(dynlm.meta.estimators) gives the meta-gradient and Adam moves φ. Truncation with carry: θ, s and h go on into the next
+window, the graph does not. A part of the meta split is kept aside to choose the best φ and to stop early.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from dynlm import runs
-from dynlm.adapt import Reader, Snapshot
+from dynlm.adapt import Reader
 from dynlm.data.segments import article_segments
-from dynlm.meta.replay import Recording, replay, sample_coordinates
-from dynlm.optim.base import Clock, Rule, RuleState
-from dynlm.optim.features import Statistics
+from dynlm.meta.estimators import EstimatorConfig, make_estimator
+from dynlm.meta.positions import pack, unpack
+from dynlm.optim.base import Rule
 from dynlm.types import InputError, TokenizedArticle
 
 
 @dataclass(frozen=True)
 class MetaConfig:
-    """Meta-training of the learned rule."""
+    """Meta-training of a learned rule."""
 
+    rule: Literal["gated", "linear", "diagonal", "lstm", "gru", "mlp"] = "gated"
+    """learned cell to train; it starts at a tuned hand-made rule"""
     steps: int = 300
     """updates of φ"""
     articles: int = 2
     """articles read side by side, each giving one window a step"""
     truncation: int = 64
     """segments of one window: how far the meta-gradient sees"""
-    coordinates: int = 200_000
-    """weights sampled for the meta-gradient of a window; 0 takes all"""
     lr: float = 1e-2
     """peak of Adam's learning rate on φ; cosine to zero over the steps"""
     clip: float = 1.0
     """bound on the norm of the meta-gradient (nats per token)"""
-    hidden: int = 8
-    """units of the rule's shared network"""
+    hidden: int = 0
+    """units of the rule's shared network; 0 is the cell's own default"""
     validate_every: int = 25
     """steps between readings of the meta-validation articles; each writes a checkpoint"""
     validation_articles: int = 12
     """articles of the meta split that only choose φ"""
     patience: int = 6
     """validations without improvement before stopping early"""
-    block: int = 32768
-    """coordinates replayed at once"""
     seed: int = 0
+    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
 
 
 def divide_meta_split(
@@ -81,7 +81,7 @@ class Stream:
     def __init__(self, article: int, pieces: list[tuple[Tensor, Tensor]]) -> None:
         self.article, self.pieces = article, pieces
         self.done = 0
-        self.snapshot: Snapshot | None = None
+        self.position: Any = None
 
 
 class MetaTrainer:
@@ -93,6 +93,7 @@ class MetaTrainer:
         self.phi = [p for p in self.rule.parameters() if p.requires_grad and p.numel()]
         self.optimizer = torch.optim.Adam(self.phi, lr=config.lr, betas=(0.9, 0.98))
         self.generator = torch.Generator().manual_seed(config.seed)
+        self.estimator = make_estimator(reader, config.estimator, self.generator)
         self.streams: list[Stream] = [self._fresh_stream() for _ in range(config.articles)]
         self.progress = MetaProgress()
 
@@ -121,26 +122,17 @@ class MetaTrainer:
 
     def _window(self, i: int) -> tuple[float, int]:
         """Read one window of stream ``i`` and add its meta-gradient; the stream moves on or is replaced."""
-        stream, reader, config = self.streams[i], self.reader, self.config
-        if stream.snapshot is None:
-            reader.begin()
-        else:
-            reader.resume(stream.snapshot)
-        sizes = [theta.numel() for theta in reader.thetas]
-        recording = Recording.begin(reader, sample_coordinates(sizes, config.coordinates, self.generator))
-        full = config.truncation * reader.config.segment * len(self.streams)
-        nats, tokens = 0.0, 0
-        for inputs_S, targets_S in stream.pieces[stream.done : stream.done + config.truncation]:
-            step = reader.segment(inputs_S, targets_S)
-            recording.add(step, reader.state.clock, targets_S.numel() / full)
-            nats, tokens = nats + float(step.losses_S.double().sum()), tokens + targets_S.numel()
-        replay(self.rule, recording, config.block)
+        stream, config = self.streams[i], self.config
+        position = self.estimator.begin() if stream.position is None else stream.position
+        full = config.truncation * self.reader.config.segment * len(self.streams)
+        pieces = stream.pieces[stream.done : stream.done + config.truncation]
+        window = self.estimator.window(position, pieces, [targets_S.numel() / full for _, targets_S in pieces])
         stream.done += config.truncation
         if stream.done + 8 > len(stream.pieces):  # a window needs a few segments to learn from
             self.streams[i] = self._fresh_stream()
         else:
-            stream.snapshot = reader.snapshot()
-        return nats, tokens
+            stream.position = window.position
+        return window.nats, window.tokens
 
     def _fresh_stream(self) -> Stream:
         article = int(torch.randint(len(self.articles), (), generator=self.generator))
@@ -155,17 +147,20 @@ class MetaTrainer:
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items()}
         tensors["rng"] = self.generator.get_state()
-        streams: list[runs.Json] = []
-        for i, stream in enumerate(self.streams):
-            streams.append({"article": stream.article, "done": stream.done if stream.snapshot else 0})
-            if stream.snapshot:
-                tensors |= {f"stream.{i}.{name}": t for name, t in _pack(stream.snapshot).items()}
-                streams[-1]["clock"] = astuple(stream.snapshot.state.clock)
-        meta = {"progress": self.progress._asdict(), "config": asdict(self.config), "streams": streams}
+        streams = [
+            {"article": s.article, "done": s.done, "position": pack(s.position, f"stream.{i}", tensors)}
+            for i, s in enumerate(self.streams)
+        ]
+        meta = {"progress": self.progress._asdict(), "config": self._settings(), "streams": streams}
         return tensors, meta
 
+    def _settings(self) -> runs.Json:
+        """As JSON gives them back: tuples are lists."""
+        settings: runs.Json = json.loads(json.dumps(asdict(self.config)))
+        return settings
+
     def load(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        if meta.get("config") != asdict(self.config):
+        if meta.get("config") != self._settings():
             raise InputError(
                 "the checkpoint was made with other [meta] settings: resume with those, or use --overwrite"
             )
@@ -180,42 +175,11 @@ class MetaTrainer:
             self.generator.set_state(tensors["rng"])
             for i, record in enumerate(meta["streams"]):
                 self.streams[i] = stream = self._stream(record["article"])
-                if record["done"]:
-                    stream.done = record["done"]
-                    packed = {
-                        k.removeprefix(f"stream.{i}."): v for k, v in tensors.items() if k.startswith(f"stream.{i}.")
-                    }
-                    stream.snapshot = _unpack(packed, record["clock"], self.reader)
+                stream.done = record["done"]
+                stream.position = unpack(record["position"], tensors, self.reader.parameters[0].device)
             self.progress = MetaProgress(**meta["progress"])
         except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"the checkpoint does not fit this run ({error}): use --overwrite to start anew") from None
-
-
-def _pack(snapshot: Snapshot) -> dict[str, Tensor]:
-    tensors = {f"theta.{i}": t for i, t in enumerate(snapshot.thetas)}
-    for i, slots in enumerate(snapshot.state.slots):
-        tensors |= {f"slot.{i}.{j}": slot for j, slot in enumerate(slots)}
-    for i, memory in enumerate(snapshot.state.memory):
-        if isinstance(memory, Statistics):
-            tensors |= {f"memory.{i}.{name}": value for name, value in memory._asdict().items()}
-    for layer, (h, c) in enumerate(snapshot.hidden or ()):
-        tensors |= {f"hidden.{layer}.0": h, f"hidden.{layer}.1": c}
-    return tensors
-
-
-def _unpack(tensors: dict[str, Tensor], clock: Sequence[Any], reader: Reader) -> Snapshot:
-    device = reader.parameters[0].device
-    moved = {name: t.to(device) for name, t in tensors.items()}
-    n = len(reader.thetas)
-    slots = [tuple(moved[f"slot.{i}.{j}"] for j in range(reader.rule.n_slots)) for i in range(n)]
-    names = Statistics._fields
-    memory = [
-        Statistics(*(moved[f"memory.{i}.{name}"] for name in names)) if f"memory.{i}.{names[0]}" in moved else None
-        for i in range(n)
-    ]
-    layers = sum(name.startswith("hidden.") for name in moved) // 2
-    hidden = tuple((moved[f"hidden.{i}.0"], moved[f"hidden.{i}.1"]) for i in range(layers)) or None
-    return Snapshot([moved[f"theta.{i}"] for i in range(n)], RuleState(slots, memory, Clock(*clock)), hidden)
 
 
 def meta_train(
@@ -237,7 +201,7 @@ def meta_train(
         if trainer.progress.step == 0:
             trainer.progress = trainer.progress._replace(best=validate())
             save_best(trainer.rule, trainer.progress)
-            bar.write(f"start, the tuned RMS rule: meta-validation {trainer.progress.best:.4f} nats/token")
+            bar.write(f"start, the tuned hand-made rule: meta-validation {trainer.progress.best:.4f} nats/token")
         while trainer.progress.step < config.steps and trainer.progress.stale < config.patience:
             loss = trainer.step()
             bar.update()

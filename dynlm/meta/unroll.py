@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from dynlm.adapt import Scorer, Snapshot, detach
 from dynlm.models.params import Adapted, as_matrix, pointed
 from dynlm.models.recurrence import differentiable_twice
-from dynlm.optim.base import Prior, Rule
+from dynlm.optim.base import Prior, Rule, RuleState
 from dynlm.types import InputError
 
 Piece = tuple[Tensor, Tensor]
@@ -47,6 +48,8 @@ class Unrolled(NamedTuple):
 
     loss: Tensor
     """Σ_t w_t mean(ℓ_t(θ_t)), nats"""
+    means: tuple[float, ...]
+    """mean(ℓ_t) of each segment"""
     position: Snapshot
     """after the last segment; detach it to carry it on into the next window"""
 
@@ -65,22 +68,42 @@ class Unroll:
         """Unroll ``pieces`` from ``start``, which is left as it was. Hidden states are detached between segments."""
         if not pieces:
             raise InputError("no segment to unroll")
+        if len(weights) != len(pieces):
+            raise InputError(f"{len(pieces)} segments, but {len(weights)} weights: give each segment one")
         thetas = [theta if theta.requires_grad else theta.detach().requires_grad_() for theta in start.thetas]
         return self._run(start._replace(thetas=thetas), pieces, weights, self.config.slices)
 
     def _run(
         self, position: Snapshot, pieces: Sequence[Piece], weights: Sequence[float], slices: tuple[int, ...]
     ) -> Unrolled:
-        loss = position.thetas[0].new_zeros(())
+        loss, means = position.thetas[0].new_zeros(()), ()
         n = slices[0] if slices else 1
         for first in range(0, len(pieces), n):
             part = pieces[first : first + n], weights[first : first + n]
             if slices:
-                unrolled = checkpoint(self._run, position, *part, slices[1:], use_reentrant=False)
+                unrolled = self._slice(position, *part, slices[1:])
             else:
                 unrolled = self._segment(position, part[0][0], part[1][0])
-            loss, position = loss + unrolled.loss, unrolled.position
-        return Unrolled(loss, position)
+            loss, means, position = loss + unrolled.loss, means + unrolled.means, unrolled.position
+        return Unrolled(loss, means, position)
+
+    def _slice(
+        self, position: Snapshot, pieces: Sequence[Piece], weights: Sequence[float], slices: tuple[int, ...]
+    ) -> Unrolled:
+        """:meth:`_run`, recomputed on the way back.
+
+        The position goes in as separate tensors, as those alone are an outer slice's to recompute: whatever else a
+        slice is called with is kept, and nested slices would keep as much as the inner ones alone.
+        """
+        thetas, state, hidden = position
+        leaves, spec = tree_flatten((thetas, state.slots, state.memory, state.tensors, hidden))
+
+        def run(*leaves: Any) -> Unrolled:
+            thetas, *parts, hidden = tree_unflatten(leaves, spec)
+            return self._run(Snapshot(thetas, RuleState(*parts, state.clock), hidden), pieces, weights, slices)
+
+        unrolled: Unrolled = checkpoint(run, *leaves, use_reentrant=False)
+        return unrolled
 
     def _segment(self, position: Snapshot, piece: Piece, weight: float) -> Unrolled:
         thetas, state = position.thetas, position.state
@@ -89,11 +112,11 @@ class Unroll:
         clock = replace(state.clock)
         clock.tick(float(mean.detach()))
         thetas, state = self.rule.update(thetas, grads, replace(state, clock=clock), self.priors)
-        return Unrolled(weight * mean, Snapshot(thetas, state, scoring.hidden))
+        return Unrolled(weight * mean, (clock.loss,), Snapshot(thetas, state, scoring.hidden))
 
     @contextmanager
     def model_graph(self) -> Iterator[None]:
-        """A graph of the language model alone: on, in memory of its own, and differentiable twice where that is asked."""
+        """A graph of the language model alone: on, in memory of its own, differentiable twice where that is asked."""
         keep = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)  # not the checkpoint's to recompute
         with ExitStack() as stack:
             for context in (torch.enable_grad(), keep, second_order() if self.config.order == 2 else nullcontext()):

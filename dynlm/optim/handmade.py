@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from dynlm.optim.base import Clock, Coordinates, Observation, Prior, Rule, Slots
 
+TINY = 1e-36
+"""below this a mean square counts as zero: far below ε², within float32"""
+
 
 def scalar(value: float) -> nn.Parameter:
     """A setting as a 0-dimensional meta-parameter in double precision: 0.1 stays 0.1 whatever the model's dtype."""
@@ -86,5 +89,6 @@ class Adam(Rule):
         lr, eps, decay, beta1, beta2, correction2 = context
         m = beta1 * slots[0] + (1 - beta1) * w.grad
         v = beta2 * slots[1] + (1 - beta2) * w.grad.square()
-        direction = m / (v.sqrt() / correction2 + eps)
+        root = v.clamp(min=TINY).sqrt()  # √0 has no derivative: one weight without gradient would make ∇φ NaN
+        direction = m / (root / correction2 + eps)
         return w.theta - lr * direction + decay * (w.theta0 - w.theta), (m, v)

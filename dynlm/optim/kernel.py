@@ -90,38 +90,50 @@ class ReplayWork(NamedTuple):
     rms: Tensor
     slots: Slots
     grads_WK: Tensor
-    cotangents_WK: Tensor
-    """∂J/∂θ_t, the first row unused"""
+    weights_W: Tensor
+    """∂J/∂θ_t is weights_W[t] × grads_WK[t]; the first is unused"""
     place_2K: Tensor
     """row and column of each coordinate, int32"""
     row: Slots
-    """row features, each (W − 1, R)"""
+    """row features, each (W, R)"""
     col: Slots
-    """column features, each (W − 1, C)"""
+    """column features, each (W, C)"""
 
 
-def fused_replay(rule: Rule, work: ReplayWork, context: Slots, context_WN: Tensor) -> Tensor:
-    """∂J/∂context, (W − 1, N) in double precision: forwards through the updates and back, in one pass.
+class FusedReplay:
+    """Replays windows of one rule, forwards through the updates and back, in one pass over the recorded gradients."""
 
-    ``context`` gives the shapes of one step's context, ``context_WN`` the flat numbers of all W − 1 steps.
-    """
-    traced = trace_step(rule, len(work.row), len(work.col), context)
-    function = build(replay_source(traced), work.theta.dtype).replay
-    threads = torch.get_num_threads()
-    result = torch.zeros(threads, *context_WN.shape, dtype=torch.float64)
-    fields = [work.theta, work.theta0, work.rms, work.grads_WK, work.cotangents_WK]
-    tensors = [t.contiguous() for t in (*fields, *work.slots, *work.row, *work.col)]
-    sizes = (ctypes.c_long * 2)(*(features[0].shape[1] if features else 0 for features in (work.row, work.col)))
-    numbers, place = context_WN.detach().contiguous(), work.place_2K.contiguous()
-    window, n = map(ctypes.c_long, work.grads_WK.shape)
-    function(
-        n,
-        window,
-        ctypes.c_int(threads),
-        sizes,
-        pointer(numbers),
-        pointer(result),
-        pointer(place),
-        pointers(tensors),
-    )
-    return result.sum(0)
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self._functions: dict[tuple[object, ...], Any] = {}
+
+    def __call__(self, work: ReplayWork, context: Slots, context_WN: Tensor) -> Tensor:
+        """∂J/∂context, (W − 1, N) in double precision.
+
+        ``context`` gives the shapes of one step's context, ``context_WN`` the flat numbers of all W − 1 steps.
+        """
+        threads = torch.get_num_threads()
+        result = torch.zeros(threads, *context_WN.shape, dtype=torch.float64)
+        fields = [work.theta, work.theta0, work.rms, work.grads_WK, work.weights_W]
+        tensors = [t.contiguous() for t in (*fields, *work.slots, *work.row, *work.col)]
+        window, n = work.grads_WK.shape
+        lengths = [features[0].shape[1] if features else 0 for features in (work.row, work.col)]
+        numbers, place = context_WN.detach().contiguous(), work.place_2K.contiguous()
+        self._function(work, context)(
+            ctypes.c_long(n),
+            ctypes.c_long(window),
+            ctypes.c_int(threads),
+            (ctypes.c_long * 3)(*lengths, n),
+            pointer(numbers),
+            pointer(result),
+            pointer(place),
+            pointers(tensors),
+        )
+        return result.sum(0)
+
+    def _function(self, work: ReplayWork, context: Slots) -> Any:
+        key = (work.theta.dtype, len(work.row), len(work.col), *(tuple(t.shape) for t in context))
+        if key not in self._functions:
+            traced = trace_step(self.rule, len(work.row), len(work.col), context)
+            self._functions[key] = build(replay_source(traced), work.theta.dtype).replay
+        return self._functions[key]

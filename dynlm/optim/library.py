@@ -2,32 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dynlm import runs
-from dynlm.optim.base import Rule
+from dynlm.optim.base import Prior, Rule
 from dynlm.optim.handmade import RMS, SGD, Adam, Static
-from dynlm.optim.learned import Gated, GatedConfig
+from dynlm.optim.diagonal import Diagonal
+from dynlm.optim.gated import Gated
+from dynlm.optim.learned import Learned
+from dynlm.optim.linear import Linear
+from dynlm.optim.mlp import MLP
+from dynlm.optim.recurrent import GRUCell, LSTMCell
 from dynlm.types import InputError
 
 HANDMADE: dict[str, type[Rule]] = {"static": Static, "sgd": SGD, "rms": RMS, "adam": Adam}
-LEARNED: dict[str, type[Rule]] = {"gated": Gated}
+LEARNED: dict[str, type[Learned] | type[Linear]] = {
+    "linear": Linear,
+    "gated": Gated,
+    "diagonal": Diagonal,
+    "lstm": LSTMCell,
+    "gru": GRUCell,
+    "mlp": MLP,
+}
 
 
 def make_rule(kind: str, **settings: Any) -> Rule:
-    """A fresh rule; ``settings`` are its constructor's arguments (for ``gated``: fields of ``GatedConfig``)."""
+    """A fresh rule; ``settings`` are a hand-made rule's arguments, or fields of a learned cell's configuration."""
     if kind in HANDMADE:
         return HANDMADE[kind](**settings)
-    if kind == "gated":
-        return Gated(GatedConfig(**settings))
+    if kind in LEARNED:
+        build: Any = LEARNED[kind]
+        rule: Rule = build(build.config_class(**settings))
+        return rule
     raise InputError(f"unknown rule {kind!r}: choose one of {', '.join([*HANDMADE, *LEARNED])}")
 
 
+def start_rule(kind: str, settings: dict[str, float], priors: Sequence[Prior], seed: int = 0, hidden: int = 0) -> Rule:
+    """A learned cell at the hand-made rule (``LEARNED[kind].start``) with these tuned settings; 0: its own size."""
+    if kind not in LEARNED:
+        raise InputError(f"{kind!r} is not a learned rule: choose one of {', '.join(LEARNED)}")
+    sizes = {"hidden": hidden} if hidden and kind != "linear" else {}
+    rule: Rule = LEARNED[kind].started_at(settings, priors, seed, **sizes)
+    return rule
+
+
 def rule_config(rule: Rule) -> dict[str, Any]:
-    """The constructor's arguments of a rule whose sizes depend on them; hand-made rules need none."""
-    return asdict(rule.config) if isinstance(rule, Gated) else {}
+    """The configuration of a learned cell; hand-made rules need none."""
+    return asdict(rule.config) if isinstance(rule, Learned | Linear) else {}
 
 
 def save_rule(rule: Rule, path: Path, made: runs.Json | None = None) -> None:

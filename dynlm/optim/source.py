@@ -66,12 +66,12 @@ def update_source(traced: Traced) -> str:
 def replay_source(traced: Traced) -> str:
     """``void replay(long K, long W, int threads, sizes, context, context_grad, place, data)``: W − 1 updates and back.
 
-    ``data`` points to theta, theta0, rms (K), grad (W, K), cotangent (W, K) of θ_t, the slots (K),
-    row features (W − 1, R), column features (W − 1, C); ``place``: row and column of each coordinate
-    (2, K); ``sizes``: R, C; ``context`` (W − 1, n); ``context_grad`` (threads, W − 1, n), which is added to.
+    ``data`` points to theta, theta0, rms (K), grad (W, K), weight (W), the slots (K), row features (W, R), column
+    features (W, C); ∂J/∂θ_t is weight[t] grad[t]. ``place``: row and column of each coordinate (2, K); ``sizes``: R, C and
+    the row length of grad; ``context`` (W − 1, n); ``context_grad`` (threads, W − 1, n), which is added to.
     """
     n, slots = traced.n_context, traced.slots
-    arrays = ["theta", "theta0", "rms", "grad", "cotangent", *slots]
+    arrays = ["theta", "theta0", "rms", "grad", "weight", *slots]
     arrays += [f"row{k}" for k in range(traced.n_row)] + [f"col{k}" for k in range(traced.n_col)]
     state = ["theta", *slots]
     places = {
@@ -86,7 +86,7 @@ def replay_source(traced: Traced) -> str:
             return places[node.op].format(node.name)
         if node.name in state:
             return f"at_{node.name}[t * {LANES} + l]"
-        return "grad[t * K + k]" if node.name == "grad" else f"{node.name}[k]"
+        return "grad[t * stride + k]" if node.name == "grad" else f"{node.name}[k]"
 
     forward = _forward(traced, leaf)
     advance = [f"at_{s}[(t + 1) * {LANES} + l] = v{o};" for s, o in zip(state, traced.outputs, strict=True)]
@@ -96,7 +96,7 @@ def replay_source(traced: Traced) -> str:
     return f"""#define N {max(n, 1)}
 void replay(long K, long W, int threads, const long *sizes, const T *context, double *context_grad, const int *place,
             T **data) {{
-  const long R = sizes[0], C = sizes[1];
+  const long R = sizes[0], C = sizes[1], stride = sizes[2];
 {_lines(f"const T *restrict {name} = data[{k}];" for k, name in enumerate(arrays))}
   #pragma omp parallel num_threads(threads)
   {{
@@ -122,7 +122,7 @@ void replay(long K, long W, int threads, const long *sizes, const T *context, do
         for (long l = 0; l < n; l++) {{
           const long k = start + l;
 {_lines(forward)}
-          d_theta[l] += cotangent[(t + 1) * K + k];
+          d_theta[l] += weight[t + 1] * grad[(t + 1) * stride + k];
 {_lines(reverse)}
 {_lines(f"c{k} += {contributions[k]};" for k in used)}
         }}

@@ -39,10 +39,11 @@ max_tokens = 256
 steps = 2
 articles = 1
 truncation = 4
-coordinates = 500
 validate_every = 1
 validation_articles = 2
 hidden = 2
+[meta.estimator]
+coordinates = 500
 [evaluate]
 methods = ["static", "sgd", "rms", "gated"]
 """

@@ -1,6 +1,7 @@
 """Meta-training: it improves on its start, resumes exactly, and leaves φ alone when something breaks."""
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,22 +9,29 @@ import torch
 
 from dynlm.adapt import ReadConfig, Reader
 from dynlm.evaluate.stream import read_articles
+from dynlm.meta.estimators import EstimatorConfig
 from dynlm.meta.train import MetaConfig, MetaTrainer, divide_meta_split, meta_train
-from dynlm.optim.learned import Gated
+from dynlm.optim.library import LEARNED, start_rule
 from dynlm.runs import Run
 from dynlm.types import InputError
 from lab import START, make_article, make_lab
 
 CONFIG = MetaConfig(
-    steps=8, articles=2, truncation=6, coordinates=300, lr=3e-2, validate_every=4, validation_articles=2, hidden=4
+    steps=8,
+    articles=2,
+    truncation=6,
+    lr=3e-2,
+    validate_every=4,
+    validation_articles=2,
+    estimator=EstimatorConfig(coordinates=300),
 )
 WEAK = {"lr": 3e-3, "eps": 1e-2, "decay": 1e-4}  # far from the best settings: there is something to gain
 ARTICLES = [make_article(300, seed) for seed in range(6)]
 
 
-def make_trainer(config=CONFIG):
+def make_trainer(config=CONFIG, start=WEAK):
     model, score, priors = make_lab(torch.float32)
-    rule = Gated.from_rms(WEAK, priors, config.hidden)
+    rule = start_rule(config.rule, start, priors, hidden=4)
     reader = Reader(model, score, rule, priors, ReadConfig(segment=8))
     train, valid = divide_meta_split(ARTICLES, config)
     trainer = MetaTrainer(reader, train, START, config)
@@ -78,26 +86,49 @@ def test_streams_carry_on_and_then_take_a_fresh_article():
     assert len(trainer.streams[0].pieces) == 38
     trainer.step()
     assert trainer.streams[0].done == 20
-    assert trainer.streams[0].snapshot is not None
+    assert trainer.streams[0].position is not None
     trainer.step()
     assert trainer.streams[0].done == 0
-    assert trainer.streams[0].snapshot is None
+    assert trainer.streams[0].position is None
 
 
 def test_a_meta_gradient_that_is_not_finite_leaves_phi(monkeypatch):
-    from dynlm.meta import train
-
     trainer, _ = make_trainer()
     before = phi(trainer)
 
-    def poisoned(rule, recording, block):
-        for p in rule.parameters():
+    def poisoned(recording):
+        for p in trainer.rule.parameters():
             p.grad = torch.full_like(p, float("nan"))
 
-    monkeypatch.setattr(train, "replay", poisoned)
+    monkeypatch.setattr(trainer.estimator, "replay", poisoned)
     with pytest.raises(InputError, match=r"meta-gradient is nan at step 0: lower meta\.lr"):
         trainer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, phi(trainer), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["replay", "unroll", "forward", "pes"])
+@pytest.mark.parametrize("rule", ["mlp", "gru"])
+def test_every_estimator_resumes_exactly(rule, kind):
+    config = replace(CONFIG, rule=rule, articles=1, estimator=EstimatorConfig(kind, coordinates=50, slices=(4,), pairs=1))
+    straight, _ = make_trainer(config)
+    straight.step()
+    tensors, meta = copy.deepcopy(straight.state())
+    straight.step()
+    resumed, _ = make_trainer(config)
+    resumed.load(tensors, json.loads(json.dumps(meta)))
+    resumed.step()
+    assert all(torch.equal(a, b) for a, b in zip(phi(straight), phi(resumed), strict=True))
+
+
+@pytest.mark.parametrize("rule", LEARNED)
+def test_every_cell_gets_a_gradient_in_each_meta_parameter(rule):
+    """After a first step, as output layers start at zero and let nothing through before."""
+    trainer, _ = make_trainer(replace(CONFIG, rule=rule, articles=1), {**WEAK, "decay": 3e-2})
+    for _ in range(3):
+        trainer.step()
+    for name, p in trainer.rule.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.abs().max() > 0, name
 
 
 def test_a_foreign_checkpoint_is_refused():

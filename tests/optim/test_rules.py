@@ -8,7 +8,7 @@ import torch
 from dynlm.optim.base import Clock, Coordinates, Prior
 from dynlm.optim.handmade import RMS, SGD, Adam, Static
 from dynlm.optim.kernel import FusedStep
-from dynlm.optim.learned import Gated
+from dynlm.optim.gated import Gated
 from dynlm.optim.library import HANDMADE, LEARNED, load_rule, make_rule, save_rule
 from dynlm.types import InputError
 
@@ -29,7 +29,7 @@ def make_priors(dtype):
 
 
 def moved_gated(priors, dtype):
-    rule = Gated.from_rms(SETTINGS, priors, hidden=4).to(dtype)
+    rule = Gated.started_at(SETTINGS, priors, hidden=4).to(dtype)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in rule.parameters():
@@ -44,7 +44,7 @@ def rules(dtype):
         "sgd": SGD(0.3, 0.02),
         "rms": RMS(**SETTINGS),
         "adam": Adam(0.02, 1e-3, 0.01),
-        "gated start": Gated.from_rms(SETTINGS, priors).to(dtype),
+        "gated start": Gated.started_at(SETTINGS, priors).to(dtype),
         "gated": moved_gated(priors, dtype),
     }
 
@@ -121,7 +121,7 @@ def test_scalar_code_equals_matrix_products(name):
 
 def test_gated_rule_starts_exactly_at_its_rms_rule():
     priors = make_priors(torch.float64)
-    gated, _ = run_plain(Gated.from_rms(SETTINGS, priors).double(), priors, 6)
+    gated, _ = run_plain(Gated.started_at(SETTINGS, priors).double(), priors, 6)
     rms, _ = run_plain(RMS(**SETTINGS), priors, 6)
     for a, b in zip(gated, rms, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=0)  # the gated rule's settings are kept in float32

@@ -1,0 +1,93 @@
+"""What one window of reading leaves for the replay: gradients of the sampled coordinates, and what the rule observed.
+
+Gradients are T × K numbers, in the weights' dtype or bfloat16, in memory, on the CPU, or in a memory-mapped file.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dynlm.adapt import Reader, Step
+from dynlm.meta.sampling import Stratum
+from dynlm.optim.base import Clock, Observation, Prior, Slots
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """How recorded gradients are kept."""
+
+    dtype: Literal["weights", "bf16"] = "weights"
+    """weights: exact; bf16: half the memory, gradients rounded to 8 bits"""
+    where: Literal["device", "cpu", "disk"] = "device"
+    """disk: a temporary memory-mapped file, which the system writes out when memory is short"""
+
+
+class Recording:
+    """One window, detached from every graph. ``capacity`` is the most segments it can hold."""
+
+    def __init__(
+        self, reader: Reader, strata: Sequence[Stratum], capacity: int, config: RecordConfig | None = None
+    ) -> None:
+        """Takes the reader's present position as the start of the window."""
+        self.priors, self.strata = list(reader.priors), list(strata)
+        pairs = list(zip(self.strata, reader.state.slots, strict=True))
+        self.theta = [s.take(t) for s, t in zip(self.strata, reader.thetas, strict=True)]
+        self.slots: list[Slots] = [tuple(s.take(x) for x in slots) for s, slots in pairs]
+        self.tensors: list[Slots] = [tuple(x.detach().clone() for x in xs) for xs in reader.state.tensors]
+        self.grads = Store([s.index_K.numel() for s in strata], capacity, self.theta[0], config or RecordConfig())
+        self.rows: list[list[Tensor]] = [[] for _ in strata]
+        self.cols: list[list[Tensor]] = [[] for _ in strata]
+        self.scalars: list[list[Tensor | None]] = [[] for _ in strata]
+        self.clocks: list[Clock] = []
+        self.weights: list[float] = []
+
+    def add(self, step: Step, clock: Clock, weight: float) -> None:
+        """Record one segment; ``weight`` is w_t, ``clock`` as the rule's update saw it."""
+        t = len(self.weights)
+        for i, (grad, stratum, seen) in enumerate(zip(step.grads, self.strata, step.seen, strict=True)):
+            self.grads.write(i, t, stratum.take(grad))
+            self.scalars[i].append(seen.scalars)
+            for kept, features in ((self.rows[i], seen.row), (self.cols[i], seen.col)):
+                for k, feature in enumerate(features):
+                    if t == 0:
+                        kept.append(feature.new_empty(self.grads.capacity, feature.numel()))
+                    kept[k][t] = feature.reshape(-1)
+        self.clocks.append(replace(clock))
+        self.weights.append(weight)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def seen(self, tensor: int, t: int) -> Observation:
+        """What ``Rule.observe`` saw, as it gave it."""
+        rows = tuple(x[t][:, None] for x in self.rows[tensor])
+        return Observation(rows, tuple(x[t][None] for x in self.cols[tensor]), self.scalars[tensor][t])
+
+
+class Store:
+    """(capacity, K) numbers a tensor. One file for all of them where they are on disk, gone with the store."""
+
+    def __init__(self, widths: Sequence[int], capacity: int, like: Tensor, config: RecordConfig) -> None:
+        self.capacity, self.like = capacity, like
+        dtype = torch.bfloat16 if config.dtype == "bf16" else like.dtype
+        n = capacity * sum(widths)
+        if config.where == "disk" and n:
+            with tempfile.NamedTemporaryFile(prefix="dynlm-recording-") as file:  # unlinked: gone with the mapping
+                flat = torch.from_file(file.name, shared=True, size=n, dtype=dtype)
+        else:
+            flat = torch.empty(n, dtype=dtype, device="cpu" if config.where == "cpu" else like.device)
+        parts = flat.split([capacity * w for w in widths])
+        self.parts = [part.view(capacity, w) for part, w in zip(parts, widths, strict=True)]
+
+    def write(self, tensor: int, t: int, grad_K: Tensor) -> None:
+        self.parts[tensor][t] = grad_K
+
+    def read(self, tensor: int, window: int, block: slice) -> Tensor:
+        """(window, block) in the weights' dtype and place."""
+        return self.parts[tensor][:window, block].to(self.like)

@@ -1,0 +1,49 @@
+"""The smallest learned cell: θ_{t+1} = θ_t + w g_t + b, two weights that all coordinates share.
+
+It starts at zero, where nothing moves, or at SGD with w = −lr. b is in units of the tensor's mean static RMS, so that the
+same rate trains both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from torch import Tensor
+
+from dynlm.optim.base import Clock, Coordinates, Observation, Prior, Rule, Slots
+from dynlm.optim.handmade import scalar
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """Where the two weights start."""
+
+    weight: float = 0.0
+    bias: float = 0.0
+
+
+class Linear(Rule):
+    """See the module's docstring."""
+
+    name = "linear"
+    config_class = LinearConfig
+    start = "sgd"
+
+    def __init__(self, config: LinearConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or LinearConfig()
+        self.weight, self.bias = scalar(self.config.weight), scalar(self.config.bias)
+
+    @classmethod
+    def started_at(cls, settings: dict[str, float], priors: Sequence[Prior], seed: int = 0) -> Self:
+        """The rule that starts at tuned SGD (without its decay, which this cell has not)."""
+        return cls(LinearConfig(weight=-settings["lr"]))
+
+    def context(self, prior: Prior, observation: Observation, clock: Clock) -> Slots:
+        return (self.weight, self.bias * prior.mean_rms)
+
+    def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
+        weight, bias = context
+        return w.theta + weight * w.grad + bias, slots

@@ -24,8 +24,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from dynlm.adapt import Scorer, Snapshot, detach
+from dynlm.compiler import supported
 from dynlm.models.params import Adapted, as_matrix, pointed
 from dynlm.models.recurrence import differentiable_twice
+from dynlm.optim.adjoint import FusedAdjoint
 from dynlm.optim.base import Prior, Rule, RuleState
 from dynlm.types import InputError
 
@@ -41,6 +43,8 @@ class UnrollConfig:
     """1: gradients are inputs without derivative; 2: differentiate through them too"""
     slices: tuple[int, ...] = ()
     """segments of a checkpointed slice, from the outermost level inwards; none keeps the whole graph"""
+    fused: bool = True
+    """one node an update, with its adjoint in C, where the rule and the machine allow it; False: torch's autograd"""
 
 
 class Unrolled(NamedTuple):
@@ -63,6 +67,8 @@ class Unroll:
         if any(n < 1 for n in config.slices) or list(config.slices) != sorted(config.slices, reverse=True):
             raise InputError(f"slices {config.slices} must be positive and fall from the outermost level inwards")
         self.score, self.rule, self.adapted, self.priors, self.config = score, rule, adapted, priors, config
+        fused = config.fused and rule.traceable and all(supported(prior.theta0) for prior in priors)
+        self.step = FusedAdjoint(rule) if fused else None
 
     def run(self, start: Snapshot, pieces: Sequence[Piece], weights: Sequence[float]) -> Unrolled:
         """Unroll ``pieces`` from ``start``, which is left as it was. Hidden states are detached between segments."""
@@ -111,7 +117,7 @@ class Unroll:
         mean, *grads = _Score.apply(scoring, *thetas)  # type: ignore[no-untyped-call]
         clock = replace(state.clock)
         clock.tick(float(mean.detach()))
-        thetas, state = self.rule.update(thetas, grads, replace(state, clock=clock), self.priors)
+        thetas, state = self.rule.update(thetas, grads, replace(state, clock=clock), self.priors, self.step)
         return Unrolled(weight * mean, (clock.loss,), Snapshot(thetas, state, scoring.hidden))
 
     @contextmanager

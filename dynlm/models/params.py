@@ -149,9 +149,10 @@ def flat_view(adapted: Sequence[Adapted]) -> Tensor:
 
 
 def _in_one_buffer(parameters: Sequence[nn.Parameter]) -> bool:
-    expected = parameters[0].data_ptr()
+    first, n = parameters[0], 0
     for p in parameters:
-        if p.data_ptr() != expected or p.untyped_storage().data_ptr() != parameters[0].untyped_storage().data_ptr():
+        place = p.untyped_storage().data_ptr(), p.storage_offset()  # a parameter without elements has no data pointer
+        if place != (first.untyped_storage().data_ptr(), first.storage_offset() + n):
             return False
-        expected += p.numel() * p.element_size()
+        n += p.numel()
     return True

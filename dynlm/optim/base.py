@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -52,6 +52,9 @@ class Coordinates(NamedTuple):
     """observed row features, each (R, 1) or gathered to (K,)"""
     col: Slots
     """observed column features, each (1, C) or gathered to (K,)"""
+
+
+StepFunction = Callable[[Coordinates, Slots, Slots], tuple[Tensor, Slots]]
 
 
 class Observation(NamedTuple):
@@ -137,11 +140,16 @@ class Rule(nn.Module, abc.ABC):
         return {name: float(p.detach()) for name, p in self.named_parameters() if p.numel() == 1}
 
     def update(
-        self, thetas: Sequence[Tensor], grads: Sequence[Tensor], state: RuleState, priors: Sequence[Prior]
+        self,
+        thetas: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        state: RuleState,
+        priors: Sequence[Prior],
+        step: StepFunction | None = None,
     ) -> tuple[list[Tensor], RuleState]:
         """One functional update of all tensors: the plain reference, differentiable in φ, nothing changed in place.
 
-        ``state.clock`` must already have ticked for this segment.
+        ``state.clock`` must already have ticked for this segment. ``step`` stands in for the rule's own.
         """
         new_thetas = []
         new = RuleState([], [], [], state.clock)
@@ -150,7 +158,7 @@ class Rule(nn.Module, abc.ABC):
                 seen, memory = self.observe(grad, prior, state.memory[i], state.clock)
             context, of_tensor = self.tensor_step(prior, seen, state.clock, state.tensors[i])
             w = Coordinates(theta, prior.theta0, prior.rms, grad, seen.row, seen.col)
-            theta, slots = self.step(w, state.slots[i], context)
+            theta, slots = (step or self.step)(w, state.slots[i], context)
             new_thetas.append(theta)
             new.slots.append(slots)
             new.memory.append(memory)

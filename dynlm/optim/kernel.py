@@ -43,13 +43,13 @@ class FusedStep:
             context, state.tensors[i] = self.rule.tensor_step(prior, observation, state.clock, state.tensors[i])
             w = Coordinates(theta, prior.theta0, prior.rms, grad, observation.row, observation.col)
             if self.compiled and self.rule.traceable and supported(theta):
-                self._kernel(w, context)(w, state.slots[i], flat_context(context, theta))
+                self.kernel(w, context)(w, state.slots[i], flat_context(context, theta))
             else:
                 _plain_step(self.rule, w, state.slots[i], context)
             seen.append(observation)
         return seen
 
-    def _kernel(self, w: Coordinates, context: Slots) -> Kernel:
+    def kernel(self, w: Coordinates, context: Slots) -> Kernel:
         key = (w.theta.dtype, len(w.row), len(w.col), *(tuple(t.shape) for t in context))
         if key not in self._kernels:
             traced = trace_step(self.rule, len(w.row), len(w.col), context)

@@ -1,4 +1,4 @@
-"""C source of a traced step: the update in place, and the reverse-mode replay of a window of updates."""
+"""C source of a traced step: the update in place, its adjoint, and the reverse-mode replay of a window of updates."""
 
 from __future__ import annotations
 
@@ -63,6 +63,47 @@ def update_source(traced: Traced) -> str:
 """
 
 
+def adjoint_source(traced: Traced) -> str:
+    """``void adjoint(long R, long C, int threads, const T *context, double *context_grad, T **data)``: one step backwards.
+
+    ``data`` points to theta, theta0, rms, grad, the slots, row features (R) and column features (C) before the update,
+    then to the adjoints of the new theta and slots, which become those of the old ones, and to those of grad and theta0,
+    which are written; ``context_grad`` (threads, n) is added to.
+    """
+    state = ["theta", *traced.slots]
+    arrays = ["theta", "theta0", "rms", "grad", *traced.slots]
+    arrays += [f"row{k}" for k in range(traced.n_row)] + [f"col{k}" for k in range(traced.n_col)]
+    adjoints = [f"d_{name}" for name in (*state, "grad", "theta0")]
+    places = {"field": "{0}[i]", "row": "r{0}", "col": "col{0}[c]", "context": "s{0}", "const": "(T){0}"}
+    forward = _forward(traced, lambda node: places[node.op].format(node.name))
+    reverse, contributions = _reverse(traced, state, ("grad", "theta0"), "i")
+    used = sorted(contributions)
+    reduction = f" reduction(+: {', '.join(f'c{k}' for k in used)})" if used else ""
+    return f"""void adjoint(long R, long C, int threads, const T *context, double *context_grad, T **data) {{
+{_lines(f"T *restrict {name} = data[{k}];" for k, name in enumerate([*arrays, *adjoints]))}
+{_lines(f"const T s{k} = context[{k}];" for k in range(traced.n_context))}
+  #pragma omp parallel num_threads(threads)
+  {{
+    double *own = context_grad + (long)omp_get_thread_num() * {max(traced.n_context, 1)};
+    #pragma omp for collapse(2) schedule(static)
+    for (long r = 0; r < R; r++)
+    for (long start = 0; start < C; start += {LANES}) {{
+      const long end = start + {LANES} < C ? start + {LANES} : C;
+{_lines(f"const T r{k} = row{k}[r];" for k in range(traced.n_row))}
+{_lines(f"T c{k} = 0;" for k in used)}
+      #pragma omp simd{reduction}
+      for (long c = start; c < end; c++) {{
+        const long i = r * C + c;
+{_lines([*forward, *reverse])}
+{_lines(f"c{k} += {contributions[k]};" for k in used)}
+      }}
+{_lines(f"own[{k}] += c{k};" for k in used)}
+    }}
+  }}
+}}
+"""
+
+
 def replay_source(traced: Traced) -> str:
     """``void replay(long K, long W, int threads, sizes, context, context_grad, place, data)``: W − 1 updates and back.
 
@@ -90,7 +131,7 @@ def replay_source(traced: Traced) -> str:
 
     forward = _forward(traced, leaf)
     advance = [f"at_{s}[(t + 1) * {LANES} + l] = v{o};" for s, o in zip(state, traced.outputs, strict=True)]
-    reverse, contributions = _reverse(traced, state)
+    reverse, contributions = _reverse(traced, state, (), "l")
     used = sorted(contributions)
     reduction = f" reduction(+: {', '.join(f'c{k}' for k in used)})" if used else ""
     return f"""#define N {max(n, 1)}
@@ -148,17 +189,23 @@ def _forward(traced: Traced, leaf: Leaf) -> list[str]:
     return statements
 
 
-def _reverse(traced: Traced, state: list[str]) -> tuple[list[str], dict[int, str]]:
-    """Statements that turn d_state (after the update) into d_state (before it), and each context entry's adjoint."""
+def _reverse(
+    traced: Traced, state: list[str], extra: tuple[str, ...], index: str
+) -> tuple[list[str], dict[int, str]]:
+    """Statements that turn d_state (after the update) into d_state (before it), and each context entry's adjoint.
+
+    ``extra`` fields get their adjoints too; all are arrays indexed by ``index``.
+    """
     nodes = traced.program.nodes
-    moves = [False] * len(nodes)  # does this value depend on θ, a slot or φ?
+    moving = {*state, *extra}
+    moves = [False] * len(nodes)  # does this value depend on θ, a slot, φ or an extra field?
     for number, node in enumerate(nodes):
-        own = node.op == "context" or (node.op == "field" and node.name in state)
+        own = node.op == "context" or (node.op == "field" and node.name in moving)
         moves[number] = own or any(moves[a] for a in node.args)
     statements = [f"T a{number} = 0;" for number in range(len(nodes)) if moves[number]]
     for name, output in zip(state, traced.outputs, strict=True):
         if moves[output]:
-            statements.append(f"a{output} += d_{name}[l];")
+            statements.append(f"a{output} += d_{name}[{index}];")
     for number in reversed(range(len(nodes))):
         node = nodes[number]
         if not moves[number] or node.op not in REVERSE:
@@ -168,6 +215,6 @@ def _reverse(traced: Traced, state: list[str]) -> tuple[list[str], dict[int, str
                 value = template.format(*(f"v{a}" for a in node.args), a=f"a{number}", v=f"v{number}")
                 statements.append(f"a{argument} += {value};")
     leaves = {node.name: number for number, node in enumerate(nodes) if node.op == "field"}
-    statements += [f"d_{name}[l] = a{leaves[name]};" for name in state]
+    statements += [f"d_{name}[{index}] = a{leaves[name]};" for name in (*state, *extra)]
     contributions = {int(node.name): f"a{number}" for number, node in enumerate(nodes) if node.op == "context"}
     return statements, contributions

@@ -1,0 +1,81 @@
+"""A differentiable update in one node: the fused step forwards, its adjoint in C backwards.
+
+Autograd through ``Rule.step`` keeps a few dozen tensors a step; this keeps the weight, the gradient and the state. The
+plain reference is ``Rule.step`` itself (tests/optim/test_adjoint.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dynlm.compiler import build, pointer, pointers
+from dynlm.optim.base import Coordinates, Rule, Slots
+from dynlm.optim.kernel import FusedStep, flat_context
+from dynlm.optim.source import adjoint_source
+from dynlm.optim.trace import trace_step
+
+
+class FusedAdjoint:
+    """Stands in for ``Rule.step`` in ``Rule.update``: differentiable once in θ, θ0, the gradient, the state and φ."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self.forwards = FusedStep(rule, compiled=True)
+        self._functions: dict[tuple[object, ...], Any] = {}
+
+    def __call__(self, w: Coordinates, slots: Slots, context: Slots) -> tuple[Tensor, Slots]:
+        flat_N = flat_context(context, w.theta)
+        theta, *new = _Node.apply(self, w, context, flat_N, w.theta, w.theta0, w.grad, *slots)  # type: ignore[no-untyped-call]
+        return theta, tuple(new)
+
+    def function(self, w: Coordinates, context: Slots) -> Any:
+        """The adjoint for these shapes of context and numbers of features."""
+        key = (w.theta.dtype, len(w.row), len(w.col), *(tuple(t.shape) for t in context))
+        if key not in self._functions:
+            traced = trace_step(self.rule, len(w.row), len(w.col), context)
+            self._functions[key] = build(adjoint_source(traced), w.theta.dtype).adjoint
+        return self._functions[key]
+
+
+class _Node(torch.autograd.Function):
+    """(θ, θ0, g, state, context) ↦ (new θ, new state)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, fused: FusedAdjoint, w: Coordinates, context: Slots, flat_N: Tensor, *moving: Tensor
+    ) -> tuple[Tensor, ...]:
+        theta, theta0, grad, *slots = (t.detach() for t in moving)
+        context = tuple(t.detach() for t in context)
+        new, new_slots = theta.clone(), tuple(slot.clone() for slot in slots)
+        there = w._replace(theta=new, theta0=theta0, grad=grad)
+        fused.forwards.kernel(there, context)(there, new_slots, flat_N.detach())
+        ctx.fused, ctx.w, ctx.shapes = fused, w._replace(theta=new, theta0=theta0, grad=grad), context
+        ctx.w = ctx.w._replace(theta=None, theta0=None, grad=None)  # these are saved, so that a checkpoint can drop them
+        ctx.save_for_backward(flat_N, theta, theta0, grad, *slots)
+        return new, *new_slots
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *adjoints: Tensor) -> tuple[Tensor | None, ...]:
+        flat_N, theta, theta0, grad, *slots = (t.contiguous() for t in ctx.saved_tensors)
+        w, threads = ctx.w, torch.get_num_threads()
+        d_state = [adjoint.contiguous().clone() for adjoint in adjoints]
+        d_grad, d_theta0 = torch.empty_like(grad), torch.empty_like(theta0)
+        d_context = torch.zeros(threads, max(1, flat_N.numel()), dtype=torch.float64)
+        features = [t.contiguous() for t in (*w.row, *w.col)]
+        rows, columns = map(ctypes.c_long, theta.shape)
+        ctx.fused.function(w._replace(theta=theta), ctx.shapes)(
+            rows,
+            columns,
+            ctypes.c_int(threads),
+            pointer(flat_N),
+            pointer(d_context),
+            pointers([theta, theta0, w.rms.contiguous(), grad, *slots, *features, *d_state, d_grad, d_theta0]),
+        )
+        d_flat = d_context.sum(0)[: flat_N.numel()].to(flat_N)
+        return None, None, None, d_flat, d_state[0], d_theta0, d_grad, *d_state[1:]

@@ -138,7 +138,7 @@ class Reader:
     def gradient(self, mean_loss: Tensor) -> list[Tensor]:
         """∇θ of a mean segment loss as (R, C) matrices; zeros for adapted parameters that it does not reach."""
         grads = torch.autograd.grad(mean_loss, self.parameters, materialize_grads=True)
-        return [as_matrix(g) for g in grads]
+        return [as_matrix(g.contiguous()) for g in grads]  # of a convolution it may be channels-last
 
     def read(self, article: TokenizedArticle, start_id: int, progress: Callable[[int], Any] | None = None) -> Tensor:
         """Losses of one article (T,), in nats, each token scored before any update that saw it."""
@@ -184,7 +184,7 @@ def measure_priors(
         losses_S, hidden = score(inputs_S, targets_S, hidden)
         hidden = detach(hidden)
         grads = torch.autograd.grad(losses_S.mean(), [a.parameter for a in adapted], materialize_grads=True)
-        for square, grad in zip(squares, grads, strict=True):
+        for square, grad in zip(squares, map(Tensor.contiguous, grads), strict=True):
             square.addcmul_(as_matrix(grad), as_matrix(grad))
     model.train(was_training)
     if n_pieces == 0:

@@ -7,6 +7,7 @@ earlier file whole. Tensors are safetensors, everything else JSON; nothing is pi
     RUN/tokenizer/  RUN/model/ the base language model      RUN/evaluate/        results.json, losses.safetensors
     RUN/prior.safetensors      static RMS of the gradient   RUN/report.html      the report
     RUN/checkpoints/           unfinished work, for --resume
+    RUN/few-shot.json          few-shot comparison        RUN/few-shot/          its learned starts θ0
 """
 
 from __future__ import annotations
@@ -42,9 +43,16 @@ class Run:
         self.results = self.evaluation / "results.json"
         self.losses = self.evaluation / "losses.safetensors"
         self.report = self.path / "report.html"
+        self.few_shot = self.path / "few-shot.json"
 
     def rule(self, name: str) -> Path:
         return self.path / "rules" / name
+
+    def few_shot_start(self, method: str) -> Path:
+        return self.path / "few-shot" / f"{method}.safetensors"
+
+    def start(self, method: str) -> Path:
+        return self.path / "starts" / f"{method}.safetensors"
 
     def checkpoint(self, stage: str) -> Path:
         return self.path / "checkpoints" / f"{stage}.safetensors"

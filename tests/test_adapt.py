@@ -6,8 +6,8 @@ import torch
 from dynlm.adapt import ReadConfig, Reader, measure_priors
 from dynlm.data.segments import article_segments
 from dynlm.evaluate.audit import first_leak, restores
-from dynlm.optim.handmade import RMS, SGD, Static
 from dynlm.optim.gated import Gated
+from dynlm.optim.handmade import RMS, SGD, Static
 from dynlm.types import InputError, TokenizedArticle
 from lab import START, VOCAB, make_article, make_lab
 
@@ -160,3 +160,23 @@ def test_static_rms_is_the_root_mean_square_of_segment_gradients():
         squares = squares + torch.autograd.grad(losses.mean(), model.layers[0].weight_hh)[0].square()
     (rms,) = [p.rms for p in priors if p.name == "layers.0.weight_hh"]
     torch.testing.assert_close(rms, (squares / 3).sqrt(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_of_any_memory_layout_are_matrices(layout):
+    torch.manual_seed(0)
+    net = torch.nn.Conv2d(3, 4, 3)
+    images, targets = torch.randn(2, 3, 5, 5).to(memory_format=layout), torch.randn(2, 4, 3, 3)
+
+    def score(inputs, targets, hidden):
+        return (net(inputs) - targets).square().flatten(1).mean(1), None
+
+    priors = measure_priors(net, score, iter([(images, targets)]))
+    with Reader(net, score, SGD(0.1), priors) as reader:
+        before = [theta.clone() for theta in reader.thetas]
+        weight, bias = reader.segment(images, targets).grads
+        assert (weight.shape, bias.shape) == ((4, 27), (1, 4))
+        for theta, start, grad in zip(reader.thetas, before, (weight, bias), strict=True):
+            torch.testing.assert_close(theta, start - 0.1 * grad)
+    (expected,) = torch.autograd.grad(score(images, targets, None)[0].mean(), net.weight)  # θ0 is back
+    torch.testing.assert_close(weight, expected.flatten(1))

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from dynlm.runs import Run, write_json
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -22,6 +24,23 @@ def test_bench_reading_times_every_rule_against_static(tmp_path):
     assert result["rules"]["static"]["times_static"] == 1
     assert result["rules"]["gated"]["times_static"] > result["rules"]["sgd"]["times_static"] > 1
     assert "× static" in printed
+
+
+@pytest.mark.slow
+def test_bench_meta_measures_each_case_and_stops_at_the_memory_limit(tmp_path):
+    files = ["--json", tmp_path / "bench.json", "--plot", tmp_path / "bench.svg"]
+    some = ["--methods", "reading,functional", "--lengths", "8,64", "--limit-gib", "0.5"]
+    printed = run("bench_meta", "--quick", "--threads", "1", *some, *files).stdout
+    result = json.loads((tmp_path / "bench.json").read_text())
+    status = {(case["method"], case["T"]): case["status"] for case in result["cases"]}
+    ok = dict.fromkeys([("reading", 8), ("reading", 64), ("functional", 8)], "ok")
+    assert status == ok | {("functional", 64): "memory"}
+    short = result["cases"][2]
+    assert short["times_reading"] > 1
+    assert short["peak_mib"] - short["baseline_mib"] > 20  # the graph
+    assert 8 < result["largest"]["functional"]["T_estimate"] < 64
+    assert "stopped by the memory limit" in printed
+    assert (tmp_path / "bench.svg").read_text().rstrip().endswith("</svg>")
 
 
 def test_figure_is_an_svg_of_its_own(tmp_path):

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import tyro
 
-from dynlm.cli import stages
+from dynlm.cli import fewshot, stages, start
+from dynlm.cli import plan as planning
 from dynlm.cli.recipe import Recipe, load_recipe, recipe_of_run
 from dynlm.runs import Run
 from dynlm.types import InputError
@@ -20,9 +21,12 @@ from dynlm.types import InputError
 COMMANDS: dict[str, tuple[Callable[[Recipe], None], str]] = {
     "train": (stages.train, "train the tokenizer and the base language model"),
     "tune": (stages.tune, "tune the hand-made rules on the meta split"),
-    "meta-train": (stages.meta_training, "train the gated rule, from the tuned RMS rule"),
+    "plan": (planning.plan, "predict memory and time of meta-training; needs no data"),
+    "meta-train": (stages.meta_training, "train a learned rule, from a tuned hand-made one"),
+    "learn-start": (start.learn_start_stage, "learn a start θ0 of the base model for reading with a rule"),
     "evaluate": (stages.evaluate, "read held-out articles with every method and write the report"),
     "report": (stages.report, "write the report of an evaluation again"),
+    "few-shot": (fewshot.few_shot, "learn a start for few-shot tasks with several methods and compare them"),
 }
 USAGE = """usage: dynlm COMMAND [RECIPE.toml] [--run DIR] [--section.setting VALUE ...]
 

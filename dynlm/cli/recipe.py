@@ -8,11 +8,13 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, Literal, cast, get_type_hints
 
 from dynlm.adapt import ReadConfig
 from dynlm.data.articles import DataConfig
+from dynlm.data.fewshot import TasksConfig
 from dynlm.data.tokenizers import TokenizerConfig
+from dynlm.meta.outer import OuterConfig
 from dynlm.meta.train import MetaConfig
 from dynlm.meta.tune import TuneConfig
 from dynlm.models.lstm import ModelConfig
@@ -34,11 +36,71 @@ class EvaluateConfig:
     """Reading held-out articles with several methods."""
 
     methods: tuple[str, ...] = ("static", "sgd", "rms", "adam", "gated")
-    """static is the baseline of every gain; others are taken from the run's rules"""
+    """static is the baseline of every gain; others are taken from the run's rules, RULE@METHOD from a learned start"""
     split: str = "valid"
     """split to read"""
     max_articles: int = 0
     """read only the first so many; 0 reads all"""
+
+
+@dataclass(frozen=True)
+class FewShotConfig:
+    """Learning a start for few-shot tasks with several methods, and comparing them with a jointly trained start."""
+
+    methods: tuple[str, ...] = ("joint", "maml", "fomaml", "reptile", "reptile-serial", "imaml")
+    """methods to compare; joint is the baseline"""
+    width: int = 40
+    """hidden units of the MLP's two layers (sinusoid), or channels of the four convolutions (characters)"""
+    normalise: Literal["batch", "image"] = "batch"
+    """characters: statistics over the images scored together (transductive), or over each image alone"""
+    inner_lr: float = 0.02
+    """learning rate of the inner loop while the start is learned (maml, fomaml, reptile)"""
+    inner_steps: int = 8
+    """updates on the support while the start is learned (maml, fomaml)"""
+    proximal: float = 1.0
+    """imaml: λ, the pull of the inner loop towards θ0"""
+    proximal_lr: float = 0.01
+    """imaml: learning rate of the inner loop while the start is learned"""
+    proximal_steps: int = 32
+    """imaml: updates that solve the proximal problem while the start is learned"""
+    reptile_steps: int = 32
+    """reptile: updates on minibatches of the whole task"""
+    reptile_batch: int = 10
+    """reptile: examples of such a minibatch"""
+    test_steps: int = 32
+    """updates on the support in validation and test, for every method"""
+    rates: tuple[float, ...] = (0.005, 0.007, 0.01, 0.014, 0.02, 0.028, 0.04, 0.056, 0.08)
+    """inner rates that are tried on validation tasks for each method, the joint start included"""
+    valid_tasks: int = 60
+    """tasks for validation while training, and as many others to choose the rate with"""
+    test_tasks: int = 600
+    """test tasks, the same for every method"""
+    seed: int = 0
+    """of the random start and of all tasks"""
+    tasks: TasksConfig = field(default_factory=TasksConfig)
+    outer: OuterConfig = field(default_factory=OuterConfig)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Predicting what meta-training takes."""
+
+    memory: int = 0
+    """MiB that it may take; 0 is what the machine has available"""
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """Learning a start θ0 of the base model from which a rule reads better."""
+
+    method: Literal["fomaml", "reptile", "joint", "maml"] = "fomaml"
+    """joint is plain training on the same text, the control"""
+    rule: str = "gated"
+    """rule of the run that reads in the inner loop"""
+    segments: int = 48
+    """segments read of each training article"""
+    seed: int = 0
+    outer: OuterConfig = field(default_factory=lambda: OuterConfig(steps=600, tasks=2, lr=5e-4, validate_every=100))
 
 
 @dataclass(frozen=True)
@@ -50,7 +112,7 @@ class Recipe:
     overwrite: bool = False
     """replace what an earlier run of the same command left"""
     resume: bool = False
-    """go on from the command's last checkpoint (train, meta-train)"""
+    """go on from the command's last checkpoint (train, meta-train) or finished methods (few-shot)"""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -59,7 +121,10 @@ class Recipe:
     read: ReadConfig = field(default_factory=ReadConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
     meta: MetaConfig = field(default_factory=MetaConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    fewshot: FewShotConfig = field(default_factory=FewShotConfig)
 
 
 FIXED_BY_TRAINING = ("data", "tokenizer", "model")

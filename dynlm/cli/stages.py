@@ -80,6 +80,22 @@ class Bench:
         rule.to(self.device)
         return Reader(self.model, self.score, rule, self.priors, config or self.recipe.read)
 
+    def method(self, name: str) -> Reader:
+        """The reader of a method of ``evaluate.methods``: RULE, or RULE@START with a start of ``learn-start``."""
+        kind, _, start = name.partition("@")
+        rule = self.load_rule(kind)
+        if not start:
+            return self.reader(rule)
+        tensors, _ = runs.read_tensors(self.run.require(self.run.start(start), "learn-start"))
+        missing = [prior.name for prior in self.priors if prior.name not in tensors]
+        if missing:
+            raise InputError(f"start {start!r} lacks {missing[0]!r}, an adapted parameter: learn it again")
+        phi = {key.removeprefix("rule."): value for key, value in tensors.items() if key.startswith("rule.")}
+        if phi and rule.name in LEARNED:  # learned together with this start
+            rule.load_state_dict(phi)
+        priors = [p._replace(theta0=tensors[p.name].to(p.theta0)) for p in self.priors]
+        return Reader(self.model, self.score, rule.to(self.device), priors, self.recipe.read)
+
     def load_rule(self, name: str) -> Rule:
         if name == "static":
             return Static()
@@ -98,7 +114,7 @@ def _first_tokens(articles: tuple[Article, ...], tokens: int) -> list[Article]:
     return chosen
 
 
-def _free(path: Path, recipe: Recipe, checkpoint: Path | None = None) -> None:
+def free(path: Path, recipe: Recipe, checkpoint: Path | None = None) -> None:
     """Nothing finished or half-finished is replaced unasked."""
     if recipe.overwrite:
         return
@@ -115,7 +131,7 @@ def train(recipe: Recipe) -> None:
     if recipe.resume:
         run.require(checkpoint, "train")
         require_same(recipe, recipe_of_run(run.recipe))
-    _free(run.model, recipe, checkpoint)
+    free(run.model, recipe, checkpoint)
     corpus = load_corpus(recipe.data)
     train_texts, valid_texts = corpus.split("train"), corpus.split("valid")
     tokenizer = (
@@ -149,7 +165,7 @@ def tune(recipe: Recipe) -> None:
     """Settings of the hand-made rules, on the meta-training articles."""
     bench = Bench(recipe)
     for kind in recipe.tune.rules:
-        _free(bench.run.rule(kind), recipe)
+        free(bench.run.rule(kind), recipe)
     articles, _ = divide_meta_split(bench.articles("meta"), recipe.meta)
     for kind in recipe.tune.rules:
         with tqdm(total=recipe.tune.trials, desc=f"tune {kind}", unit="trial") as bar:
@@ -168,7 +184,7 @@ def meta_training(recipe: Recipe) -> None:
     target, checkpoint = bench.run.rule(kind), bench.run.checkpoint("meta-train")
     if recipe.resume:
         bench.run.require(checkpoint, "meta-train")
-    _free(target, recipe, checkpoint)
+    free(target, recipe, checkpoint)
     articles, held_back = divide_meta_split(bench.articles("meta"), recipe.meta)
     start = bench.load_rule(LEARNED[kind].start).settings()
     rule = start_rule(kind, start, bench.priors, recipe.meta.seed, recipe.meta.hidden)
@@ -193,31 +209,31 @@ def meta_training(recipe: Recipe) -> None:
 def evaluate(recipe: Recipe) -> None:
     """All methods over the same tokens of one split; results.json, losses and the report."""
     bench, config = Bench(recipe), recipe.evaluate
-    _free(bench.run.results, recipe)
+    free(bench.run.results, recipe)
     if "static" not in config.methods:
         raise InputError(f"evaluate.methods {config.methods} lack 'static', the baseline of every gain: add it")
-    rules = {name: bench.load_rule(name) for name in config.methods}
+    readers = {name: bench.method(name) for name in config.methods}
     articles = bench.articles(config.split, config.max_articles)
     counts = count(articles)
-    scores = {name: _read(bench, rule, articles) for name, rule in rules.items()}
-    summary = summarize(scores, {name: rule.settings() for name, rule in rules.items()}, counts)
+    start_id = bench.tokenizer.eos_id
+    scores = {name: _read(name, reader, articles, start_id) for name, reader in readers.items()}
+    summary = summarize(scores, {name: reader.rule.settings() for name, reader in readers.items()}, counts)
     write_results(bench.run, scores, {**_circumstances(bench, articles), **counts._asdict(), **summary})
     for name, method in sorted(summary["methods"].items(), key=lambda item: -item[1]["nats"]):
         low, high = method["gain_ci95"]
         print(
-            f"{name:>8}  word perplexity {method['word_ppl']:8.2f}  bits/byte {method['bits_per_byte']:.4f}"
+            f"{name:>12}  word perplexity {method['word_ppl']:8.2f}  bits/byte {method['bits_per_byte']:.4f}"
             f"  gain {method['gain_nats_per_token']:+.4f} [{low:+.4f}, {high:+.4f}] nats/token"
             f"  {method['tokens_per_s']:,.0f} tokens/s"
         )
     report(recipe)
 
 
-def _read(bench: Bench, rule: Rule, articles: list[TokenizedArticle]) -> Scores:
-    reader, start_id = bench.reader(rule), bench.tokenizer.eos_id
-    if rule.reads_gradient:
+def _read(name: str, reader: Reader, articles: list[TokenizedArticle], start_id: int) -> Scores:
+    if reader.rule.reads_gradient:
         with reader:  # kernels are built outside the timed pass
             reader.read(dataclasses.replace(articles[0], ids_T=articles[0].ids_T[:128]), start_id)
-    with tqdm(total=sum(map(len, articles)), desc=f"read {rule.name}", unit="token", unit_scale=True) as bar:
+    with tqdm(total=sum(map(len, articles)), desc=f"read {name}", unit="token", unit_scale=True) as bar:
         return read_articles(reader, articles, start_id, bar.update)
 
 

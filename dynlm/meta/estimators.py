@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor
 from dynlm.adapt import Reader, Snapshot, detach
 from dynlm.meta.forward import Forward, Tangents
 from dynlm.meta.recording import RecordConfig, Recording
-from dynlm.meta.replay import MIB, Replay, ReplayConfig
+from dynlm.meta.replay import Replay, ReplayConfig
 from dynlm.meta.sampling import Stratum, sample_coordinates
+from dynlm.meta.slices import MIB, SliceCost, choose_slices
 from dynlm.meta.unroll import Piece, Unroll, UnrollConfig
 from dynlm.optim.base import RuleState
 from dynlm.types import InputError
@@ -32,9 +34,9 @@ class EstimatorConfig:
     """replay: exact and fast, first order; unroll: any order; forward: no truncation; pes: unbiased over windows"""
     coordinates: int = 200_000
     """replay and forward: weights sampled for a window (an article); 0 takes all"""
-    memory: int = 1024
-    """MiB for recorded gradients: long windows get fewer coordinates; and for a block of the replay"""
     record: RecordConfig = field(default_factory=RecordConfig)
+    memory: int = 1024
+    """unroll: MiB for the graph and the positions of a window, from which slices are chosen"""
     order: Literal[1, 2] = 1
     """unroll: 2 differentiates through the gradients too"""
     slices: tuple[int, ...] = ()
@@ -66,7 +68,24 @@ class Estimator(abc.ABC):
 
     @abc.abstractmethod
     def window(self, position: Any, pieces: Sequence[Piece], weights: Sequence[float]) -> Window:
-        """Read ``pieces`` from ``position``, which must not be used again, and add the meta-gradient to φ's gradients."""
+        """Read ``pieces`` from ``position``, which must not be used again, and add to φ's gradients."""
+
+    @abc.abstractmethod
+    def footprint(self, window: int) -> int:
+        """Bytes that a window of so many segments keeps beside the reader: what grows with its length or with φ."""
+
+    def seconds(self, window: int, probe: int, reading: float, estimating: float) -> float:
+        """Time of a window, from the times of reading ``probe`` segments and of estimating over them."""
+        return window * estimating / probe
+
+    def note(self, window: int) -> str:
+        """What was chosen for a window, for plans."""
+        return ""
+
+    def position_size(self) -> int:
+        """Bytes of one snapshot: weights and state."""
+        slots = [slot for of_tensor in self.reader.state.slots for slot in of_tensor]
+        return sum(t.numel() * t.element_size() for t in (*self.reader.thetas, *slots))
 
     def start(self) -> Snapshot:
         """θ0, no state, no hidden state."""
@@ -83,7 +102,7 @@ class ReplayEstimator(Estimator):
 
     def __init__(self, reader: Reader, config: EstimatorConfig, generator: torch.Generator | None = None) -> None:
         super().__init__(reader, config, generator)
-        self.replay = Replay(self.rule, ReplayConfig(memory=config.memory))
+        self.replay = Replay(self.rule, ReplayConfig(memory=config.record.memory))
 
     def begin(self) -> Snapshot:
         return self.start()
@@ -101,22 +120,52 @@ class ReplayEstimator(Estimator):
         self.replay(recording)
         return Window(nats, tokens, reader.snapshot())
 
+    def footprint(self, window: int) -> int:
+        """Recorded gradients, what was observed, and the sampled coordinates' weights and state."""
+        size = self.reader.thetas[0].element_size()
+        recorded = 2 if self.config.record.dtype == "bf16" else size
+        k, lines = self._coordinates(window), sum(sum(theta.shape) for theta in self.reader.thetas)
+        on_disk = self.config.record.where == "disk"
+        fixed = k * (16 + size * (4 + self.rule.n_slots * max(1, self.rule.slot_width)))
+        return window * ((0 if on_disk else k * recorded) + 2 * lines * size) + fixed
+
+    def seconds(self, window: int, probe: int, reading: float, estimating: float) -> float:
+        per_coordinate = max(0.0, estimating - reading) / (probe * self._coordinates(probe))
+        return window * (reading / probe + per_coordinate * self._coordinates(window))
+
+    def note(self, window: int) -> str:
+        return f"{self._coordinates(window):,} coordinates recorded"
+
+    def _coordinates(self, window: int) -> int:
+        n = sum(theta.numel() for theta in self.reader.thetas)
+        return min(n, affordable(self.config, window, self.reader) or n)
+
 
 def affordable(config: EstimatorConfig, window: int, reader: Reader) -> int:
-    """Coordinates to record: those asked for (0: all), or as many as the budget holds over this window.
+    """Coordinates to record: those asked for (0: all), or as many as the budget holds beside what is observed.
 
     Raises:
-        InputError: all coordinates were asked for and do not fit.
+        InputError: all coordinates were asked for and do not fit, or none would.
     """
-    size = 2 if config.record.dtype == "bf16" else reader.thetas[0].element_size()
-    n, fits = sum(theta.numel() for theta in reader.thetas), config.memory * MIB // (size * max(1, window))
-    if config.coordinates == 0 and fits < n:
-        needed = -(-n * size * window // MIB)
+    size, record = reader.thetas[0].element_size(), config.record
+    each = 2 if record.dtype == "bf16" else size
+    observed = 2 * size * sum(sum(theta.shape) for theta in reader.thetas)
+    n, budget = sum(theta.numel() for theta in reader.thetas), record.memory * MIB // max(1, window)
+    fits = (budget - observed) // each
+    if record.where == "disk" or (config.coordinates == 0 and n <= fits):
+        return config.coordinates
+    if fits < 1:
         raise InputError(
-            f"recording all {n:,} weights over {window} segments takes {needed:,} MiB, the budget is {config.memory}: "
-            f"sample {fits:,} coordinates, or cut windows to {max(2, config.memory * MIB // (size * n))} segments"
+            f"{record.memory} MiB hold no coordinate over {window} segments, whose statistics take "
+            f"{-(-observed * window // MIB)}: raise meta.estimator.record.memory or shorten meta.truncation"
         )
-    return 0 if config.coordinates == 0 else min(config.coordinates, fits)
+    if config.coordinates == 0:
+        needed = -(-(n * each + observed) * window // MIB)
+        raise InputError(
+            f"recording all {n:,} weights over {window} segments takes {needed:,} MiB, the budget is {record.memory}: "
+            f"sample {fits:,} coordinates, or raise meta.estimator.record.memory"
+        )
+    return min(config.coordinates, fits)
 
 
 class UnrollEstimator(Estimator):
@@ -124,14 +173,14 @@ class UnrollEstimator(Estimator):
 
     def __init__(self, reader: Reader, config: EstimatorConfig, generator: torch.Generator | None = None) -> None:
         super().__init__(reader, config, generator)
-        engine = UnrollConfig(config.order, config.slices)
-        self.unroll = Unroll(reader.score, self.rule, reader.adapted, reader.priors, engine)
+        self.engines: dict[int, Unroll] = {}
+        self.probe: Piece | None = None
 
     def begin(self) -> Snapshot:
         return self.start()
 
     def window(self, position: Snapshot, pieces: Sequence[Piece], weights: Sequence[float]) -> Window:
-        unrolled = self.unroll.run(position, pieces, weights)
+        unrolled = self.engine(pieces).run(position, pieces, weights)
         if unrolled.loss.requires_grad:
             phi = [p for p in self.rule.parameters() if p.requires_grad]
             for p, grad in zip(phi, torch.autograd.grad(unrolled.loss, phi, allow_unused=True), strict=True):
@@ -140,6 +189,41 @@ class UnrollEstimator(Estimator):
         sizes = [targets_S.numel() for _, targets_S in pieces]
         nats = sum(mean * size for mean, size in zip(unrolled.means, sizes, strict=True))
         return Window(nats, sum(sizes), detach_position(unrolled.position))
+
+    @cached_property
+    def cost(self) -> SliceCost:
+        """What a position and the graph of a segment keep, measured on one segment of arbitrary text."""
+        piece = self.probe
+        assert piece is not None, "a window comes first"
+        return self._make(()).cost(self.start(), piece)
+
+    def footprint(self, window: int) -> int:
+        return self.cost.peak(window, self._slices(window))
+
+    def seconds(self, window: int, probe: int, reading: float, estimating: float) -> float:
+        """The probe has read ``1 + its levels`` times, and gone back once, which takes about two readings."""
+        passes = 3 + len(self._slices(probe))
+        return window * estimating / probe * (3 + len(self._slices(window))) / passes
+
+    def note(self, window: int) -> str:
+        slices = self._slices(window)
+        return f"slices of {' and '.join(map(str, slices))} segments" if slices else "the whole graph"
+
+    def _slices(self, window: int) -> tuple[int, ...]:
+        config = self.config
+        return config.slices or choose_slices(window, self.cost, config.memory * MIB)
+
+    def engine(self, pieces: Sequence[Piece]) -> Unroll:
+        """The engine for windows of this length, in the slices asked for or in those that fit the budget."""
+        window = len(pieces)
+        self.probe = self.probe or pieces[0]
+        if window not in self.engines:
+            self.engines[window] = self._make(self._slices(window))
+        return self.engines[window]
+
+    def _make(self, slices: tuple[int, ...]) -> Unroll:
+        reader, config = self.reader, UnrollConfig(self.config.order, slices)
+        return Unroll(reader.score, self.rule, reader.adapted, reader.priors, config)
 
 
 def detach_position(position: Snapshot) -> Snapshot:
@@ -176,6 +260,13 @@ class ForwardEstimator(Estimator):
             nats, tokens = nats + float(step.losses_S.double().sum()), tokens + step.losses_S.numel()
         return Window(nats, tokens, ForwardPosition(reader.snapshot(), tangents))
 
+    def footprint(self, window: int) -> int:
+        """P tangents of every sampled weight and state, old and new: the window's length does not matter."""
+        sizes = [theta.numel() for theta in self.reader.thetas]
+        k = min(sum(sizes), self.config.coordinates or sum(sizes))
+        states = 1 + self.rule.n_slots * max(1, self.rule.slot_width)
+        return 2 * (1 + self.forward.n_phi) * k * states * self.reader.thetas[0].element_size()
+
 
 class Pair(NamedTuple):
     """Two readers of the same text, whose rules are perturbed by +ε and −ε, anew in each window."""
@@ -205,7 +296,10 @@ class PESEstimator(Estimator):
     def begin(self) -> PESPosition:
         scales = [p.detach().double().square().mean().sqrt() for p in self.phi]
         sigma = torch.cat(
-            [torch.full((p.numel(),), float(s) or 1.0, dtype=torch.float64) for p, s in zip(self.phi, scales, strict=True)]
+            [
+                torch.full((p.numel(),), float(s) or 1.0, dtype=torch.float64)
+                for p, s in zip(self.phi, scales, strict=True)
+            ]
         )
         zero = torch.zeros_like(sigma)
         pairs = [Pair(self.start(), self.start(), zero.clone()) for _ in range(self.config.pairs)]
@@ -230,6 +324,10 @@ class PESEstimator(Estimator):
             p.grad = of_p if p.grad is None else p.grad + of_p
         nats = sum(w.nats for w in windows) / len(windows)
         return Window(nats, windows[0].tokens, PESPosition(pairs, sigma))
+
+    def footprint(self, window: int) -> int:
+        """Two positions a pair, old and new: the window's length does not matter."""
+        return 4 * self.config.pairs * self.position_size()
 
     @torch.no_grad()
     def _set(self, phi: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dynlm.adapt import Reader, Step
 from dynlm.meta.sampling import Stratum
-from dynlm.optim.base import Clock, Observation, Prior, Slots
+from dynlm.optim.base import Clock, Observation, Slots
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class RecordConfig:
     """weights: exact; bf16: half the memory, gradients rounded to 8 bits"""
     where: Literal["device", "cpu", "disk"] = "device"
     """disk: a temporary memory-mapped file, which the system writes out when memory is short"""
+    memory: int = 128
+    """MiB for what a window records: long windows get fewer coordinates; and for a block of the replay"""
 
 
 class Recording:

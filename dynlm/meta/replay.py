@@ -4,10 +4,10 @@ With recorded gradients g_t held fixed, coordinates are independent, and the met
 
     J(φ) = Σ_t w_t ⟨g_t, θ_t(φ)⟩.
 
-So the rule alone is run again over the recorded g_t and backpropagated through, block of coordinates by block, in a fused
-kernel (dynlm.optim.kernel) or in torch. What tensors share, the contexts and the networks that make them, is run once and
-receives the summed gradient of all blocks. Since J is a sum over coordinates, a random sample of them
-(dynlm.meta.sampling) gives an unbiased estimate: O(T·K) floats are stored, K ≪ N.
+So the rule alone is run again over the recorded g_t and backpropagated through, block of coordinates by block, in a
+fused kernel (dynlm.optim.kernel) or in torch. What the coordinates of a tensor share, the contexts and the networks
+that make them, is run once and receives the summed gradient of all blocks. Since J is a sum over coordinates, a random
+sample of them (dynlm.meta.sampling) gives an unbiased estimate: O(T·K) floats are stored, K ≪ N.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from torch import Tensor
 from dynlm.compiler import supported
 from dynlm.meta.recording import Recording
 from dynlm.meta.sampling import Stratum
+from dynlm.meta.slices import MIB
 from dynlm.optim.base import Coordinates, Rule, Slots
 from dynlm.optim.kernel import FusedReplay, ReplayWork, flat_context
-
-MIB = 2**20
 
 
 @dataclass(frozen=True)

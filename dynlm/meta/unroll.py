@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dynlm.adapt import Scorer, Snapshot, detach
 from dynlm.compiler import supported
+from dynlm.meta.slices import SliceCost, give_back_memory
 from dynlm.models.params import Adapted, as_matrix, pointed
 from dynlm.models.recurrence import differentiable_twice
 from dynlm.optim.adjoint import FusedAdjoint
@@ -82,7 +83,7 @@ class Unroll:
     def _run(
         self, position: Snapshot, pieces: Sequence[Piece], weights: Sequence[float], slices: tuple[int, ...]
     ) -> Unrolled:
-        loss, means = position.thetas[0].new_zeros(()), ()
+        loss, means = position.thetas[0].new_zeros(()), tuple[float, ...]()
         n = slices[0] if slices else 1
         for first in range(0, len(pieces), n):
             part = pieces[first : first + n], weights[first : first + n]
@@ -103,10 +104,13 @@ class Unroll:
         """
         thetas, state, hidden = position
         leaves, spec = tree_flatten((thetas, state.slots, state.memory, state.tensors, hidden))
+        clock = state.clock  # the function below must not hold on to the rest of the state
 
         def run(*leaves: Any) -> Unrolled:
-            thetas, *parts, hidden = tree_unflatten(leaves, spec)
-            return self._run(Snapshot(thetas, RuleState(*parts, state.clock), hidden), pieces, weights, slices)
+            give_back_memory()
+            thetas, slots, memory, tensors, hidden = tree_unflatten(leaves, spec)
+            start = Snapshot(thetas, RuleState(slots, memory, tensors, clock), hidden)
+            return self._run(start, pieces, weights, slices)
 
         unrolled: Unrolled = checkpoint(run, *leaves, use_reentrant=False)
         return unrolled
@@ -120,13 +124,29 @@ class Unroll:
         thetas, state = self.rule.update(thetas, grads, replace(state, clock=clock), self.priors, self.step)
         return Unrolled(weight * mean, (clock.loss,), Snapshot(thetas, state, scoring.hidden))
 
+    def cost(self, position: Snapshot, piece: Piece) -> SliceCost:
+        """What a position and the graph of one segment keep, measured on this one."""
+        kept: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            return tensor
+
+        thetas = [theta.detach().requires_grad_() for theta in position.thetas]
+        fixed = {t.data_ptr() for prior in self.priors for t in (prior.theta0, prior.rms)}
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            self._segment(position._replace(thetas=thetas), piece, 1.0)
+        slots = [slot for of_tensor in position.state.slots for slot in of_tensor]
+        size = sum(t.numel() * t.element_size() for t in (*thetas, *slots))
+        return SliceCost(size, sum(n for address, n in kept.items() if address not in fixed))
+
     @contextmanager
     def model_graph(self) -> Iterator[None]:
         """A graph of the language model alone: on, in memory of its own, differentiable twice where that is asked."""
         keep = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)  # not the checkpoint's to recompute
         with ExitStack() as stack:
             for context in (torch.enable_grad(), keep, second_order() if self.config.order == 2 else nullcontext()):
-                stack.enter_context(context)  # type: ignore[arg-type]
+                stack.enter_context(context)
             yield
 
 
@@ -172,7 +192,7 @@ class _Score(torch.autograd.Function):
         with scoring.unroll.model_graph():
             mean = scoring.mean_loss(leaves)
             grads = torch.autograd.grad(mean, leaves, materialize_grads=True)
-        grads = tuple(as_matrix(g) for g in grads)
+        grads = tuple(as_matrix(g.contiguous()) for g in grads)  # of a convolution it may be channels-last
         ctx.scoring, ctx.second = scoring, scoring.unroll.config.order == 2
         ctx.save_for_backward(*(thetas if ctx.second else grads))
         if not ctx.second:
@@ -180,7 +200,7 @@ class _Score(torch.autograd.Function):
         return mean.detach(), *grads
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_mean: Tensor, *grad_grads: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.second:
             return None, *(grad_mean * g for g in ctx.saved_tensors)

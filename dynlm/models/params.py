@@ -68,7 +68,7 @@ def _every(module: nn.Module) -> list[tuple[list[str], Adapted]]:
 
 @contextmanager
 def pointed(adapted: Sequence[Adapted], tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, every place of ``adapted[i]`` holds ``tensors[i]``, seen in the parameter's shape; then the parameter again.
+    """Inside, every place of ``adapted[i]`` holds ``tensors[i]`` in the parameter's shape; then the parameter again.
 
     The tensors may be leaves or nodes of a graph: a module computes with them as it would with its parameters, and what
     shares a parameter shares its stand-in. ``nn.RNN``, ``nn.LSTM`` and ``nn.GRU`` keep a second list of their weights,

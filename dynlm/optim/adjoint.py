@@ -55,12 +55,14 @@ class _Node(torch.autograd.Function):
         there = w._replace(theta=new, theta0=theta0, grad=grad)
         fused.forwards.kernel(there, context)(there, new_slots, flat_N.detach())
         ctx.fused, ctx.w, ctx.shapes = fused, w._replace(theta=new, theta0=theta0, grad=grad), context
-        ctx.w = ctx.w._replace(theta=None, theta0=None, grad=None)  # these are saved, so that a checkpoint can drop them
+        ctx.w = ctx.w._replace(
+            theta=None, theta0=None, grad=None
+        )  # these are saved, so that a checkpoint can drop them
         ctx.save_for_backward(flat_N, theta, theta0, grad, *slots)
         return new, *new_slots
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *adjoints: Tensor) -> tuple[Tensor | None, ...]:
         flat_N, theta, theta0, grad, *slots = (t.contiguous() for t in ctx.saved_tensors)
         w, threads = ctx.w, torch.get_num_threads()

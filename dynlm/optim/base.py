@@ -85,8 +85,8 @@ class Clock:
 class RuleState:
     """The rule's memory.
 
-    ``slots[tensor][slot]`` is (R, C) or (R, C, H), ``tensors[tensor]`` belongs to ``tensor_step``, ``memory[tensor]`` to
-    ``observe``.
+    ``slots[tensor][slot]`` is (R, C) or (R, C, H), ``tensors[tensor]`` belongs to ``tensor_step``, ``memory[tensor]``
+    to ``observe``.
     """
 
     slots: list[Slots]

@@ -1,7 +1,7 @@
 """What learned cells share: they start at a tuned RMS rule, and see weights and gradients in the same units.
 
-A cell's output layer starts at zero, and there the rule *is* the RMS rule it was given: learning can only move away from
-it where that pays.
+A cell's output layer starts at zero, and there the rule *is* the RMS rule it was given: learning can only move away
+from it where that pays.
 """
 
 from __future__ import annotations

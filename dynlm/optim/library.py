@@ -9,9 +9,9 @@ from typing import Any
 
 from dynlm import runs
 from dynlm.optim.base import Prior, Rule
-from dynlm.optim.handmade import RMS, SGD, Adam, Static
 from dynlm.optim.diagonal import Diagonal
 from dynlm.optim.gated import Gated
+from dynlm.optim.handmade import RMS, SGD, Adam, Static
 from dynlm.optim.learned import Learned
 from dynlm.optim.linear import Linear
 from dynlm.optim.mlp import MLP

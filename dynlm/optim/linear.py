@@ -1,7 +1,7 @@
 """The smallest learned cell: θ_{t+1} = θ_t + w g_t + b, two weights that all coordinates share.
 
-It starts at zero, where nothing moves, or at SGD with w = −lr. b is in units of the tensor's mean static RMS, so that the
-same rate trains both.
+It starts at zero, where nothing moves, or at SGD with w = −lr. b is in units of the tensor's mean static RMS, so that
+the same rate trains both.
 """
 
 from __future__ import annotations

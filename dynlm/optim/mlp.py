@@ -1,9 +1,9 @@
 """A hierarchical learned cell: a tiny MLP in each weight, and a recurrent network a tensor on top of it.
 
 The MLP follows small_fc_lopt (Metz et al. 2022, arXiv:2203.11860): two layers of four units over running means of the
-gradient, its second moment, ratios of both, rows and columns, with a direction and a size as outputs. The network on top
-reads the tensor's statistics at every segment, remembers, and shifts the MLP's layers and settings; θ does not enter it,
-so that it is replayed once, with the summed gradient of all coordinates.
+gradient, its second moment, ratios of both, rows and columns, with a direction and a size as outputs. The network on
+top reads the tensor's statistics at every segment, remembers, and shifts the MLP's layers and settings; θ does not
+enter it, so that it is replayed once, with the summed gradient of all coordinates.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Learned cells with a recurrent network in each weight: LSTM (2 × 20; Andrychowicz et al. 2016, arXiv:1606.04474) and GRU.
+"""Learned cells with a recurrent network in each weight: LSTM (2 × 20; Andrychowicz et al. 2016, arXiv:1606.04474), GRU
 
     θ_{t+1} = θ_t − RMS rule's update − unit × o(h_t)
 
@@ -33,7 +33,7 @@ class RecurrentConfig(CellConfig):
 
 
 class Recurrent(Learned):
-    """What the LSTM and the GRU share: inputs, stack and read-out. Memory: ``slots`` vectors of H a layer and weight."""
+    """What the LSTM and the GRU share: inputs, stack and read-out. State: one or two vectors (H) a layer and weight."""
 
     config: RecurrentConfig
     config_class = RecurrentConfig

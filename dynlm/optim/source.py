@@ -64,11 +64,11 @@ def update_source(traced: Traced) -> str:
 
 
 def adjoint_source(traced: Traced) -> str:
-    """``void adjoint(long R, long C, int threads, const T *context, double *context_grad, T **data)``: one step backwards.
+    """``void adjoint(long R, long C, int threads, context, double *context_grad, T **data)``: one step backwards.
 
     ``data`` points to theta, theta0, rms, grad, the slots, row features (R) and column features (C) before the update,
-    then to the adjoints of the new theta and slots, which become those of the old ones, and to those of grad and theta0,
-    which are written; ``context_grad`` (threads, n) is added to.
+    then to the adjoints of the new theta and slots, which become those of the old ones, and to those of grad and
+    theta0, which are written; ``context_grad`` (threads, n) is added to.
     """
     state = ["theta", *traced.slots]
     arrays = ["theta", "theta0", "rms", "grad", *traced.slots]
@@ -108,8 +108,8 @@ def replay_source(traced: Traced) -> str:
     """``void replay(long K, long W, int threads, sizes, context, context_grad, place, data)``: W − 1 updates and back.
 
     ``data`` points to theta, theta0, rms (K), grad (W, K), weight (W), the slots (K), row features (W, R), column
-    features (W, C); ∂J/∂θ_t is weight[t] grad[t]. ``place``: row and column of each coordinate (2, K); ``sizes``: R, C and
-    the row length of grad; ``context`` (W − 1, n); ``context_grad`` (threads, W − 1, n), which is added to.
+    features (W, C); ∂J/∂θ_t is weight[t] grad[t]. ``place``: row and column of each coordinate (2, K); ``sizes``: R, C
+    and the row length of grad; ``context`` (W − 1, n); ``context_grad`` (threads, W − 1, n), which is added to.
     """
     n, slots = traced.n_context, traced.slots
     arrays = ["theta", "theta0", "rms", "grad", "weight", *slots]
@@ -189,9 +189,7 @@ def _forward(traced: Traced, leaf: Leaf) -> list[str]:
     return statements
 
 
-def _reverse(
-    traced: Traced, state: list[str], extra: tuple[str, ...], index: str
-) -> tuple[list[str], dict[int, str]]:
+def _reverse(traced: Traced, state: list[str], extra: tuple[str, ...], index: str) -> tuple[list[str], dict[int, str]]:
     """Statements that turn d_state (after the update) into d_state (before it), and each context entry's adjoint.
 
     ``extra`` fields get their adjoints too; all are arrays indexed by ``index``.

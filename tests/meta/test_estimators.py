@@ -8,10 +8,11 @@ import torch
 from dynlm.adapt import ReadConfig, Reader
 from dynlm.data.segments import article_segments
 from dynlm.meta.estimators import EstimatorConfig, affordable, make_estimator
+from dynlm.meta.recording import RecordConfig
 from dynlm.meta.sampling import sample_coordinates
 from dynlm.optim.handmade import RMS
 from dynlm.types import InputError
-from lab import START, make_article, make_lab
+from lab import START, make_article
 from meta.test_replay import RULES, SEGMENT, SETTINGS, flat
 
 EXACT = {
@@ -104,11 +105,8 @@ def test_evolution_strategies_find_the_untruncated_gradient(lab):
     pieces = pieces_of(30)
     windows = [pieces[:2], pieces[2:4], pieces[4:]]
     generator = torch.Generator().manual_seed(3)
-    draws = []
     config = EstimatorConfig("pes", pairs=1, sigma=1e-3)
-    for _ in range(150):
-        draws.append(estimate(lab, rule, config, windows, generator)[0])
-    draws = torch.stack(draws)
+    draws = torch.stack([estimate(lab, rule, config, windows, generator)[0] for _ in range(150)])
     with make_reader(lab, rule) as reader:  # exact, but for the curvature that σ sees: all through, gradients included
         estimator = make_estimator(reader, EstimatorConfig("unroll", order=2))
         weights = [0.1 + 0.05 * t for part in windows for t in range(len(part))]
@@ -131,8 +129,17 @@ def test_evolution_strategies_leave_the_rule_as_it_was(lab):
 def test_a_budget_bounds_what_is_recorded(lab):
     reader = make_reader(lab, RULES["rms"](lab[2]))
     n = sum(t.numel() for t in reader.thetas)
-    assert affordable(EstimatorConfig(coordinates=10**6, memory=1), 1024, reader) == 2**20 // (8 * 1024)
-    assert affordable(EstimatorConfig(coordinates=50, memory=1), 1024, reader) == 50
-    assert affordable(EstimatorConfig(coordinates=0, memory=8 * n * 1024 // 2**20 + 1), 1024, reader) == 0
-    with pytest.raises(InputError, match=r"all 473 weights over 10000 segments takes 37 MiB, the budget is 1: sample 13"):
-        affordable(EstimatorConfig(coordinates=0, memory=1), 10000, reader)
+    seen = 2 * sum(sum(t.shape) for t in reader.thetas)
+
+    def coordinates(asked, memory, window):
+        return affordable(EstimatorConfig(coordinates=asked, record=RecordConfig(memory=memory)), window, reader)
+
+    assert coordinates(10**6, 8, 1024) == 8 * 2**20 // (8 * 1024) - seen
+    assert coordinates(50, 8, 1024) == 50
+    assert coordinates(0, 8 * (n + seen) * 1024 // 2**20 + 1, 1024) == 0
+    with pytest.raises(
+        InputError, match=r"all 473 weights over 10000 segments takes \d+ MiB, the budget is 50: sample"
+    ):
+        coordinates(0, 50, 10000)
+    with pytest.raises(InputError, match=r"1 MiB hold no coordinate over 10000 segments, .* raise meta\.estimator"):
+        coordinates(50, 1, 10000)

@@ -48,7 +48,7 @@ RULES = {
 }
 
 
-def read_window(lab, rule, n_tokens, carry=0, sampled=0, generator=None, record=None):
+def read_window(lab, rule, n_tokens, carry=0, record=None):
     """Read ``carry`` segments, then a recorded window; returns (recording, position before it, pieces, weights)."""
     model, score, priors = lab
     pieces = list(article_segments(make_article(n_tokens, seed=3).ids_T, START, SEGMENT))
@@ -56,9 +56,8 @@ def read_window(lab, rule, n_tokens, carry=0, sampled=0, generator=None, record=
         for piece in pieces[:carry]:
             reader.segment(*piece)
         start = reader.snapshot()
-        generator = generator or torch.Generator().manual_seed(0)
-        strata = sample_coordinates([t.numel() for t in reader.thetas], sampled, generator, smallest=4)
-        recording = Recording(reader, strata, len(pieces), record)
+        everything = sample_coordinates([t.numel() for t in reader.thetas], 0, torch.Generator())
+        recording = Recording(reader, everything, len(pieces), record)
         weights = [0.1 + 0.05 * t for t in range(len(pieces) - carry)]
         for piece, weight in zip(pieces[carry:], weights, strict=True):
             recording.add(reader.segment(*piece), reader.state.clock, weight)
@@ -77,7 +76,7 @@ def gradients(rule):
 @pytest.mark.parametrize("engine", [FUSED, PLAIN], ids=["fused", "plain"])
 def test_replay_equals_unroll(engine, name, carry, layers):
     lab = make_lab(layers=layers)
-    model, score, priors = lab
+    _, score, priors = lab
     rule = RULES[name](priors)
     recording, start, pieces, weights, adapted = read_window(lab, rule, 42, carry)
     Replay(rule, engine)(recording)

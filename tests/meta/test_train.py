@@ -109,7 +109,9 @@ def test_a_meta_gradient_that_is_not_finite_leaves_phi(monkeypatch):
 @pytest.mark.parametrize("kind", ["replay", "unroll", "forward", "pes"])
 @pytest.mark.parametrize("rule", ["mlp", "gru"])
 def test_every_estimator_resumes_exactly(rule, kind):
-    config = replace(CONFIG, rule=rule, articles=1, estimator=EstimatorConfig(kind, coordinates=50, slices=(4,), pairs=1))
+    config = replace(
+        CONFIG, rule=rule, articles=1, estimator=EstimatorConfig(kind, coordinates=50, slices=(4,), pairs=1)
+    )
     straight, _ = make_trainer(config)
     straight.step()
     tensors, meta = copy.deepcopy(straight.state())

@@ -188,14 +188,16 @@ def test_pointed_lets_all_places_of_a_tied_tensor_hold_one_stand_in():
     assert twice[0].places[0].owner is model.blocks[0]
 
 
-def test_pointed_keeps_the_second_list_of_recurrent_layers():
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_pointed_keeps_the_second_list_of_recurrent_layers(kind):
     model = Recurrent()
-    adapted = adapted_parameters(model, ("lstm.*",))
+    layer, other = (model.lstm, model.gru) if kind == "lstm" else (model.gru, model.lstm)
+    adapted = adapted_parameters(model, (f"{kind}.*",))
     with pointed(adapted, [torch.zeros_like(a.matrix_RC) for a in adapted]):
-        assert all((w == 0).all() for w in model.lstm._flat_weights)
-        assert (model.lstm(torch.ones(2, 1, 3))[0] == 0).all()
-        assert all(w is p for w, p in zip(model.gru._flat_weights, model.gru.parameters(), strict=True))
-    assert all(w is p for w, p in zip(model.lstm._flat_weights, model.lstm.parameters(), strict=True))
+        assert all((w == 0).all() for w in layer._flat_weights)
+        assert (layer(torch.ones(2, 1, layer.input_size))[0] == 0).all()
+        assert all(w is p for w, p in zip(other._flat_weights, other.parameters(), strict=True))
+    assert all(w is p for w, p in zip(layer._flat_weights, layer.parameters(), strict=True))
 
 
 def test_dropped_weights_follow_the_raw_stand_in():
@@ -206,6 +208,7 @@ def test_dropped_weights_follow_the_raw_stand_in():
     torch.manual_seed(0)
     with pointed(adapted, leaves):
         output = model(inputs())
+    assert model.lstm._flat_weights[1] is model.lstm.weight_hh_l0
     raw = leaves[[a.name for a in adapted].index("weight_hh_raw")]
     (grad,) = torch.autograd.grad(output.sum(), raw)
     assert torch.equal(grad != 0, model.lstm.weight_hh_l0 != 0), "only the weights that were kept get a gradient"

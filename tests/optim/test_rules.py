@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dynlm.optim.base import Clock, Coordinates, Prior
+from dynlm.optim.gated import Gated
 from dynlm.optim.handmade import RMS, SGD, Adam, Static
 from dynlm.optim.kernel import FusedStep
-from dynlm.optim.gated import Gated
 from dynlm.optim.library import HANDMADE, LEARNED, load_rule, make_rule, save_rule
 from dynlm.types import InputError
 

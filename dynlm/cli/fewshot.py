@@ -1,0 +1,185 @@
+"""The stage ``few-shot``: learn the start θ0 with several methods, tune each one's inner rate, test, compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+
+import torch
+from tqdm import tqdm
+
+import dynlm
+from dynlm import runs
+from dynlm.adapt import ReadConfig, Reader, make_priors
+from dynlm.cli.recipe import FewShotConfig, Recipe
+from dynlm.data.fewshot import FewShotTask, TaskSource, TaskSplits, load_tasks
+from dynlm.evaluate.fewshot import adapted, error_rate, mean_loss, mean_over_tasks, tune_rate
+from dynlm.meta.initialisation import Method, Task
+from dynlm.meta.outer import OuterConfig, learn_start
+from dynlm.models.nets import NetScorer, build_net, cross_entropy, squared_error
+from dynlm.models.params import adapted_parameters
+from dynlm.optim.handmade import SGD
+from dynlm.types import InputError
+
+METHODS: dict[str, Method] = {
+    "joint": "joint",
+    "maml": "maml",
+    "fomaml": "fomaml",
+    "reptile": "reptile",
+    "reptile-serial": "reptile",
+    "imaml": "imaml",
+}
+
+
+def few_shot(recipe: Recipe) -> None:
+    """Every method over the same tasks: few-shot.json, and the learned starts beside it.
+
+    With ``resume``, methods that an earlier command finished under the same settings are taken over.
+    """
+    config, run = recipe.fewshot, runs.Run(recipe.run)
+    for name in config.methods:
+        if name not in METHODS:
+            raise InputError(f"fewshot.methods: unknown {name!r}: choose from {', '.join(METHODS)}")
+        for path in (run.few_shot, run.few_shot_start(name)):
+            if path.exists() and not (recipe.overwrite or recipe.resume):
+                raise InputError(f"{path} exists: add --overwrite to replace it, or --resume to keep what is finished")
+    splits = load_tasks(config.tasks)
+    torch.set_num_threads(1)  # such small networks lose by threads
+    results: runs.Json = {}
+    for name in config.methods:
+        done = _finished(run, name, config) if recipe.resume else None
+        results[name] = done or _Trial(config, name, splits).run(run)
+    print(table(results, config.tasks.kind))
+    versions = {"dynlm": dynlm.__version__, "torch": torch.__version__}
+    runs.write_json(run.few_shot, {"schema": 1, "fewshot": asdict(config), "versions": versions, "methods": results})
+    print(f"results: {run.few_shot}")
+
+
+def own_settings(settings: Mapping[str, object], name: str) -> runs.Json:
+    """What the result of one method depends on, as JSON has it: without the settings of the others."""
+    others = {"methods"}
+    for prefix, method in (("reptile", "reptile"), ("proximal", "imaml")):
+        if METHODS[name] != method:
+            others |= {key for key in settings if key.startswith(prefix)}
+    kept: runs.Json = json.loads(json.dumps({key: value for key, value in settings.items() if key not in others}))
+    if METHODS[name] != "imaml":
+        del kept["outer"]["cg_steps"]
+    return kept
+
+
+def _finished(run: runs.Run, name: str, config: FewShotConfig) -> runs.Json | None:
+    """The result of a method that was finished under these settings."""
+    if not run.few_shot_start(name).exists():
+        return None
+    meta = runs.read_tensors(run.few_shot_start(name))[1]
+    same = own_settings(meta["settings"], name) == own_settings(asdict(config), name)
+    return meta["result"] if same else None
+
+
+class _Trial:
+    """One method from the random start that all share to its test."""
+
+    def __init__(self, config: FewShotConfig, name: str, splits: TaskSplits) -> None:
+        self.config, self.name, self.method, self.splits = config, name, METHODS[name], splits
+        regression = config.tasks.kind == "sinusoid"
+        if regression:
+            net = build_net("mlp", config.seed, sizes=(1, config.width, config.width, 1))
+        else:
+            net = build_net("conv", config.seed, ways=config.tasks.ways, width=config.width, normalise=config.normalise)
+        parameters = adapted_parameters(net)
+        priors = make_priors(parameters, [torch.ones_like(a.matrix_RC) for a in parameters])
+        score = NetScorer(net, squared_error if regression else cross_entropy)
+        rule = SGD(config.inner_lr)
+        if self.method == "imaml":
+            rule = SGD(config.proximal_lr, config.proximal_lr * config.proximal)
+        self.reader = Reader(net, score, rule, priors, ReadConfig(kernel="eager"))
+        self.measure = mean_loss if regression else error_rate
+
+    def run(self, run: runs.Run) -> runs.Json:
+        """Train, tune, test; writes the learned start with its result."""
+        config, clock = self.config, time.process_time
+        outer = config.outer
+        if self.name == "reptile-serial":  # as many tasks, a step after each
+            n = outer.tasks
+            outer = dataclasses.replace(outer, steps=outer.steps * n, tasks=1, validate_every=outer.validate_every * n)
+        marks = [clock()]
+        best, best_step = self.train(outer)
+        marks.append(clock())
+        valid = tasks_of(self.splits.valid, config.valid_tasks, config.seed + 2)
+        tuned = tune_rate(config.rates, lambda lr: self.mean(valid, lr))
+        marks.append(clock())
+        self.reader.rule.load_state_dict(SGD(tuned.lr).state_dict())  # plain SGD for every start
+        test = tasks_of(self.splits.test, config.test_tasks, config.seed + 3)
+        value, ci95 = mean_over_tasks(adapted(self.reader, test, config.test_steps, self.measure))
+        marks.append(clock())
+        seconds = {part: b - a for part, a, b in zip(("train", "tune", "test"), marks, marks[1:], strict=False)}
+        if tuned.at_bound:
+            print(f"{self.name}: inner rate {tuned.lr:g} is at the edge of fewshot.rates; a wider range may help")
+        result = {
+            "error": value,
+            "error_ci95": list(ci95),
+            "test_tasks": config.test_tasks,
+            "lr": tuned.lr,
+            "valid_error": tuned.value,
+            "valid_loss": best,
+            "best_step": best_step,
+            "cpu_seconds": {**seconds, "total": marks[-1] - marks[0]},
+        }
+        tensors = {prior.name: prior.theta0 for prior in self.reader.priors}
+        runs.write_tensors(run.few_shot_start(self.name), tensors, {"result": result, "settings": asdict(config)})
+        return result
+
+    def train(self, outer: OuterConfig) -> tuple[float, int]:
+        """(validation loss, step) of the start that was kept: after adaptation, but for joint training before it."""
+        generator = torch.Generator().manual_seed(self.config.seed + 1)
+        steps = 0 if self.method == "joint" else self.config.test_steps
+        valid = tasks_of(self.splits.valid, self.config.valid_tasks, self.config.seed + 4)
+        with tqdm(total=outer.steps, desc=self.name, unit="step") as bar:
+            learned = learn_start(
+                self.method,
+                self.reader,
+                lambda: self.task(self.splits.train.sample(generator), generator),
+                outer,
+                lambda: mean_over_tasks(adapted(self.reader, valid, steps, mean_loss)).value,
+                bar.update,
+            )
+        return learned.best, learned.best_step
+
+    def task(self, task: FewShotTask, generator: torch.Generator) -> Task:
+        """What the method's inner loop reads of a training task."""
+        config = self.config
+        if self.method == "reptile":  # knows no query: learns from all of the task
+            pieces = task.minibatches(config.reptile_steps, config.reptile_batch, generator)
+            return Task(pieces, [1.0] * len(pieces))
+        steps = {"joint": 0, "imaml": config.proximal_steps}.get(self.method, config.inner_steps)
+        return Task.few_shot(*task, steps)
+
+    def mean(self, tasks: list[FewShotTask], lr: float) -> float:
+        """The measure on ``tasks`` after plain SGD at another rate."""
+        self.reader.rule.load_state_dict(SGD(lr).state_dict())
+        return mean_over_tasks(adapted(self.reader, tasks, self.config.test_steps, self.measure)).value
+
+
+def tasks_of(source: TaskSource, number: int, seed: int) -> list[FewShotTask]:
+    """A fixed list of tasks."""
+    generator = torch.Generator().manual_seed(seed)
+    return [source.sample(generator) for _ in range(number)]
+
+
+def table(results: runs.Json, kind: str) -> str:
+    """The results as text: squared errors, or accuracies in %."""
+    show: Callable[[float], str] = (
+        (lambda error: f"{error:8.4f}") if kind == "sinusoid" else (lambda error: f"{100 * (1 - error):6.2f} %")
+    )
+    head = "squared error" if kind == "sinusoid" else "accuracy"
+    lines = [f"{'method':<15}{head} [95 % interval], × joint error, inner rate, CPU minutes"]
+    joint = results.get("joint", {}).get("error")
+    for name, result in results.items():
+        low, high = sorted(map(show, result["error_ci95"]))
+        ratio = f"{result['error'] / joint:6.3f}" if joint else "     –"
+        minutes = result["cpu_seconds"]["total"] / 60
+        lines.append(f"{name:<15}{show(result['error'])} [{low}, {high}]  {ratio}  {result['lr']:8.4g}  {minutes:5.1f}")
+    return "\n".join(lines)

@@ -1,0 +1,30 @@
+"""Small real pieces of the tests of learned starts: a network, sinusoid tasks and a reader."""
+
+import torch
+
+from dynlm.adapt import ReadConfig, Reader, make_priors
+from dynlm.data.fewshot import Sinusoids
+from dynlm.meta.initialisation import Task
+from dynlm.models.nets import NetScorer, build_net, squared_error
+from dynlm.models.params import adapted_parameters
+from dynlm.optim.handmade import SGD
+
+LR, DECAY = 0.05, 0.1
+
+
+def make_reader(rule=None, net=None, seed=0):
+    net = (net or build_net("mlp", seed, sizes=(1, 8, 8, 1))).double()
+    adapted = adapted_parameters(net)
+    priors = make_priors(adapted, [torch.ones_like(a.matrix_RC) for a in adapted])
+    score = NetScorer(net, squared_error)
+    return Reader(net, score, rule or SGD(LR, DECAY), priors, ReadConfig(kernel="eager"))
+
+
+def make_task(steps=3, seed=0):
+    task = Sinusoids(shots=6, queries=7).sample(torch.Generator().manual_seed(seed))
+    (x, y), (x2, y2) = task
+    return Task.few_shot((x.double(), y.double()), (x2.double(), y2.double()), steps)
+
+
+def flat(grads):
+    return torch.cat([g.flatten() for g in grads])

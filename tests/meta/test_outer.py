@@ -1,0 +1,83 @@
+"""The outer loop over starts: it lowers the loss after adaptation, keeps the best start and repeats itself."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dynlm.data.fewshot import Sinusoids
+from dynlm.meta.initialisation import METHODS, Task, outer_gradient
+from dynlm.meta.outer import OuterConfig, learn_start
+from dynlm.optim.handmade import SGD
+from dynlm.types import InputError
+from few_shot_lab import flat, make_reader, make_task
+
+
+def learn(method, config, seed=0, rule=None):
+    """(reader, progress) after learning a start for sinusoids from a fixed seed."""
+    reader = make_reader(rule or SGD(0.02, 0.02), seed=1)
+    source, generator = Sinusoids(5, 10), torch.Generator().manual_seed(seed)
+
+    def sample():
+        support, query = ((x.double(), y.double()) for x, y in source.sample(generator))
+        return Task.few_shot(support, query, 2)
+
+    valid = [make_task(2, seed) for seed in range(20, 26)]
+
+    def validate():
+        return sum(outer_gradient("fomaml", reader, task).loss for task in valid)
+
+    return reader, learn_start(method, reader, sample, config, validate)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_learning_a_start_lowers_the_loss_after_adaptation(method):
+    reader, progress = learn(method, OuterConfig(steps=20, tasks=2, lr=1e-2, validate_every=10))
+    assert progress.best < 0.97 * progress.valid[0][1]
+    assert progress.best == min(value for _, value in progress.valid)
+    assert [step for step, _ in progress.valid] == [0, 10, 20]
+    weights = [a.matrix_RC for a in reader.adapted]
+    assert all(torch.equal(w, p.theta0) for w, p in zip(weights, reader.priors, strict=True))
+
+
+def test_same_seed_same_start_and_other_seed_another():
+    config = OuterConfig(steps=5, tasks=2, validate_every=5)
+    starts = [flat([p.theta0 for p in learn("fomaml", config, seed)[0].priors]) for seed in (0, 0, 1)]
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+
+
+def test_start_and_rate_are_learned_together():
+    config = OuterConfig(steps=15, tasks=2, lr=1e-2, phi_lr=3e-3, validate_every=15)
+    reader, joint = learn("maml", config, rule=SGD(0.001))
+    assert 0.001 < reader.rule.lr.item() < 0.1
+    alone = learn("maml", dataclasses.replace(config, phi_lr=0.0), rule=SGD(0.001))[1]
+    assert joint.best < 0.99 * alone.best
+    with pytest.raises(InputError, match="phi_lr 0"):
+        learn("reptile", config)
+
+
+def test_reptile_with_sgd_steps_part_of_the_way():
+    """θ0 ← θ0 + ε (θ_k − θ0), and the priors that the reader came with stay as they are."""
+    reader, task = make_reader(), make_task(4)
+    given = reader.priors
+    start = flat([p.theta0 for p in given])
+    moved = flat(outer_gradient("reptile", reader, task).grads)
+    config = OuterConfig(steps=1, tasks=1, optimizer="sgd", lr=0.25, schedule="constant", validate_every=1)
+    learn_start("reptile", reader, lambda: task, config, iter([1.0, 0.0]).__next__)
+    torch.testing.assert_close(flat([p.theta0 for p in reader.priors]), start - 0.25 * moved, rtol=1e-12, atol=1e-14)
+    assert torch.equal(flat([p.theta0 for p in given]), start)
+
+
+def test_the_best_start_is_kept_not_the_last():
+    reader, task = make_reader(), make_task(4)
+    seen = []
+
+    def validate():
+        seen.append(flat([p.theta0 for p in reader.priors]).clone())
+        return [3.0, 1.0, 2.0][len(seen) - 1]
+
+    config = OuterConfig(steps=2, tasks=1, validate_every=1)
+    progress = learn_start("fomaml", reader, lambda: task, config, validate)
+    assert (progress.best, progress.best_step) == (1.0, 1)
+    assert torch.equal(flat([p.theta0 for p in reader.priors]), seen[1])

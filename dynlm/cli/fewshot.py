@@ -98,6 +98,13 @@ class _Trial:
         self.reader = Reader(net, score, rule, priors, ReadConfig(kernel="eager"))
         self.measure = mean_loss if regression else error_rate
 
+    @property
+    def inner_steps(self) -> int:
+        """Updates of the inner loop while the start is learned."""
+        config = self.config
+        own = {"joint": 0, "imaml": config.proximal_steps, "reptile": config.reptile_steps}
+        return own.get(self.method, config.inner_steps)
+
     def run(self, run: runs.Run) -> runs.Json:
         """Train, tune, test; writes the learned start with its result."""
         config, clock = self.config, time.process_time
@@ -133,9 +140,8 @@ class _Trial:
         return result
 
     def train(self, outer: OuterConfig) -> tuple[float, int]:
-        """(validation loss, step) of the start that was kept: after adaptation, but for joint training before it."""
+        """(validation loss, step) of the start that was kept: after as many updates as in training."""
         generator = torch.Generator().manual_seed(self.config.seed + 1)
-        steps = 0 if self.method == "joint" else self.config.test_steps
         valid = tasks_of(self.splits.valid, self.config.valid_tasks, self.config.seed + 4)
         with tqdm(total=outer.steps, desc=self.name, unit="step") as bar:
             learned = learn_start(
@@ -143,7 +149,7 @@ class _Trial:
                 self.reader,
                 lambda: self.task(self.splits.train.sample(generator), generator),
                 outer,
-                lambda: mean_over_tasks(adapted(self.reader, valid, steps, mean_loss)).value,
+                lambda: mean_over_tasks(adapted(self.reader, valid, self.inner_steps, mean_loss)).value,
                 bar.update,
             )
         return learned.best, learned.best_step
@@ -152,10 +158,9 @@ class _Trial:
         """What the method's inner loop reads of a training task."""
         config = self.config
         if self.method == "reptile":  # knows no query: learns from all of the task
-            pieces = task.minibatches(config.reptile_steps, config.reptile_batch, generator)
+            pieces = task.minibatches(self.inner_steps, config.reptile_batch, generator)
             return Task(pieces, [1.0] * len(pieces))
-        steps = {"joint": 0, "imaml": config.proximal_steps}.get(self.method, config.inner_steps)
-        return Task.few_shot(*task, steps)
+        return Task.few_shot(*task, self.inner_steps)
 
     def mean(self, tasks: list[FewShotTask], lr: float) -> float:
         """The measure on ``tasks`` after plain SGD at another rate."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from dynlm.adapt import Reader, measure_priors
@@ -20,7 +22,8 @@ def plan(recipe: Recipe) -> None:
     """Needs nothing on disk and writes nothing. Exit code 2, with what would fit, where memory is too small."""
     meta, segment = recipe.meta, recipe.read.segment
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = recipe.model.build(recipe.tokenizer.vocab_size, 0, recipe.train.seed).to(device).eval()
+    model = recipe.model.build(recipe.tokenizer.vocab_size, 0, recipe.train.seed)
+    cast(torch.nn.Module, model).to(device).eval()
     score = LSTMScorer(model)
     ids_T = torch.randint(1, recipe.tokenizer.vocab_size, (8 * segment,), generator=torch.Generator().manual_seed(0))
     pieces = list(article_segments(ids_T.to(device), 0, segment))

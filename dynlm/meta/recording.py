@@ -92,4 +92,5 @@ class Store:
 
     def read(self, tensor: int, window: int, block: slice) -> Tensor:
         """(window, block) in the weights' dtype and place."""
-        return self.parts[tensor][:window, block].to(self.like)
+        part: Tensor = self.parts[tensor][:window, block]
+        return part.to(self.like)

@@ -56,7 +56,8 @@ class Replay:
 
     def _contexts(self, recording: Recording, tensor: int) -> tuple[Slots, Tensor]:
         """(one step's context, for its shapes; the flat numbers of all W − 1 steps, a graph in φ)."""
-        memory, rows, context = recording.tensors[tensor], [], ()
+        memory, rows = recording.tensors[tensor], []
+        context: Slots = ()
         for t in range(len(recording) - 1):  # the last update moves no loss of this window
             seen, clock = recording.seen(tensor, t), recording.clocks[t]
             context, memory = self.rule.tensor_step(recording.priors[tensor], seen, clock, memory)

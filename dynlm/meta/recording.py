@@ -45,7 +45,7 @@ class Recording:
         self.grads = Store([s.index_K.numel() for s in strata], capacity, self.theta[0], config or RecordConfig())
         self.rows: list[list[Tensor]] = [[] for _ in strata]
         self.cols: list[list[Tensor]] = [[] for _ in strata]
-        self.scalars: list[list[Tensor | None]] = [[] for _ in strata]
+        self.scalars: list[list[Tensor]] = [[] for _ in strata]
         self.clocks: list[Clock] = []
         self.weights: list[float] = []
 
@@ -54,10 +54,10 @@ class Recording:
         t = len(self.weights)
         for i, (grad, stratum, seen) in enumerate(zip(step.grads, self.strata, step.seen, strict=True)):
             self.grads.write(i, t, stratum.take(grad))
-            self.scalars[i].append(seen.scalars)
-            for kept, features in ((self.rows[i], seen.row), (self.cols[i], seen.col)):
+            scalars = () if seen.scalars is None else (seen.scalars,)
+            for kept, features in ((self.rows[i], seen.row), (self.cols[i], seen.col), (self.scalars[i], scalars)):
                 for k, feature in enumerate(features):
-                    if t == 0:
+                    if t == 0:  # one buffer each: small tensors that stay would leave holes between large ones that go
                         kept.append(feature.new_empty(self.grads.capacity, feature.numel()))
                     kept[k][t] = feature.reshape(-1)
         self.clocks.append(replace(clock))
@@ -69,7 +69,8 @@ class Recording:
     def seen(self, tensor: int, t: int) -> Observation:
         """What ``Rule.observe`` saw, as it gave it."""
         rows = tuple(x[t][:, None] for x in self.rows[tensor])
-        return Observation(rows, tuple(x[t][None] for x in self.cols[tensor]), self.scalars[tensor][t])
+        scalars = self.scalars[tensor][0][t] if self.scalars[tensor] else None
+        return Observation(rows, tuple(x[t][None] for x in self.cols[tensor]), scalars)
 
 
 class Store:

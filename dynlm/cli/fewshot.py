@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
 import torch
@@ -15,11 +15,11 @@ import dynlm
 from dynlm import runs
 from dynlm.adapt import ReadConfig, Reader, make_priors
 from dynlm.cli.recipe import FewShotConfig, Recipe
-from dynlm.data.fewshot import FewShotTask, TaskSource, TaskSplits, load_tasks
+from dynlm.data.fewshot import FewShotTask, Piece, TaskSource, TaskSplits, load_tasks
 from dynlm.evaluate.fewshot import adapted, error_rate, mean_loss, mean_over_tasks, tune_rate
 from dynlm.meta.initialisation import Method, Task
 from dynlm.meta.outer import OuterConfig, learn_start
-from dynlm.models.nets import NetScorer, build_net, cross_entropy, squared_error
+from dynlm.models.nets import MLP, NetScorer, StackedScorer, build_net, cross_entropy, squared_error, stacked
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.handmade import SGD
 from dynlm.types import InputError
@@ -143,16 +143,32 @@ class _Trial:
         """(validation loss, step) of the start that was kept: after as many updates as in training."""
         generator = torch.Generator().manual_seed(self.config.seed + 1)
         valid = tasks_of(self.splits.valid, self.config.valid_tasks, self.config.seed + 4)
+        reader, copies = self.reader, outer.tasks if outer.stacked else 1
+        if outer.stacked:
+            reader, valid = self.stacked_reader(copies), stack_tasks(valid, copies)
+
+        def sample() -> Task:
+            tasks = [self.splits.train.sample(generator) for _ in range(copies)]
+            return self.task(stack_tasks(tasks, copies)[0] if outer.stacked else tasks[0], generator)
+
+        def validate() -> float:
+            return mean_over_tasks(adapted(reader, valid, self.inner_steps, mean_loss)).value / copies
+
         with tqdm(total=outer.steps, desc=self.name, unit="step") as bar:
-            learned = learn_start(
-                self.method,
-                self.reader,
-                lambda: self.task(self.splits.train.sample(generator), generator),
-                outer,
-                lambda: mean_over_tasks(adapted(self.reader, valid, self.inner_steps, mean_loss)).value,
-                bar.update,
-            )
+            learned = learn_start(self.method, reader, sample, outer, validate, bar.update)
+        if outer.stacked:
+            pairs = zip(self.reader.priors, reader.priors, strict=True)
+            self.reader.priors = [p._replace(theta0=q.theta0[0].view(p.theta0.shape).clone()) for p, q in pairs]
         return learned.best, learned.best_step
+
+    def stacked_reader(self, copies: int) -> Reader:
+        """One reader of as many copies of the network as a step has tasks."""
+        if not isinstance(self.reader.model, MLP):
+            raise InputError("fewshot.outer.stacked copies MLPs only (sinusoid): set it to false")
+        net = stacked(self.reader.model, copies)
+        parameters = adapted_parameters(net)
+        priors = make_priors(parameters, [torch.ones_like(a.matrix_RC) for a in parameters])
+        return Reader(net, StackedScorer(net, squared_error), self.reader.rule, priors, self.reader.config)
 
     def task(self, task: FewShotTask, generator: torch.Generator) -> Task:
         """What the method's inner loop reads of a training task."""
@@ -166,6 +182,17 @@ class _Trial:
         """The measure on ``tasks`` after plain SGD at another rate."""
         self.reader.rule.load_state_dict(SGD(lr).state_dict())
         return mean_over_tasks(adapted(self.reader, tasks, self.config.test_steps, self.measure)).value
+
+
+def stack_tasks(tasks: list[FewShotTask], copies: int) -> list[FewShotTask]:
+    """Groups of ``copies`` tasks as one, a new first axis; what does not fill a group is left out."""
+    groups = [tasks[i : i + copies] for i in range(0, len(tasks) - copies + 1, copies)]
+
+    def stack(pieces: Sequence[Piece]) -> Piece:
+        inputs, targets = zip(*pieces, strict=True)
+        return torch.stack(inputs), torch.stack(targets)
+
+    return [FewShotTask(stack([t.support for t in group]), stack([t.query for t in group])) for group in groups]
 
 
 def tasks_of(source: TaskSource, number: int, seed: int) -> list[FewShotTask]:

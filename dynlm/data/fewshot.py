@@ -29,9 +29,10 @@ class FewShotTask(NamedTuple):
 
     def minibatches(self, number: int, size: int, generator: torch.Generator) -> list[Piece]:
         """Minibatches of support and query together, each drawn without replacement."""
-        inputs, targets = (torch.cat(parts) for parts in zip(self.support, self.query, strict=True))
-        chosen = [torch.randperm(len(inputs), generator=generator)[:size] for _ in range(number)]
-        return [(inputs[index], targets[index]) for index in chosen]
+        axis = self.support[1].dim() - 2 if self.support[0].dim() == 3 else 0  # of the examples: tasks may be stacked
+        inputs, targets = (torch.cat(parts, axis) for parts in zip(self.support, self.query, strict=True))
+        chosen = [torch.randperm(inputs.shape[axis], generator=generator)[:size] for _ in range(number)]
+        return [(inputs.index_select(axis, index), targets.index_select(axis, index)) for index in chosen]
 
 
 class TaskSource(Protocol):

@@ -23,6 +23,7 @@ from dynlm.meta.sampling import Stratum, sample_coordinates
 from dynlm.meta.slices import MIB, SliceCost, choose_slices
 from dynlm.meta.unroll import Piece, Unroll, UnrollConfig
 from dynlm.optim.base import RuleState
+from dynlm.optim.features import N_COL, N_ROW, N_SCALARS
 from dynlm.types import InputError
 
 
@@ -32,7 +33,7 @@ class EstimatorConfig:
 
     kind: Literal["replay", "unroll", "forward", "pes"] = "replay"
     """replay: exact and fast, first order; unroll: any order; forward: no truncation; pes: unbiased over windows"""
-    coordinates: int = 200_000
+    coordinates: int = 40_000
     """replay and forward: weights sampled for a window (an article); 0 takes all"""
     record: RecordConfig = field(default_factory=RecordConfig)
     memory: int = 1024
@@ -124,10 +125,10 @@ class ReplayEstimator(Estimator):
         """Recorded gradients, what was observed, and the sampled coordinates' weights and state."""
         size = self.reader.thetas[0].element_size()
         recorded = 2 if self.config.record.dtype == "bf16" else size
-        k, lines = self._coordinates(window), sum(sum(theta.shape) for theta in self.reader.thetas)
+        k = self._coordinates(window)
         on_disk = self.config.record.where == "disk"
         fixed = k * (16 + size * (4 + self.rule.n_slots * max(1, self.rule.slot_width)))
-        return window * ((0 if on_disk else k * recorded) + 2 * lines * size) + fixed
+        return window * ((0 if on_disk else k * recorded) + size * observed_numbers(self.reader)) + fixed
 
     def seconds(self, window: int, probe: int, reading: float, estimating: float) -> float:
         per_coordinate = max(0.0, estimating - reading) / (probe * self._coordinates(probe))
@@ -141,6 +142,11 @@ class ReplayEstimator(Estimator):
         return min(n, affordable(self.config, window, self.reader) or n)
 
 
+def observed_numbers(reader: Reader) -> int:
+    """Row, column and tensor statistics that a segment leaves, at the most."""
+    return sum(N_ROW * theta.shape[0] + N_COL * theta.shape[1] + N_SCALARS for theta in reader.thetas)
+
+
 def affordable(config: EstimatorConfig, window: int, reader: Reader) -> int:
     """Coordinates to record: those asked for (0: all), or as many as the budget holds beside what is observed.
 
@@ -149,7 +155,7 @@ def affordable(config: EstimatorConfig, window: int, reader: Reader) -> int:
     """
     size, record = reader.thetas[0].element_size(), config.record
     each = 2 if record.dtype == "bf16" else size
-    observed = 2 * size * sum(sum(theta.shape) for theta in reader.thetas)
+    observed = size * observed_numbers(reader)
     n, budget = sum(theta.numel() for theta in reader.thetas), record.memory * MIB // max(1, window)
     fits = (budget - observed) // each
     if record.where == "disk" or (config.coordinates == 0 and n <= fits):

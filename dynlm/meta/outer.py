@@ -22,6 +22,8 @@ class OuterConfig:
     """outer steps"""
     tasks: int = 4
     """tasks a step, whose gradients are averaged; 1 makes Reptile serial"""
+    stacked: bool = False
+    """all tasks of a step at once, in a model that holds a copy of θ for each (few-shot sinusoids)"""
     optimizer: Literal["adam", "sgd"] = "adam"
     """sgd with lr ε is Reptile's own step θ0 + ε mean(θ_k − θ0)"""
     lr: float = 1e-3
@@ -96,9 +98,11 @@ def _outer_step(
     theta0 = [prior.theta0 for prior in reader.priors]
     phi = list(reader.rule.parameters()) if config.phi_lr else []
     total, sums = 0.0, [torch.zeros_like(t) for t in theta0]
-    for _ in range(config.tasks):
+    for _ in range(1 if config.stacked else config.tasks):
         loss, grads = outer_gradient(method, reader, sample(), phi, config.cg_steps)
         total += loss / config.tasks
+        if config.stacked:  # a row a task: all copies of θ0 get the mean, and stay equal
+            grads = [grad.sum(0, keepdim=True).expand_as(grad) for grad in grads]
         add(sums, grads, 1 / config.tasks)
     for tensor, grad in zip(theta0, sums, strict=True):
         tensor.grad = grad

@@ -26,7 +26,7 @@ class RecordConfig:
     """weights: exact; bf16: half the memory, gradients rounded to 8 bits"""
     where: Literal["device", "cpu", "disk"] = "device"
     """disk: a temporary memory-mapped file, which the system writes out when memory is short"""
-    memory: int = 128
+    memory: int = 96
     """MiB for what a window records: long windows get fewer coordinates; and for a block of the replay"""
 
 

@@ -29,6 +29,37 @@ class MLP(nn.Sequential):
         super().__init__(*layers[:-1])
 
 
+class StackedLinear(nn.Module):
+    """As many linear maps side by side as ``layer`` is to be copied: inputs (N, B, in), outputs (N, B, out)."""
+
+    def __init__(self, layer: nn.Linear, copies: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(layer.weight.detach().expand(copies, -1, -1).clone())
+        self.bias = nn.Parameter(layer.bias.detach().expand(copies, -1).clone())
+
+    def forward(self, x_NBD: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias[:, None], x_NBD, self.weight.transpose(1, 2))
+
+
+def stacked(net: MLP, copies: int) -> nn.Sequential:
+    """Copies of an MLP that run as one, parameter names unchanged: each copy learns a task of its own."""
+    return nn.Sequential(*(StackedLinear(m, copies) if isinstance(m, nn.Linear) else m for m in net))
+
+
+class StackedScorer:
+    """The losses of stacked copies, (N · B,), scaled so that their mean is the sum of the copies' mean losses.
+
+    Inputs and targets are (N, B, D). Each copy's gradient is that of its own task: one inner loop is N of them.
+    """
+
+    def __init__(self, net: nn.Module, losses: Losses) -> None:
+        self.net, self.losses = net, losses
+
+    def __call__(self, inputs_S: Tensor, targets_S: Tensor, hidden: Any) -> tuple[Tensor, None]:
+        outputs_NBD = self.net(inputs_S)
+        return len(inputs_S) * self.losses(outputs_NBD.flatten(0, 1), targets_S.flatten(0, 1)), None
+
+
 class Normalise(nn.Module):
     """Mean 0 and variance 1, then a learned scale and shift a channel. No running statistics, so nothing but θ is kept.
 

@@ -7,7 +7,7 @@ import torch
 
 from dynlm.adapt import ReadConfig, Reader
 from dynlm.data.segments import article_segments
-from dynlm.meta.estimators import EstimatorConfig, affordable, make_estimator
+from dynlm.meta.estimators import EstimatorConfig, affordable, make_estimator, observed_numbers
 from dynlm.meta.recording import RecordConfig
 from dynlm.meta.sampling import sample_coordinates
 from dynlm.optim.handmade import RMS
@@ -132,7 +132,7 @@ def test_evolution_strategies_leave_the_rule_as_it_was(lab):
 def test_a_budget_bounds_what_is_recorded(lab):
     reader = make_reader(lab, RULES["rms"](lab[2]))
     n = sum(t.numel() for t in reader.thetas)
-    seen = 2 * sum(sum(t.shape) for t in reader.thetas)
+    seen = observed_numbers(reader)
 
     def coordinates(asked, memory, window):
         return affordable(EstimatorConfig(coordinates=asked, record=RecordConfig(memory=memory)), window, reader)

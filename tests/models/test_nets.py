@@ -76,3 +76,32 @@ def test_seed_decides_the_weights_and_leaves_the_global_one_alone():
 def test_unknown_network_is_one_line():
     with pytest.raises(InputError, match="'rnn': choose one of mlp, conv"):
         build_net("rnn", 0)
+
+
+def test_stacked_copies_learn_their_own_tasks():
+    """One inner loop over three copies is three inner loops, in every weight."""
+    from dynlm.adapt import ReadConfig, Reader, make_priors
+    from dynlm.models.nets import StackedScorer, stacked
+    from dynlm.models.params import adapted_parameters
+    from dynlm.optim.handmade import SGD
+
+    def reader_of(net, score):
+        parameters = adapted_parameters(net)
+        priors = make_priors(parameters, [torch.ones_like(a.matrix_RC) for a in parameters])
+        return Reader(net, score, SGD(0.05), priors, ReadConfig(kernel="eager"))
+
+    net = build_net("mlp", 0, sizes=(1, 6, 6, 1)).double()
+    copies = stacked(net, 3)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, 5, 1, generator=generator, dtype=torch.float64)
+    targets = torch.randn(3, 5, 1, generator=generator, dtype=torch.float64)
+    together = reader_of(copies, StackedScorer(copies, squared_error))
+    for _ in range(4):
+        together.segment(inputs, targets)
+    alone = reader_of(net, NetScorer(net, squared_error))
+    for k in range(3):
+        alone.begin()
+        for _ in range(4):
+            alone.segment(inputs[k], targets[k])
+        for stack, theta in zip(together.thetas, alone.thetas, strict=True):
+            torch.testing.assert_close(stack[k], theta.flatten())

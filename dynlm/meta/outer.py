@@ -28,6 +28,8 @@ class OuterConfig:
     """sgd with lr ε is Reptile's own step θ0 + ε mean(θ_k − θ0)"""
     lr: float = 1e-3
     """learning rate of θ0"""
+    clip: float = 0.0
+    """bound on the norm of the gradient of θ0; 0 leaves it"""
     phi_lr: float = 0.0
     """learning rate of the rule's settings φ, with the same optimizer; 0 leaves them as they are"""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -106,6 +108,8 @@ def _outer_step(
         add(sums, grads, 1 / config.tasks)
     for tensor, grad in zip(theta0, sums, strict=True):
         tensor.grad = grad
+    if config.clip:
+        torch.nn.utils.clip_grad_norm_(theta0, config.clip)
     for meta_parameter in phi:
         if meta_parameter.grad is not None:
             meta_parameter.grad /= config.tasks

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+Piece = tuple[torch.Tensor, torch.Tensor]
+"""(inputs_S, targets_S): what the inner loop scores between two updates."""
+
 
 class InputError(Exception):
     """Bad input, told in one line: the value, the bound, the next step. The command line turns it into exit code 2."""

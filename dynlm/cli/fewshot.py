@@ -15,14 +15,14 @@ import dynlm
 from dynlm import runs
 from dynlm.adapt import ReadConfig, Reader, make_priors
 from dynlm.cli.recipe import FewShotConfig, Recipe
-from dynlm.data.fewshot import FewShotTask, Piece, TaskSource, TaskSplits, load_tasks
+from dynlm.data.fewshot import FewShotTask, TaskSource, TaskSplits, load_tasks
 from dynlm.evaluate.fewshot import adapted, error_rate, mean_loss, mean_over_tasks, tune_rate
 from dynlm.meta.initialisation import Method, Task
 from dynlm.meta.outer import OuterConfig, learn_start
 from dynlm.models.nets import MLP, NetScorer, StackedScorer, build_net, cross_entropy, squared_error, stacked
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.handmade import SGD
-from dynlm.types import InputError
+from dynlm.types import InputError, Piece
 
 METHODS: dict[str, Method] = {
     "joint": "joint",

@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from dynlm.data.characters import font_characters, hub_characters
-from dynlm.types import InputError
-
-Piece = tuple[Tensor, Tensor]
+from dynlm.types import InputError, Piece
 
 
 class FewShotTask(NamedTuple):

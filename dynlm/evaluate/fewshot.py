@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 
 from dynlm.adapt import Reader
-from dynlm.data.fewshot import FewShotTask, Piece
+from dynlm.data.fewshot import FewShotTask
 from dynlm.evaluate.metrics import bootstrap_ratio
-from dynlm.types import InputError
+from dynlm.types import InputError, Piece
 
 Measure = Callable[[Reader, Piece], float]
 """What the adapted model is worth on a query; smaller is better."""

@@ -21,10 +21,10 @@ from dynlm.meta.recording import RecordConfig, Recording
 from dynlm.meta.replay import Replay, ReplayConfig
 from dynlm.meta.sampling import Stratum, sample_coordinates
 from dynlm.meta.slices import MIB, SliceCost, choose_slices
-from dynlm.meta.unroll import Piece, Unroll, UnrollConfig
+from dynlm.meta.unroll import Unroll, UnrollConfig
 from dynlm.optim.base import RuleState
 from dynlm.optim.features import N_COL, N_ROW, N_SCALARS
-from dynlm.types import InputError
+from dynlm.types import InputError, Piece
 
 
 @dataclass(frozen=True)

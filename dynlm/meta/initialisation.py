@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 
 from dynlm.adapt import Reader, Snapshot, detach
-from dynlm.data.fewshot import Piece
 from dynlm.meta.unroll import Unroll, UnrollConfig
 from dynlm.models.params import as_matrix
 from dynlm.models.recurrence import differentiable_twice
 from dynlm.optim.handmade import SGD
-from dynlm.types import InputError
+from dynlm.types import InputError, Piece
 
 Method = Literal["joint", "maml", "fomaml", "reptile", "imaml"]
 METHODS: tuple[Method, ...] = ("joint", "maml", "fomaml", "reptile", "imaml")

@@ -17,8 +17,7 @@ import torch
 from dynlm.adapt import Reader
 from dynlm.meta.estimators import Estimator, UnrollEstimator
 from dynlm.meta.slices import MIB, choose_slices
-from dynlm.meta.unroll import Piece
-from dynlm.types import InputError
+from dynlm.types import InputError, Piece
 
 PROBE = 4
 

@@ -30,10 +30,7 @@ from dynlm.models.params import Adapted, as_matrix, pointed
 from dynlm.models.recurrence import differentiable_twice
 from dynlm.optim.adjoint import FusedAdjoint
 from dynlm.optim.base import Prior, Rule, RuleState
-from dynlm.types import InputError
-
-Piece = tuple[Tensor, Tensor]
-"""(inputs_S, targets_S) of one segment."""
+from dynlm.types import InputError, Piece
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dynlm.meta.replay import Replay
 from dynlm.optim.base import Rule
 from dynlm.optim.handmade import scalar
 from lab import make_lab
-from meta.test_replay import gradients, read_window
+from meta.test_replay import RULES, gradients, read_window
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,6 +25,15 @@ def test_the_rule_of_the_readme_reads_and_gets_a_meta_gradient():
     recording, *_ = read_window(make_lab(), rule, 30)
     Replay(rule)(recording)
     assert gradients(rule)["lr"] != 0
+
+
+def test_the_unroll_of_the_readme_differentiates():
+    lab = make_lab()
+    rule = RULES["gated"](lab[2])
+    _, start, pieces, weights, _ = read_window(lab, rule, 30)
+    names = {"model": lab[0], "score": lab[1], "priors": lab[2], "rule": rule, "start": start}
+    exec(BLOCKS[2], names | {"pieces": pieces, "weights": weights})
+    assert all(g.abs().max() > 0 for g in gradients(rule).values())
 
 
 def test_public_names_of_the_readme_exist():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dynlm.adapt import Reader
 from dynlm.meta.initialisation import Method, Task, add, outer_gradient
+from dynlm.types import InputError
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class OuterProgress(NamedTuple):
     train_losses: list[float]
     """mean outer loss of each step"""
     valid: list[tuple[int, float]]
+    stopped: str = ""
+    """why it ended before its last step: an inner loop that ran away"""
 
 
 def learn_start(
@@ -83,7 +86,13 @@ def learn_start(
         share = 0.5 + 0.5 * math.cos(math.pi * step / config.steps) if config.schedule == "cosine" else 1.0
         for group, rate in zip(outer.param_groups, rates, strict=True):
             group["lr"] = rate * share
-        result.train_losses.append(_outer_step(method, reader, sample, config, outer))
+        try:
+            result.train_losses.append(_outer_step(method, reader, sample, config, outer))
+        except InputError as error:  # what was learned before is kept
+            if step == 0:
+                raise
+            result = result._replace(stopped=f"stopped at step {step}: {error}")
+            break
         if progress:
             progress(1)
     with torch.no_grad():

@@ -81,3 +81,29 @@ def test_the_best_start_is_kept_not_the_last():
     progress = learn_start("fomaml", reader, lambda: task, config, validate)
     assert (progress.best, progress.best_step) == (1.0, 1)
     assert torch.equal(flat([p.theta0 for p in reader.priors]), seen[1])
+
+
+def test_a_loop_that_runs_away_keeps_what_was_learned(monkeypatch):
+    from dynlm.meta import outer
+
+    config = OuterConfig(steps=20, tasks=2, lr=1e-2, validate_every=2)
+    calls, step = [], outer._outer_step
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 8:
+            raise InputError("outer loss is inf")
+        return step(*arguments)
+
+    monkeypatch.setattr(outer, "_outer_step", failing)
+    _, progress = learn("fomaml", config)
+    assert progress.stopped == "stopped at step 7: outer loss is inf"
+    assert len(progress.train_losses) == 7
+    assert progress.best_step in (0, 2, 4, 6)
+    monkeypatch.setattr(outer, "_outer_step", lambda *_: failing_at_once())
+    with pytest.raises(InputError, match="at once"):
+        learn("fomaml", config)
+
+
+def failing_at_once():
+    raise InputError("at once")

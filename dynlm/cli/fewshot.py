@@ -156,8 +156,8 @@ class _Trial:
 
         with tqdm(total=outer.steps, desc=self.name, unit="step") as bar:
             learned = learn_start(self.method, reader, sample, outer, validate, bar.update)
-        if learned.stopped:
-            print(f"{self.name}: {learned.stopped}; the best start before is kept")
+        for restart in learned.restarts:
+            print(f"{self.name}: restarted from the best start with half the rate ({restart})")
         if outer.stacked:
             pairs = zip(self.reader.priors, reader.priors, strict=True)
             self.reader.priors = [p._replace(theta0=q.theta0[0].view(p.theta0.shape).clone()) for p, q in pairs]

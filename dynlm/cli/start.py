@@ -50,8 +50,8 @@ def learn_start_stage(recipe: Recipe) -> None:
     if config.outer.phi_lr:
         tensors |= {f"rule.{name}": value for name, value in rule.state_dict().items()}
     runs.write_tensors(target, tensors, made)
-    if learned.stopped:
-        print(f"{learned.stopped}; the best start before is kept")
+    for restart in learned.restarts:
+        print(f"restarted from the best start with half the rate ({restart})")
     print(f"best meta-validation {learned.best:.4f} nats/token at step {learned.best_step}: {target}")
 
 

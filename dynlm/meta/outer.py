@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -41,6 +41,9 @@ class OuterConfig:
     """steps between validations; the best start is kept"""
 
 
+MOST_RESTARTS = 6
+
+
 class OuterProgress(NamedTuple):
     """``best``: validation value of the start that was kept, found at step ``best_step``; smaller is better."""
 
@@ -49,8 +52,8 @@ class OuterProgress(NamedTuple):
     train_losses: list[float]
     """mean outer loss of each step"""
     valid: list[tuple[int, float]]
-    stopped: str = ""
-    """why it ended before its last step: an inner loop that ran away"""
+    restarts: list[str]
+    """steps where an inner loop ran away: each time the best start came back, and the rates were halved"""
 
 
 def learn_start(
@@ -64,42 +67,55 @@ def learn_start(
     """Learn θ0 in ``reader.priors`` (a copy of those it came with) and, with ``phi_lr``, the rule's settings.
 
     ``validate`` reads with ``reader`` and returns a number to keep low; the start where it was lowest is kept.
+    Methods that take the inner loop's end for exact (FOMAML, iMAML) drive θ0 to where the inner rate is too high: then
+    the best start so far is taken up again with half the outer rate.
+
+    Raises:
+        InputError: an inner loop that runs away in the first step, or after the sixth restart.
     """
     reader.priors = [prior._replace(theta0=prior.theta0.clone()) for prior in reader.priors]
-    theta0 = [prior.theta0 for prior in reader.priors]
-    phi = list(reader.rule.parameters()) if config.phi_lr else []
-    outer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.optimizer](theta0, lr=config.lr)
-    if phi:
-        outer.add_param_group({"params": phi, "lr": config.phi_lr})
-    rates = [group["lr"] for group in outer.param_groups]
-    kept: list[Tensor] = []
-    result = OuterProgress(math.inf, -1, [], [])
+    learned = [prior.theta0 for prior in reader.priors] + (list(reader.rule.parameters()) if config.phi_lr else [])
+    outer, kept = _optimizer(reader, config), [t.detach().clone() for t in learned]
+    result = OuterProgress(math.inf, -1, [], [], [])
     for step in range(config.steps + 1):
         if step % config.validate_every == 0 or step == config.steps:
             value = validate()
             result.valid.append((step, value))
-            if value < result.best or not kept:
-                kept = [t.detach().clone() for t in (*theta0, *phi)]
+            if value < result.best:
+                kept = [t.detach().clone() for t in learned]
                 result = result._replace(best=value, best_step=step)
         if step == config.steps:
             break
         share = 0.5 + 0.5 * math.cos(math.pi * step / config.steps) if config.schedule == "cosine" else 1.0
-        for group, rate in zip(outer.param_groups, rates, strict=True):
-            group["lr"] = rate * share
+        for group in outer.param_groups:
+            group["lr"] = group["initial_lr"] * share * 0.5 ** len(result.restarts)
         try:
             result.train_losses.append(_outer_step(method, reader, sample, config, outer))
-        except InputError as error:  # what was learned before is kept
-            if step == 0:
+        except InputError as error:
+            if step == 0 or len(result.restarts) == MOST_RESTARTS:
                 raise
-            result = result._replace(stopped=f"stopped at step {step}: {error}")
-            break
+            result.restarts.append(f"step {step}: {error}")
+            _restore(learned, kept)
+            outer = _optimizer(reader, config)
         if progress:
             progress(1)
-    with torch.no_grad():
-        for tensor, best in zip((*theta0, *phi), kept, strict=True):
-            tensor.copy_(best)
+    _restore(learned, kept)
     reader.begin()
     return result
+
+
+def _optimizer(reader: Reader, config: OuterConfig) -> torch.optim.Optimizer:
+    groups = [{"params": [prior.theta0 for prior in reader.priors], "lr": config.lr, "initial_lr": config.lr}]
+    if config.phi_lr:
+        phi = list(reader.rule.parameters())
+        groups.append({"params": phi, "lr": config.phi_lr, "initial_lr": config.phi_lr})
+    return {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.optimizer](groups)
+
+
+@torch.no_grad()
+def _restore(learned: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+    for tensor, best in zip(learned, kept, strict=True):
+        tensor.copy_(best)
 
 
 def _outer_step(

@@ -97,12 +97,30 @@ def test_a_loop_that_runs_away_keeps_what_was_learned(monkeypatch):
 
     monkeypatch.setattr(outer, "_outer_step", failing)
     _, progress = learn("fomaml", config)
-    assert progress.stopped == "stopped at step 7: outer loss is inf"
-    assert len(progress.train_losses) == 7
-    assert progress.best_step in (0, 2, 4, 6)
+    assert progress.restarts == ["step 7: outer loss is inf"]
+    assert len(progress.train_losses) == 19
+    assert progress.valid[-1][0] == 20
     monkeypatch.setattr(outer, "_outer_step", lambda *_: failing_at_once())
     with pytest.raises(InputError, match="at once"):
         learn("fomaml", config)
+
+
+def test_a_restart_takes_up_the_best_start_with_half_the_rate(monkeypatch):
+    from dynlm.meta import outer
+
+    rates, starts, step = [], [], outer._outer_step
+
+    def spying(method, reader, sample, config, optimizer):
+        rates.append(optimizer.param_groups[0]["lr"])
+        starts.append([prior.theta0.clone() for prior in reader.priors])
+        if len(rates) == 4:
+            raise InputError("outer loss is inf")
+        return step(method, reader, sample, config, optimizer)
+
+    monkeypatch.setattr(outer, "_outer_step", spying)
+    learn("fomaml", OuterConfig(steps=6, tasks=2, lr=1e-2, validate_every=100, schedule="constant"))
+    assert rates == [1e-2] * 4 + [5e-3] * 2
+    assert all(torch.equal(a, b) for a, b in zip(starts[4], starts[0], strict=True))
 
 
 def failing_at_once():

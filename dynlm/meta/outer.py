@@ -109,7 +109,9 @@ def _optimizer(reader: Reader, config: OuterConfig) -> torch.optim.Optimizer:
     if config.phi_lr:
         phi = list(reader.rule.parameters())
         groups.append({"params": phi, "lr": config.phi_lr, "initial_lr": config.phi_lr})
-    return {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.optimizer](groups)
+    if config.optimizer == "adam":
+        return torch.optim.Adam(groups)
+    return torch.optim.SGD(groups)
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ def learn_start(
     the best start so far is taken up again with half the outer rate.
 
     Raises:
-        InputError: an inner loop that runs away in the first step, or after the sixth restart.
+        InputError: an inner loop that runs away in the first step. The seventh later on ends the loop.
     """
     reader.priors = [prior._replace(theta0=prior.theta0.clone()) for prior in reader.priors]
     learned = [prior.theta0 for prior in reader.priors] + (list(reader.rule.parameters()) if config.phi_lr else [])
@@ -79,7 +79,7 @@ def learn_start(
     result = OuterProgress(math.inf, -1, [], [], [])
     for step in range(config.steps + 1):
         if step % config.validate_every == 0 or step == config.steps:
-            value = validate()
+            value = _value(validate, step)
             result.valid.append((step, value))
             if value < result.best:
                 kept = [t.detach().clone() for t in learned]
@@ -92,9 +92,11 @@ def learn_start(
         try:
             result.train_losses.append(_outer_step(method, reader, sample, config, outer))
         except InputError as error:
-            if step == 0 or len(result.restarts) == MOST_RESTARTS:
+            if step == 0:
                 raise
             result.restarts.append(f"step {step}: {error}")
+            if len(result.restarts) > MOST_RESTARTS:
+                break
             _restore(learned, kept)
             outer = _optimizer(reader, config)
         if progress:
@@ -102,6 +104,16 @@ def learn_start(
     _restore(learned, kept)
     reader.begin()
     return result
+
+
+def _value(validate: Callable[[], float], step: int) -> float:
+    """A start from which reading runs away is no candidate, but the first one must read."""
+    try:
+        return validate()
+    except InputError:
+        if step == 0:
+            raise
+        return math.inf
 
 
 def _optimizer(reader: Reader, config: OuterConfig) -> torch.optim.Optimizer:

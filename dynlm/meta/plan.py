@@ -6,6 +6,7 @@ peak; what grows with the window is counted (:meth:`Estimator.footprint`), not g
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import time
@@ -36,6 +37,9 @@ def peak_memory() -> int:
     """Highest memory of this process so far in bytes; of the CUDA allocator where there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved()
+    with contextlib.suppress(OSError, KeyError), open("/proc/self/status") as file:
+        fields = dict(line.split(":", 1) for line in file)
+        return int(fields["VmHWM"].split()[0]) * 1024  # ru_maxrss begins at the parent's peak
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -54,30 +54,28 @@ class _Node(torch.autograd.Function):
         new, new_slots = theta.clone(), tuple(slot.clone() for slot in slots)
         there = w._replace(theta=new, theta0=theta0, grad=grad)
         fused.forwards.kernel(there, context)(there, new_slots, flat_N.detach())
-        ctx.fused, ctx.w, ctx.shapes = fused, w._replace(theta=new, theta0=theta0, grad=grad), context
-        ctx.w = ctx.w._replace(
-            theta=None, theta0=None, grad=None
-        )  # these are saved, so that a checkpoint can drop them
-        ctx.save_for_backward(flat_N, theta, theta0, grad, *slots)
+        ctx.fused, ctx.shapes, ctx.n_slots, ctx.n_row = fused, context, len(slots), len(w.row)
+        # all that is large is saved, not kept: so a checkpoint can drop it
+        ctx.save_for_backward(flat_N, theta, theta0, w.rms, grad, *slots, *w.row, *w.col)
         return new, *new_slots
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *adjoints: Tensor) -> tuple[Tensor | None, ...]:
-        flat_N, theta, theta0, grad, *slots = (t.contiguous() for t in ctx.saved_tensors)
-        w, threads = ctx.w, torch.get_num_threads()
+        flat_N, theta, theta0, rms, grad, *others = (t.contiguous() for t in ctx.saved_tensors)
+        slots, features, threads = others[: ctx.n_slots], others[ctx.n_slots :], torch.get_num_threads()
+        row, col = tuple(features[: ctx.n_row]), tuple(features[ctx.n_row :])
         d_state = [adjoint.contiguous().clone() for adjoint in adjoints]
         d_grad, d_theta0 = torch.empty_like(grad), torch.empty_like(theta0)
         d_context = torch.zeros(threads, max(1, flat_N.numel()), dtype=torch.float64)
-        features = [t.contiguous() for t in (*w.row, *w.col)]
         rows, columns = map(ctypes.c_long, theta.shape)
-        ctx.fused.function(w._replace(theta=theta), ctx.shapes)(
+        ctx.fused.function(Coordinates(theta, theta0, rms, grad, row, col), ctx.shapes)(
             rows,
             columns,
             ctypes.c_int(threads),
             pointer(flat_N),
             pointer(d_context),
-            pointers([theta, theta0, w.rms.contiguous(), grad, *slots, *features, *d_state, d_grad, d_theta0]),
+            pointers([theta, theta0, rms, grad, *slots, *features, *d_state, d_grad, d_theta0]),
         )
         d_flat = d_context.sum(0)[: flat_N.numel()].to(flat_N)
         return None, None, None, d_flat, d_state[0], d_theta0, d_grad, *d_state[1:]

@@ -23,6 +23,8 @@ class SliceCost(NamedTuple):
 
     position: int
     segment: int
+    nodes: int = 0
+    """of a segment's graph without its tensors: what stays of every segment, whatever the slices"""
 
     def peak(self, window: int, slices: tuple[int, ...]) -> int:
         """Bytes kept at the most while a window is unrolled and differentiated."""
@@ -30,7 +32,7 @@ class SliceCost(NamedTuple):
         for n in slices:
             total += math.ceil(length / n) * self.position
             length = min(n, length)
-        return total + length * self.segment
+        return total + length * self.segment + window * self.nodes
 
 
 def choose_slices(window: int, cost: SliceCost, budget: int) -> tuple[int, ...]:

@@ -188,10 +188,7 @@ class UnrollEstimator(Estimator):
     def window(self, position: Snapshot, pieces: Sequence[Piece], weights: Sequence[float]) -> Window:
         unrolled = self.engine(pieces).run(position, pieces, weights)
         if unrolled.loss.requires_grad:
-            phi = [p for p in self.rule.parameters() if p.requires_grad]
-            for p, grad in zip(phi, torch.autograd.grad(unrolled.loss, phi, allow_unused=True), strict=True):
-                if grad is not None:
-                    p.grad = grad if p.grad is None else p.grad + grad
+            unrolled.loss.backward(inputs=[p for p in self.rule.parameters() if p.requires_grad])
         sizes = [targets_S.numel() for _, targets_S in pieces]
         nats = sum(mean * size for mean, size in zip(unrolled.means, sizes, strict=True))
         return Window(nats, sum(sizes), detach_position(unrolled.position))

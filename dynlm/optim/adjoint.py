@@ -13,33 +13,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dynlm.compiler import build, pointer, pointers
+from dynlm.compiler import pointer, pointers
 from dynlm.optim.base import Coordinates, Rule, Slots
-from dynlm.optim.kernel import FusedStep, flat_context
+from dynlm.optim.kernel import FusedStep, TracedFunctions, flat_context
 from dynlm.optim.source import adjoint_source
-from dynlm.optim.trace import trace_step
 
 
 class FusedAdjoint:
     """Stands in for ``Rule.step`` in ``Rule.update``: differentiable once in θ, θ0, the gradient, the state and φ."""
 
     def __init__(self, rule: Rule) -> None:
-        self.rule = rule
         self.forwards = FusedStep(rule, compiled=True)
-        self._functions: dict[tuple[object, ...], Any] = {}
+        self.functions = TracedFunctions(rule, adjoint_source, "adjoint")
 
     def __call__(self, w: Coordinates, slots: Slots, context: Slots) -> tuple[Tensor, Slots]:
         flat_N = flat_context(context, w.theta)
         theta, *new = _Node.apply(self, w, context, flat_N, w.theta, w.theta0, w.grad, *slots)  # type: ignore[no-untyped-call]
         return theta, tuple(new)
-
-    def function(self, w: Coordinates, context: Slots) -> Any:
-        """The adjoint for these shapes of context and numbers of features."""
-        key = (w.theta.dtype, len(w.row), len(w.col), *(tuple(t.shape) for t in context))
-        if key not in self._functions:
-            traced = trace_step(self.rule, len(w.row), len(w.col), context)
-            self._functions[key] = build(adjoint_source(traced), w.theta.dtype).adjoint
-        return self._functions[key]
 
 
 class _Node(torch.autograd.Function):
@@ -64,12 +54,11 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, *adjoints: Tensor) -> tuple[Tensor | None, ...]:
         flat_N, theta, theta0, rms, grad, *others = (t.contiguous() for t in ctx.saved_tensors)
         slots, features, threads = others[: ctx.n_slots], others[ctx.n_slots :], torch.get_num_threads()
-        row, col = tuple(features[: ctx.n_row]), tuple(features[ctx.n_row :])
         d_state = [adjoint.contiguous().clone() for adjoint in adjoints]
         d_grad, d_theta0 = torch.empty_like(grad), torch.empty_like(theta0)
         d_context = torch.zeros(threads, max(1, flat_N.numel()), dtype=torch.float64)
         rows, columns = map(ctypes.c_long, theta.shape)
-        ctx.fused.function(Coordinates(theta, theta0, rms, grad, row, col), ctx.shapes)(
+        ctx.fused.functions(theta.dtype, ctx.n_row, len(features) - ctx.n_row, ctx.shapes)(
             rows,
             columns,
             ctypes.c_int(threads),

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from dynlm.optim.base import Clock, Coordinates, Observation, Prior, Slots
-from dynlm.optim.features import N_COL, N_ROW, N_SCALARS, affine, softsign
-from dynlm.optim.learned import CellConfig, Learned, Weights, frame, power
+from dynlm.optim.features import N_COL, N_ROW, affine, softsign
+from dynlm.optim.learned import CellConfig, GatingNetwork, frame, power, pull
 
 N_FEATURES = 8 + N_ROW + N_COL
 N_OUTPUTS = 4  # log2 of UPDATE's multiplier, two momentum shares, shift of FLUSH
-FLUSH_RANGE = 0.05  # one unit of output moves FLUSH by this much per segment
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class GatedConfig(CellConfig):
     """start of the two running means' decays, per segment; learned"""
 
 
-class Gated(Learned):
+class Gated(GatingNetwork):
     """See the module's docstring. A few hundred meta-parameters, two state floats a weight."""
 
     name = "gated"
@@ -45,27 +44,16 @@ class Gated(Learned):
     def __init__(self, config: GatedConfig | None = None, seed: int = 0) -> None:
         config = config or GatedConfig()
         super().__init__(config)
-        n_tensors, hidden = len(config.tensors), config.hidden
-        normal = Weights(seed).normal
         self.logit_betas = nn.Parameter(torch.tensor([math.log(b / (1 - b)) for b in config.betas]))
         self.log2_scales = nn.Parameter(torch.zeros(4))  # of the inputs that are squashed
-        self.input_weight = normal(hidden, N_FEATURES, std=N_FEATURES**-0.5)
-        self.input_scalars = normal(hidden, N_SCALARS, std=0.3)
-        self.input_tensors = normal(n_tensors, hidden, std=0.3)
-        self.output_weight = nn.Parameter(torch.zeros(N_OUTPUTS, hidden))
-        self.output_scalars = nn.Parameter(torch.zeros(N_OUTPUTS, N_SCALARS))
-        self.output_tensors = nn.Parameter(torch.zeros(n_tensors, N_OUTPUTS))
+        self.add_network(N_FEATURES, config.hidden, N_OUTPUTS, seed)
 
     def context(self, prior: Prior, observation: Observation, clock: Clock) -> Slots:
         """(network weights and settings at this tensor and time); the parts that carry φ into ``step``."""
-        assert observation.scalars is not None
-        scalars, dtype = observation.scalars, prior.theta0.dtype
-        hidden_bias = self.input_scalars.to(dtype) @ scalars + self.embedded(self.input_tensors, prior)
-        output_bias = self.output_scalars.to(dtype) @ scalars + self.embedded(self.output_tensors, prior)
         settings = self.rms_settings(prior)
         typical = settings.new_tensor([prior.mean_rms])
         numbers = torch.cat([settings, self.logit_betas.sigmoid(), self.log2_scales.exp2(), typical])
-        return (self.input_weight.to(dtype), hidden_bias, self.output_weight.to(dtype), output_bias, numbers.to(dtype))
+        return (*self.network(prior, observation), numbers.to(prior.theta0.dtype))
 
     def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
         input_weight, hidden_bias, output_weight, output_bias, numbers = context
@@ -80,5 +68,4 @@ class Gated(Learned):
         hidden = [h.abs() for h in affine(features, input_weight, hidden_bias, expand)]
         update, share1, share2, flush = affine(hidden, output_weight, output_bias, expand)
         direction = power(update) * f.direction + f.share * (share1 * m1 + share2 * m2)
-        pull = ((decay * w.rms).clamp(max=1.0) + FLUSH_RANGE * flush).clamp(0.0, 1.0)
-        return w.theta - lr * direction - pull * f.delta, (m1, m2)
+        return w.theta - lr * direction - pull(w, decay, flush) * f.delta, (m1, m2)

@@ -16,10 +16,25 @@ from torch import Tensor
 from dynlm.compiler import build, find_compiler, pointer, pointers, supported
 from dynlm.optim.base import Coordinates, Observation, Prior, Rule, RuleState, Slots
 from dynlm.optim.source import replay_source, update_source
-from dynlm.optim.trace import trace_step
+from dynlm.optim.trace import Traced, trace_step
 from dynlm.types import InputError
 
 Kernel = Callable[[Coordinates, Slots, Tensor], None]
+
+
+class TracedFunctions:
+    """The C functions that one printer makes of a rule's step, each traced and built when it is first asked for."""
+
+    def __init__(self, rule: Rule, source: Callable[[Traced], str], name: str) -> None:
+        self.rule, self.source, self.name = rule, source, name
+        self._built: dict[tuple[object, ...], Any] = {}
+
+    def __call__(self, dtype: torch.dtype, n_row: int, n_col: int, context: Slots) -> Any:
+        key = (dtype, n_row, n_col, *(tuple(t.shape) for t in context))
+        if key not in self._built:
+            traced = trace_step(self.rule, n_row, n_col, context)
+            self._built[key] = getattr(build(self.source(traced), dtype), self.name)
+        return self._built[key]
 
 
 class FusedStep:
@@ -30,7 +45,7 @@ class FusedStep:
         if compiled and find_compiler() is None:
             raise InputError("read.kernel is 'compiled', but no C compiler was found: install gcc, or use 'auto'")
         self.compiled = find_compiler() is not None if compiled is None else compiled
-        self._kernels: dict[tuple[object, ...], Kernel] = {}
+        self.functions = TracedFunctions(rule, update_source, "step")
 
     @torch.no_grad()
     def __call__(
@@ -50,11 +65,8 @@ class FusedStep:
         return seen
 
     def kernel(self, w: Coordinates, context: Slots) -> Kernel:
-        key = (w.theta.dtype, len(w.row), len(w.col), *(tuple(t.shape) for t in context))
-        if key not in self._kernels:
-            traced = trace_step(self.rule, len(w.row), len(w.col), context)
-            self._kernels[key] = _update_kernel(build(update_source(traced), w.theta.dtype).step)
-        return self._kernels[key]
+        """The in-place update for these shapes of context and numbers of features."""
+        return _update_kernel(self.functions(w.theta.dtype, len(w.row), len(w.col), context))
 
 
 def _plain_step(rule: Rule, w: Coordinates, slots: Slots, context: Slots) -> None:
@@ -104,8 +116,7 @@ class FusedReplay:
     """Replays windows of one rule, forwards through the updates and back, in one pass over the recorded gradients."""
 
     def __init__(self, rule: Rule) -> None:
-        self.rule = rule
-        self._functions: dict[tuple[object, ...], Any] = {}
+        self.functions = TracedFunctions(rule, replay_source, "replay")
 
     def __call__(self, work: ReplayWork, context: Slots, context_WN: Tensor) -> Tensor:
         """∂J/∂context, (W − 1, N) in double precision.
@@ -119,7 +130,7 @@ class FusedReplay:
         window, n = work.grads_WK.shape
         lengths = [features[0].shape[1] if features else 0 for features in (work.row, work.col)]
         numbers, place = context_WN.detach().contiguous(), work.place_2K.contiguous()
-        self._function(work, context)(
+        self.functions(work.theta.dtype, len(work.row), len(work.col), context)(
             ctypes.c_long(n),
             ctypes.c_long(window),
             ctypes.c_int(threads),
@@ -130,10 +141,3 @@ class FusedReplay:
             pointers(tensors),
         )
         return result.sum(0)
-
-    def _function(self, work: ReplayWork, context: Slots) -> Any:
-        key = (work.theta.dtype, len(work.row), len(work.col), *(tuple(t.shape) for t in context))
-        if key not in self._functions:
-            traced = trace_step(self.rule, len(work.row), len(work.col), context)
-            self._functions[key] = build(replay_source(traced), work.theta.dtype).replay
-        return self._functions[key]

@@ -13,8 +13,10 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from dynlm.optim.base import Clock, Coordinates, Observation, Prior, Rule
-from dynlm.optim.features import observe_matrix
+from dynlm.optim.base import Clock, Coordinates, Observation, Prior, Rule, Slots
+from dynlm.optim.features import N_SCALARS, observe_matrix
+
+FLUSH_RANGE = 0.05  # one unit of output moves FLUSH by this much per segment
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,28 @@ class Learned(Rule):
             }
 
 
+class GatingNetwork(Learned):
+    """A learned cell whose gates come from one hidden layer a weight, shifted by the tensor's name and statistics."""
+
+    def add_network(self, n_features: int, hidden: int, n_outputs: int, seed: int) -> None:
+        """Its weights: random inputs, a read-out at zero."""
+        normal, n_tensors = Weights(seed).normal, len(self.config.tensors)
+        self.input_weight = normal(hidden, n_features, std=n_features**-0.5)
+        self.input_scalars = normal(hidden, N_SCALARS, std=0.3)
+        self.input_tensors = normal(n_tensors, hidden, std=0.3)
+        self.output_weight = nn.Parameter(torch.zeros(n_outputs, hidden))
+        self.output_scalars = nn.Parameter(torch.zeros(n_outputs, N_SCALARS))
+        self.output_tensors = nn.Parameter(torch.zeros(n_tensors, n_outputs))
+
+    def network(self, prior: Prior, observation: Observation) -> Slots:
+        """(hidden weight and bias, output weight and bias) for this tensor and segment."""
+        assert observation.scalars is not None
+        scalars, dtype = observation.scalars, prior.theta0.dtype
+        hidden_bias = self.input_scalars.to(dtype) @ scalars + self.embedded(self.input_tensors, prior)
+        output_bias = self.output_scalars.to(dtype) @ scalars + self.embedded(self.output_tensors, prior)
+        return tuple(t.to(dtype) for t in (self.input_weight, hidden_bias, self.output_weight, output_bias))
+
+
 class Frame(NamedTuple):
     """A coordinate in the units of its own gradient."""
 
@@ -112,6 +136,11 @@ class Weights:
 
     def normal(self, *shape: int, std: float) -> nn.Parameter:
         return nn.Parameter(torch.randn(*shape, generator=self.generator, dtype=torch.float32) * std)
+
+
+def pull(w: Coordinates, decay: Tensor, flush: Tensor) -> Tensor:
+    """FLUSH: the RMS rule's decay to θ0, moved by a cell's output, in [0, 1]."""
+    return ((decay * w.rms).clamp(max=1.0) + FLUSH_RANGE * flush).clamp(0.0, 1.0)
 
 
 def power(x: Tensor) -> Tensor:

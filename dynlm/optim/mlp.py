@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from dynlm.optim.base import Clock, Coordinates, Observation, Prior, Slots
 from dynlm.optim.features import N_COL, N_ROW, N_SCALARS, affine, softsign
-from dynlm.optim.gated import FLUSH_RANGE
-from dynlm.optim.learned import CellConfig, Learned, Weights, frame, moved, power
+from dynlm.optim.learned import CellConfig, Learned, Weights, frame, moved, power, pull
 
 N_MEANS = 3
 N_FEATURES = 5 + 2 * N_MEANS + N_ROW + N_COL
@@ -94,8 +93,7 @@ class MLP(Learned):
         hidden = [leaky(h) for h in affine(hidden, second_weight, second_bias, expand)]
         direction, size = affine(hidden, output_weight, output_bias, expand)
         step = power(faster) * f.direction + f.share * direction * power(size)
-        pull = ((decay * w.rms).clamp(max=1.0) + FLUSH_RANGE * flush).clamp(0.0, 1.0)
-        return w.theta - lr * step - pull * f.delta, (*means, second)
+        return w.theta - lr * step - pull(w, decay, flush) * f.delta, (*means, second)
 
 
 def leaky(x: Tensor) -> Tensor:

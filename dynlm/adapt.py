@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dynlm.data.segments import article_segments
 from dynlm.models.params import Adapted, adapted_parameters, as_matrix
-from dynlm.optim.base import Observation, Prior, Rule, RuleState
+from dynlm.optim.base import Prior, Rule, RuleState, Seen
 from dynlm.optim.kernel import FusedStep
 from dynlm.types import InputError, TokenizedArticle
 
@@ -45,11 +45,11 @@ class ReadConfig:
 
 
 class Step(NamedTuple):
-    """One segment as it was read. ``grads`` and ``seen`` are empty where no gradient was needed."""
+    """One segment as it was read. No ``grads`` and nothing ``seen`` where no gradient was needed."""
 
     losses_S: Tensor
     grads: list[Tensor]
-    seen: list[Observation]
+    seen: Seen | None
 
 
 class Snapshot(NamedTuple):
@@ -129,7 +129,7 @@ class Reader:
             self.begin()
             raise InputError(f"loss is not finite at segment {step} with rule {self.rule.name!r}: lower its lr")
         if not learns:
-            return Step(losses_S, [], [])
+            return Step(losses_S, [], None)
         grads = self.gradient(mean)
         self.state.clock.tick(value)
         seen = self.apply(self.thetas, grads, self.state, self.priors)

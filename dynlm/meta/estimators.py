@@ -116,7 +116,7 @@ class ReplayEstimator(Estimator):
         nats, tokens = 0.0, 0
         for piece, weight in zip(pieces, weights, strict=True):
             step = reader.segment(*piece)
-            recording.add(step, reader.state.clock, weight)
+            recording.add(step, reader.state.clock.step, weight)
             nats, tokens = nats + float(step.losses_S.double().sum()), tokens + step.losses_S.numel()
         self.replay(recording)
         return Window(nats, tokens, reader.snapshot())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dynlm.adapt import Step
 from dynlm.meta.sampling import Stratum
-from dynlm.optim.base import Clock, Coordinates, Observation, Prior, Rule, RuleState, Slots
+from dynlm.optim.base import Clock, Coordinates, Prior, Rule, RuleState, Shared, Slots
 
 
 class Tangents(NamedTuple):
@@ -26,12 +26,16 @@ class Tangents(NamedTuple):
     theta: Tensor
     """(K,)"""
     slots: Slots
-    memory: Slots
-    """of ``Rule.tensor_step``"""
+    memory: Tensor
+    """of ``Rule.tensor_step`` (1, M)"""
     dtheta: Tensor
     """(P, K)"""
     dslots: Slots
-    dmemory: Slots
+    dmemory: Tensor
+
+
+Moved = tuple[Tensor, Slots, Tensor]
+"""weights, slots and the memory of one tensor"""
 
 
 class _Advance(nn.Module):
@@ -41,12 +45,10 @@ class _Advance(nn.Module):
         super().__init__()
         self.rule = rule
 
-    def forward(
-        self, moved: tuple[Tensor, Slots, Slots], fixed: Coordinates, seen: tuple[Prior, Observation, Clock]
-    ) -> tuple[Tensor, Slots, Slots]:
+    def forward(self, moved: Moved, fixed: Coordinates, shared: Shared) -> Moved:
         theta, slots, memory = moved
-        context, memory = self.rule.tensor_step(*seen, memory)
-        theta, slots = self.rule.step(fixed._replace(theta=theta), slots, context)
+        context_1N, memory = self.rule.tensor_step(shared, memory)
+        theta, slots = self.rule.flat_step(fixed._replace(theta=theta), slots, context_1N[0])
         return theta, slots, memory
 
 
@@ -68,8 +70,8 @@ class Forward:
     def begin(self, thetas: Sequence[Tensor], state: RuleState, strata: Sequence[Stratum]) -> list[Tangents]:
         """No φ has moved anything yet."""
         result = []
-        for theta, slots, memory, stratum in zip(thetas, state.slots, state.tensors, strata, strict=True):
-            values = stratum.take(theta), tuple(map(stratum.take, slots)), tuple(memory)
+        for theta, slots, memory, stratum in zip(thetas, state.slots, state.tensors[:, None], strata, strict=True):
+            values = stratum.take(theta), tuple(map(stratum.take, slots)), memory.clone()
             zeros: Any = torch.utils._pytree.tree_map(lambda x: x.new_zeros(self.n_phi, *x.shape), values)
             result.append(Tangents(stratum, *values, *zeros))
         return result
@@ -79,31 +81,39 @@ class Forward:
     ) -> list[Tangents]:
         """Add w_t ⟨g_t, dθ_t/dφ⟩ to φ's gradients, then advance; ``step`` and ``clock`` as for a recording."""
         new, total = [], torch.zeros(self.n_phi, dtype=torch.float64)
-        for of_tensor, grad, seen, prior in zip(tangents, step.grads, step.seen, priors, strict=True):
+        assert step.seen is not None, "an update was read"
+        for i, (of_tensor, grad, prior) in enumerate(zip(tangents, step.grads, priors, strict=True)):
             grad_K = of_tensor.stratum.take(grad)
             total += weight * of_tensor.stratum.weight * (of_tensor.dtheta @ grad_K).double().cpu()
-            new.append(self._advance(of_tensor, grad_K, (prior, seen, clock)))
+            shared = self.rule.shared([prior], step.seen.scalars[i : i + 1], [clock.step])
+            row_K, col_K = _places(of_tensor.stratum, prior)
+            row = tuple(x[row_K, 0] for x in step.seen.rows[i])
+            col = tuple(x[0, col_K] for x in step.seen.cols[i])
+            take = of_tensor.stratum.take
+            fixed = Coordinates(of_tensor.theta, take(prior.theta0), take(prior.rms), grad_K, row, col)
+            new.append(self._advance(of_tensor, fixed, shared))
         for p, part in zip(self.phi.values(), total.split([p.numel() for p in self.phi.values()]), strict=True):
             of_p = part.view(p.shape).to(p)
             p.grad = of_p if p.grad is None else p.grad + of_p
         return new
 
     @torch.no_grad()
-    def _advance(self, t: Tangents, grad_K: Tensor, seen: tuple[Prior, Observation, Clock]) -> Tangents:
-        prior, observation, _ = seen
-        columns = prior.theta0.shape[1]
-        row_K, col_K = t.stratum.index_K // columns, t.stratum.index_K % columns
-        row, col = tuple(x[row_K, 0] for x in observation.row), tuple(x[0, col_K] for x in observation.col)
-        fixed = Coordinates(t.theta, t.stratum.take(prior.theta0), t.stratum.take(prior.rms), grad_K, row, col)
+    def _advance(self, t: Tangents, fixed: Coordinates, shared: Shared) -> Tangents:
         phi = {f"rule.{name}": p.detach() for name, p in self.phi.items()}
         moved = t.theta, t.slots, t.memory
 
-        def update(phi: dict[str, Tensor], moved: tuple[Tensor, Slots, Slots]) -> Any:
-            return torch.func.functional_call(self.advance, phi, (moved, fixed, seen))
+        def update(phi: dict[str, Tensor], moved: Moved) -> Any:
+            return torch.func.functional_call(self.advance, phi, (moved, fixed, shared))
 
-        def tangent(phi_dot: dict[str, Tensor], moved_dot: tuple[Tensor, Slots, Slots]) -> Any:
+        def tangent(phi_dot: dict[str, Tensor], moved_dot: Moved) -> Any:
             return torch.func.jvp(update, (phi, moved), (phi_dot, moved_dot))[1]
 
         chunk = max(1, 2**22 // max(1, 64 * t.theta.numel()))  # directions at once: bounds what a step holds
         dots = torch.func.vmap(tangent, chunk_size=chunk)(self.basis, (t.dtheta, t.dslots, t.dmemory))
         return Tangents(t.stratum, *update(phi, moved), *dots)
+
+
+def _places(stratum: Stratum, prior: Prior) -> tuple[Tensor, Tensor]:
+    """Row and column of each sampled coordinate."""
+    columns = prior.theta0.shape[1]
+    return stratum.index_K // columns, stratum.index_K % columns

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dynlm.adapt import Reader, Step
 from dynlm.meta.sampling import Stratum
-from dynlm.optim.base import Clock, Observation, Slots
+from dynlm.optim.base import Slots
 
 
 @dataclass(frozen=True)
@@ -41,36 +41,33 @@ class Recording:
         pairs = list(zip(self.strata, reader.state.slots, strict=True))
         self.theta = [s.take(t) for s, t in zip(self.strata, reader.thetas, strict=True)]
         self.slots: list[Slots] = [tuple(s.take(x) for x in slots) for s, slots in pairs]
-        self.tensors: list[Slots] = [tuple(x.detach().clone() for x in xs) for xs in reader.state.tensors]
+        self.tensors = reader.state.tensors.detach().clone()
         self.grads = Store([s.index_K.numel() for s in strata], capacity, self.theta[0], config or RecordConfig())
         self.rows: list[list[Tensor]] = [[] for _ in strata]
         self.cols: list[list[Tensor]] = [[] for _ in strata]
-        self.scalars: list[list[Tensor]] = [[] for _ in strata]
-        self.clocks: list[Clock] = []
+        self.scalars = self.theta[0].new_empty(0)
+        self.steps: list[int] = []
         self.weights: list[float] = []
 
-    def add(self, step: Step, clock: Clock, weight: float) -> None:
-        """Record one segment; ``weight`` is w_t, ``clock`` as the rule's update saw it."""
-        t = len(self.weights)
-        for i, (grad, stratum, seen) in enumerate(zip(step.grads, self.strata, step.seen, strict=True)):
+    def add(self, step: Step, clock_step: int, weight: float) -> None:
+        """Record one segment; ``weight`` is w_t, ``clock_step`` the time that the rule's update saw."""
+        t, seen = len(self.weights), step.seen
+        assert seen is not None, "an update was read"
+        for i, (grad, stratum) in enumerate(zip(step.grads, self.strata, strict=True)):
             self.grads.write(i, t, stratum.take(grad))
-            scalars = () if seen.scalars is None else (seen.scalars,)
-            for kept, features in ((self.rows[i], seen.row), (self.cols[i], seen.col), (self.scalars[i], scalars)):
+            for kept, features in ((self.rows[i], seen.rows[i]), (self.cols[i], seen.cols[i])):
                 for k, feature in enumerate(features):
                     if t == 0:  # one buffer each: small tensors that stay would leave holes between large ones that go
                         kept.append(feature.new_empty(self.grads.capacity, feature.numel()))
                     kept[k][t] = feature.reshape(-1)
-        self.clocks.append(replace(clock))
+        if t == 0:
+            self.scalars = seen.scalars.new_empty(self.grads.capacity, *seen.scalars.shape)
+        self.scalars[t] = seen.scalars
+        self.steps.append(clock_step)
         self.weights.append(weight)
 
     def __len__(self) -> int:
         return len(self.weights)
-
-    def seen(self, tensor: int, t: int) -> Observation:
-        """What ``Rule.observe`` saw, as it gave it."""
-        rows = tuple(x[t][:, None] for x in self.rows[tensor])
-        scalars = self.scalars[tensor][0][t] if self.scalars[tensor] else None
-        return Observation(rows, tuple(x[t][None] for x in self.cols[tensor]), scalars)
 
 
 class Store:

@@ -21,8 +21,8 @@ from dynlm.compiler import supported
 from dynlm.meta.recording import Recording
 from dynlm.meta.sampling import Stratum
 from dynlm.meta.slices import MIB
-from dynlm.optim.base import Coordinates, Rule, Slots
-from dynlm.optim.kernel import FusedReplay, ReplayWork, flat_context
+from dynlm.optim.base import Coordinates, Rule
+from dynlm.optim.kernel import FusedReplay, ReplayWork
 
 
 @dataclass(frozen=True)
@@ -46,47 +46,51 @@ class Replay:
         """``part`` of ``parts``: only every so many-th coordinate, weighted to stand for all."""
         if len(recording) < 2:
             return  # no update moves a loss of this window
+        context_WnN = self._contexts(recording)
+        if not context_WnN.requires_grad:
+            return  # a rule without meta-parameters
+        adjoint_WnN = torch.zeros(context_WnN.shape, dtype=torch.float64, device=context_WnN.device)
         for tensor, stratum in enumerate(recording.strata):
-            context, context_WN = self._contexts(recording, tensor)
-            if context_WN.requires_grad:  # else a rule without meta-parameters
-                chosen = range(part, stratum.index_K.numel(), parts)
-                if chosen:
-                    adjoint_WN = self._adjoint(recording, tensor, chosen, (context, context_WN.detach()))
-                    context_WN.backward(adjoint_WN.to(context_WN))
+            chosen = range(part, stratum.index_K.numel(), parts)
+            if chosen:
+                adjoint_WnN[:, tensor] = self._adjoint(recording, tensor, chosen, context_WnN[:, tensor].detach())
+        context_WnN.backward(adjoint_WnN.to(context_WnN))
 
-    def _contexts(self, recording: Recording, tensor: int) -> tuple[Slots, Tensor]:
-        """(one step's context, for its shapes; the flat numbers of all W − 1 steps, a graph in φ)."""
-        memory, rows = recording.tensors[tensor], []
-        context: Slots = ()
-        for t in range(len(recording) - 1):  # the last update moves no loss of this window
-            seen, clock = recording.seen(tensor, t), recording.clocks[t]
-            context, memory = self.rule.tensor_step(recording.priors[tensor], seen, clock, memory)
-            rows.append(flat_context(context, recording.theta[tensor]))
-        return context, torch.stack(rows)
+    def _contexts(self, recording: Recording) -> Tensor:
+        """The contexts (W − 1, n, N) of all updates but the last, which moves no loss of this window; a graph in φ."""
+        n, rule = len(recording) - 1, self.rule
+        scalars_WnS, like = recording.scalars[:n], recording.theta[0]
+        if not rule.tensor_width:
+            return rule.context(rule.shared(recording.priors, scalars_WnS, recording.steps[:n])).to(like)
+        memory, contexts = recording.tensors, []
+        for scalars, step in zip(scalars_WnS, recording.steps[:n], strict=True):
+            context, memory = rule.tensor_step(rule.shared(recording.priors, scalars, [step]), memory)
+            contexts.append(context.to(like))
+        return torch.stack(contexts)
 
-    def _adjoint(self, recording: Recording, tensor: int, chosen: range, contexts: tuple[Slots, Tensor]) -> Tensor:
+    def _adjoint(self, recording: Recording, tensor: int, chosen: range, context_WN: Tensor) -> Tensor:
         """∂J/∂context (W − 1, N) from the chosen coordinates of one tensor, summed over blocks."""
         fused = self.config.fused and self.rule.traceable and supported(recording.theta[tensor])
-        replay_block = self._fused_block if fused else self._plain_block
+        replay_block = self.fused if fused else self._plain_block
         stratum = recording.strata[tensor]
         weight = stratum.weight * stratum.index_K.numel() / len(chosen)
-        total = torch.zeros_like(contexts[1], dtype=torch.float64)
-        size = chosen.step * self._block(recording, tensor, contexts, fused)
+        total = torch.zeros_like(context_WN, dtype=torch.float64)
+        size = chosen.step * self._block(recording, tensor, context_WN, fused)
         for start in range(chosen.start, chosen.stop, size):
             block = slice(start, min(start + size, chosen.stop), chosen.step)
-            total += replay_block(block_work(recording, tensor, block, weight), contexts)
+            total += replay_block(block_work(recording, tensor, block, weight), context_WN)
         return total
 
-    def _block(self, recording: Recording, tensor: int, contexts: tuple[Slots, Tensor], fused: bool) -> int:
+    def _block(self, recording: Recording, tensor: int, context_WN: Tensor, fused: bool) -> int:
         """Coordinates of a block that fits the budget: a fused one holds its gradients, a plain one its graph."""
         like = recording.theta[tensor]
         per_step = like.element_size()
         if not fused:
             work = block_work(recording, tensor, slice(0, 16), 1.0)
-            per_step += -(-self._graph_bytes(work, contexts) // work.theta.shape[0])
+            per_step += -(-self._graph_bytes(work, context_WN) // work.theta.shape[0])
         return max(64, self.config.memory * MIB // (per_step * len(recording)))
 
-    def _graph_bytes(self, work: ReplayWork, contexts: tuple[Slots, Tensor]) -> int:
+    def _graph_bytes(self, work: ReplayWork, context_WN: Tensor) -> int:
         """What autograd keeps of one step over a small block, measured."""
         kept: dict[int, int] = {}
 
@@ -96,31 +100,27 @@ class Replay:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            self._steps(work, contexts, 1)
+            self._steps(work, context_WN, 1)
         return sum(kept.values())
 
-    def _steps(self, work: ReplayWork, contexts: tuple[Slots, Tensor], steps: int) -> tuple[list[Tensor], Tensor]:
+    def _steps(self, work: ReplayWork, context_WN: Tensor, steps: int) -> tuple[list[Tensor], Tensor]:
         """(θ after each of the first updates, the leaf that stands for their contexts)."""
-        context, context_WN = contexts
         leaf_WN = context_WN[:steps].clone().requires_grad_()
         theta, slots, thetas = work.theta, work.slots, []
         row_K, col_K = work.place_2K.long()
         for t in range(steps):
             row, col = tuple(x[t, row_K] for x in work.row), tuple(x[t, col_K] for x in work.col)
             w = Coordinates(theta, work.theta0, work.rms, work.grads_WK[t], row, col)
-            theta, slots = self.rule.step(w, slots, _unflatten(leaf_WN[t], context))
+            theta, slots = self.rule.flat_step(w, slots, leaf_WN[t])
             thetas.append(theta)
         return thetas, leaf_WN
 
-    def _plain_block(self, work: ReplayWork, contexts: tuple[Slots, Tensor]) -> Tensor:
+    def _plain_block(self, work: ReplayWork, context_WN: Tensor) -> Tensor:
         """Autograd through ``Rule.step``: the reference, and the way of rules that are not traceable."""
-        thetas, leaf_WN = self._steps(work, contexts, work.grads_WK.shape[0] - 1)
+        thetas, leaf_WN = self._steps(work, context_WN, work.grads_WK.shape[0] - 1)
         cotangents = (work.weights_W[1:, None] * work.grads_WK[1:]).unbind()
         (adjoint_WN,) = torch.autograd.grad(thetas, leaf_WN, cotangents)
         return adjoint_WN.double()
-
-    def _fused_block(self, work: ReplayWork, contexts: tuple[Slots, Tensor]) -> Tensor:
-        return self.fused(work, *contexts)
 
 
 def block_work(recording: Recording, tensor: int, block: slice, weight: float) -> ReplayWork:
@@ -140,11 +140,6 @@ def block_work(recording: Recording, tensor: int, block: slice, weight: float) -
         tuple(x[: len(recording)] for x in recording.rows[tensor]),
         tuple(x[: len(recording)] for x in recording.cols[tensor]),
     )
-
-
-def _unflatten(flat_N: Tensor, like: Slots) -> Slots:
-    parts = flat_N.split([t.numel() for t in like])
-    return tuple(part.view(t.shape) for part, t in zip(parts, like, strict=True))
 
 
 def sampling_error(replay: Replay, recording: Recording, parts: int = 8) -> tuple[Tensor, Tensor]:

@@ -15,56 +15,54 @@ from torch.autograd.function import once_differentiable
 
 from dynlm.compiler import pointer, pointers
 from dynlm.optim.base import Coordinates, Rule, Slots
-from dynlm.optim.kernel import FusedStep, TracedFunctions, flat_context
+from dynlm.optim.kernel import FusedStep, TracedFunctions
 from dynlm.optim.source import adjoint_source
 
 
 class FusedAdjoint:
-    """Stands in for ``Rule.step`` in ``Rule.update``: differentiable once in θ, θ0, the gradient, the state and φ."""
+    """Stands in for ``Rule.flat_step`` in ``Rule.update``: differentiable once in θ, θ0, g, the state and φ."""
 
     def __init__(self, rule: Rule) -> None:
         self.forwards = FusedStep(rule, compiled=True)
         self.functions = TracedFunctions(rule, adjoint_source, "adjoint")
 
-    def __call__(self, w: Coordinates, slots: Slots, context: Slots) -> tuple[Tensor, Slots]:
-        flat_N = flat_context(context, w.theta)
-        theta, *new = _Node.apply(self, w, context, flat_N, w.theta, w.theta0, w.grad, *slots)  # type: ignore[no-untyped-call]
+    def __call__(self, w: Coordinates, slots: Slots, context_N: Tensor) -> tuple[Tensor, Slots]:
+        theta, *new = _Node.apply(self, w, context_N, w.theta, w.theta0, w.grad, *slots)  # type: ignore[no-untyped-call]
         return theta, tuple(new)
 
 
 class _Node(torch.autograd.Function):
-    """(θ, θ0, g, state, context) ↦ (new θ, new state)."""
+    """(context, θ, θ0, g, state) ↦ (new θ, new state)."""
 
     @staticmethod
     def forward(
-        ctx: Any, fused: FusedAdjoint, w: Coordinates, context: Slots, flat_N: Tensor, *moving: Tensor
+        ctx: Any, fused: FusedAdjoint, w: Coordinates, context_N: Tensor, *moving: Tensor
     ) -> tuple[Tensor, ...]:
         theta, theta0, grad, *slots = (t.detach() for t in moving)
-        context = tuple(t.detach() for t in context)
         new, new_slots = theta.clone(), tuple(slot.clone() for slot in slots)
         there = w._replace(theta=new, theta0=theta0, grad=grad)
-        fused.forwards.kernel(there, context)(there, new_slots, flat_N.detach())
-        ctx.fused, ctx.shapes, ctx.n_slots, ctx.n_row = fused, context, len(slots), len(w.row)
+        fused.forwards.fused([there], [new_slots], context_N.detach()[None], None)
+        ctx.fused, ctx.n_slots, ctx.n_row = fused, len(slots), len(w.row)
         # all that is large is saved, not kept: so a checkpoint can drop it
-        ctx.save_for_backward(flat_N, theta, theta0, w.rms, grad, *slots, *w.row, *w.col)
+        ctx.save_for_backward(context_N, theta, theta0, w.rms, grad, *slots, *w.row, *w.col)
         return new, *new_slots
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *adjoints: Tensor) -> tuple[Tensor | None, ...]:
-        flat_N, theta, theta0, rms, grad, *others = (t.contiguous() for t in ctx.saved_tensors)
+        context_N, theta, theta0, rms, grad, *others = (t.contiguous() for t in ctx.saved_tensors)
         slots, features, threads = others[: ctx.n_slots], others[ctx.n_slots :], torch.get_num_threads()
         d_state = [adjoint.contiguous().clone() for adjoint in adjoints]
         d_grad, d_theta0 = torch.empty_like(grad), torch.empty_like(theta0)
-        d_context = torch.zeros(threads, max(1, flat_N.numel()), dtype=torch.float64)
+        d_context = torch.zeros(threads, max(1, context_N.numel()), dtype=torch.float64)
         rows, columns = map(ctypes.c_long, theta.shape)
-        ctx.fused.functions(theta.dtype, ctx.n_row, len(features) - ctx.n_row, ctx.shapes)(
+        ctx.fused.functions(theta.dtype, ctx.n_row, len(features) - ctx.n_row)(
             rows,
             columns,
             ctypes.c_int(threads),
-            pointer(flat_N),
+            pointer(context_N),
             pointer(d_context),
             pointers([theta, theta0, rms, grad, *slots, *features, *d_state, d_grad, d_theta0]),
         )
-        d_flat = d_context.sum(0)[: flat_N.numel()].to(flat_N)
-        return None, None, None, d_flat, d_state[0], d_theta0, d_grad, *d_state[1:]
+        d_flat = d_context.sum(0)[: context_N.numel()].to(context_N)
+        return None, None, d_flat, d_state[0], d_theta0, d_grad, *d_state[1:]

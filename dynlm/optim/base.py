@@ -1,11 +1,11 @@
 """The contract of an online rule U_φ, and the bookkeeping that every rule shares.
 
 A rule is an ``nn.Module`` whose parameters are its meta-parameters φ. Its work splits in three, and the split is what
-makes meta-gradients cheap (dynlm.meta.replay):
+makes meta-gradients cheap (dynlm.meta.replay) and the update one pass over memory (dynlm.optim.kernel):
 
-1. ``observe``: statistics of a whole gradient tensor. No φ enters, so nothing is differentiated.
-2. ``context``: a few numbers a tensor and segment, from φ and the observations; a hierarchical rule has a network with
-   its own memory here (``tensor_step``). It does not see θ.
+1. ``observe``: statistics of whole tensors. No φ enters, so nothing is differentiated.
+2. ``context``: a few numbers a tensor and segment, from φ and the statistics, for all tensors at once and for as many
+   segments as are given; a hierarchical rule has a network with a memory here (``tensor_step``). θ does not enter.
 3. ``step``: elementwise over coordinates and differentiable in the context. Given that, coordinates do not see each
    other, so any sample of them can be replayed alone.
 
@@ -54,15 +54,34 @@ class Coordinates(NamedTuple):
     """observed column features, each (1, C) or gathered to (K,)"""
 
 
-StepFunction = Callable[[Coordinates, Slots, Slots], tuple[Tensor, Slots]]
+StepFunction = Callable[[Coordinates, Slots, Tensor], tuple[Tensor, Slots]]
+"""as ``Rule.step``, with the context as one vector"""
 
 
-class Observation(NamedTuple):
-    """What ``observe`` saw in one gradient tensor: no graph, no φ."""
+class Seen(NamedTuple):
+    """What ``observe`` saw in n tensors at one segment: no graph, no φ."""
 
-    row: Slots = ()
-    col: Slots = ()
-    scalars: Tensor | None = None
+    rows: tuple[Slots, ...]
+    """row features of each tensor, each (R, 1)"""
+    cols: tuple[Slots, ...]
+    """column features of each tensor, each (1, C)"""
+    scalars: Tensor
+    """(n, S)"""
+
+
+class Shared(NamedTuple):
+    """What ``context`` reads, of n tensors side by side and at any number of segments (…)."""
+
+    embedding: Tensor
+    """(n,) the tensor's row in the rule's embedding tables; the last row is for tensors it does not know"""
+    mean_rms: Tensor
+    """(n,)"""
+    relative_rms: Tensor
+    """(n,)"""
+    scalars: Tensor
+    """(…, n, S)"""
+    step: Tensor
+    """(…, 1) segments read so far, double precision"""
 
 
 @dataclass
@@ -83,15 +102,12 @@ class Clock:
 
 @dataclass
 class RuleState:
-    """The rule's memory.
-
-    ``slots[tensor][slot]`` is (R, C) or (R, C, H), ``tensors[tensor]`` belongs to ``tensor_step``, ``memory[tensor]``
-    to ``observe``.
-    """
+    """The rule's memory: ``slots[tensor][slot]`` is (R, C) or (R, C, H); ``memory`` belongs to ``observe``, ``tensors``
+    (n, M) to ``tensor_step``."""
 
     slots: list[Slots]
-    memory: list[Any]
-    tensors: list[Slots]
+    memory: Any
+    tensors: Tensor
     clock: Clock = field(default_factory=Clock)
 
 
@@ -102,6 +118,10 @@ class Rule(nn.Module, abc.ABC):
     n_slots: int = 0
     slot_width: int = 0
     """0: a slot is one number a weight; H: a vector (R, C, H)"""
+    tensor_width: int = 0
+    """numbers a tensor that ``tensor_step`` remembers; 0: the context has no memory"""
+    context_shapes: tuple[tuple[int, ...], ...] = ()
+    """of the tensors that ``step`` gets as its context, which ``context`` gives as one vector"""
     reads_gradient: bool = True
     traceable: bool = True
     """``step`` is short and uses only what dynlm.optim.trace knows, so it can become one fused loop"""
@@ -110,23 +130,44 @@ class Rule(nn.Module, abc.ABC):
         """The state at θ0: all zeros."""
         width = (self.slot_width,) if self.slot_width else ()
         slots = [tuple(p.theta0.new_zeros(p.theta0.shape + width) for _ in range(self.n_slots)) for p in priors]
-        return RuleState(slots=slots, memory=[None] * len(priors), tensors=[self.tensor_init(p) for p in priors])
+        return RuleState(slots, None, priors[0].theta0.new_zeros(len(priors), self.tensor_width))
 
-    def tensor_init(self, prior: Prior) -> Slots:
-        """The start of the memory that :meth:`tensor_step` keeps for a tensor. Default: none."""
-        return ()
+    def observe(
+        self, thetas: Sequence[Tensor], grads: Sequence[Tensor], state: RuleState, priors: Sequence[Prior]
+    ) -> tuple[Seen, Any]:
+        """Statistics of all tensors (R, C) before the update, and ``state.memory`` for the next segment.
 
-    def observe(self, grad: Tensor, prior: Prior, memory: Any, clock: Clock) -> tuple[Observation, Any]:
-        """Statistics of the gradient (R, C) of one tensor, and the memory for the next segment. Default: none."""
-        return Observation(), memory
+        Default: none.
+        """
+        return Seen(((),) * len(grads), ((),) * len(grads), grads[0].new_empty(len(grads), 0)), state.memory
 
-    def context(self, prior: Prior, observation: Observation, clock: Clock) -> Slots:
-        """Small tensors that all coordinates of a tensor share at this step: the only way in for φ. Default: none."""
-        return ()
+    def shared(self, priors: Sequence[Prior], scalars: Tensor, steps: Sequence[int]) -> Shared:
+        """What the context reads; with (W, n, S) statistics and W steps, or with (n, S) and one."""
+        step = torch.tensor(steps, dtype=torch.float64, device=scalars.device)
+        numbers = scalars.new_tensor([[p.mean_rms, p.relative_rms] for p in priors])
+        embedding = torch.tensor([self.index_of(p) for p in priors], device=scalars.device)
+        mean_rms, relative_rms = numbers.unbind(1)
+        return Shared(embedding, mean_rms, relative_rms, scalars, step[:, None] if scalars.dim() == 3 else step)
 
-    def tensor_step(self, prior: Prior, observation: Observation, clock: Clock, memory: Slots) -> tuple[Slots, Slots]:
-        """(context, new memory): for rules whose context has a memory of its own. Default: ``context``, no memory."""
-        return self.context(prior, observation, clock), memory
+    def index_of(self, prior: Prior) -> int:
+        """The tensor's row in the rule's embedding tables."""
+        return 0
+
+    def context(self, shared: Shared) -> Tensor:
+        """(…, n, N) numbers that the coordinates of a tensor share at a segment: the only way in for φ. Default: none.
+
+        N is what ``context_shapes`` hold together.
+        """
+        return shared.scalars[..., :0]
+
+    def tensor_step(self, shared: Shared, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """(context, new memory) of one segment: for rules whose context has a memory (n, M) of its own."""
+        return self.context(shared), memory
+
+    def split(self, context_N: Tensor) -> Slots:
+        """The context of one tensor in the shapes that ``step`` takes."""
+        parts = context_N.split([math.prod(shape) for shape in self.context_shapes])
+        return tuple(part.view(shape) for part, shape in zip(parts, self.context_shapes, strict=True))
 
     @abc.abstractmethod
     def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
@@ -134,6 +175,10 @@ class Rule(nn.Module, abc.ABC):
 
         ``expand`` asks for scalar code instead of matrix products: dynlm.optim.trace turns it into C.
         """
+
+    def flat_step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> tuple[Tensor, Slots]:
+        """``step``, with the context as one vector."""
+        return self.step(w, slots, self.split(context_N.to(w.theta.dtype)))
 
     def settings(self) -> dict[str, float]:
         """Hyperparameters by name, for reports."""
@@ -151,16 +196,21 @@ class Rule(nn.Module, abc.ABC):
 
         ``state.clock`` must already have ticked for this segment. ``step`` stands in for the rule's own.
         """
+        with torch.no_grad():
+            seen, memory = self.observe(thetas, grads, state, priors)
+        shared = self.shared(priors, seen.scalars, [state.clock.step])
+        context_nN, tensors = self.tensor_step(shared, state.tensors)
+        new = RuleState([], memory, tensors, state.clock)
         new_thetas = []
-        new = RuleState([], [], [], state.clock)
         for i, (theta, grad, prior) in enumerate(zip(thetas, grads, priors, strict=True)):
-            with torch.no_grad():
-                seen, memory = self.observe(grad, prior, state.memory[i], state.clock)
-            context, of_tensor = self.tensor_step(prior, seen, state.clock, state.tensors[i])
-            w = Coordinates(theta, prior.theta0, prior.rms, grad, seen.row, seen.col)
-            theta, slots = (step or self.step)(w, state.slots[i], context)
+            w = Coordinates(theta, prior.theta0, prior.rms, grad, seen.rows[i], seen.cols[i])
+            theta, slots = (step or self.flat_step)(w, state.slots[i], context_nN[i].to(theta.dtype))
             new_thetas.append(theta)
             new.slots.append(slots)
-            new.memory.append(memory)
-            new.tensors.append(of_tensor)
         return new_thetas, new
+
+
+def columns(shared: Shared, *numbers: Tensor) -> Tensor:
+    """(…, n, k) from k numbers, each (…, n), (…, 1) or one for all: a context without networks."""
+    shape = shared.scalars.shape[:-1]
+    return torch.stack([x.to(torch.float64).expand(shape) for x in numbers], -1)

@@ -14,16 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dynlm.optim.base import Clock, Coordinates, Observation, Prior, Slots
-from dynlm.optim.features import N_COL, N_ROW, affine, softsign
-from dynlm.optim.learned import CellConfig, GatingNetwork, frame, moved, power, pull
+from dynlm.optim.base import Coordinates, Shared, Slots
+from dynlm.optim.features import softsign
+from dynlm.optim.learned import CellConfig, GatingNetwork, assemble, frame, moved, power, pull
 
 
 @dataclass(frozen=True)
 class DiagonalConfig(CellConfig):
     """The diagonal recurrence."""
 
-    hidden: int = 8
+    hidden: int = 4
     """units of the shared network"""
     decays: tuple[float, ...] = (0.5, 0.8, 0.95, 0.9)
     """start of each state's decay, per segment; learned. The last state starts on |n|, the others on n"""
@@ -43,18 +43,18 @@ class Diagonal(GatingNetwork):
         self.logit_decays = nn.Parameter(torch.tensor([math.log(a / (1 - a)) for a in config.decays]))
         self.input_gain = nn.Parameter(torch.tensor([[1.0, 0.0]] * (n - 1) + [[0.0, 1.0]]))
         self.log2_scale = nn.Parameter(torch.zeros(()))
-        self.add_network(4 + n + N_ROW + N_COL, config.hidden, 2 + n, seed)
+        self.add_network(4 + n, config.hidden, 2 + n, seed)
+        self.context_shapes = (*self.network_shapes[:5], (n, 3), (), *self.network_shapes[5:], (4,))
 
-    def context(self, prior: Prior, observation: Observation, clock: Clock) -> Slots:
-        settings = self.rms_settings(prior)
-        numbers = torch.cat([settings, self.log2_scale.exp2()[None], settings.new_tensor([prior.mean_rms])])
+    def context(self, shared: Shared) -> Tensor:
+        weights, biases = self.network(shared)
         recurrence = torch.cat([self.logit_decays.sigmoid()[:, None], self.input_gain], 1)
-        dtype = prior.theta0.dtype
-        return (*self.network(prior, observation), recurrence.to(dtype), numbers.to(dtype))
+        fixed = [*weights, recurrence, self.log2_scale.exp2()]
+        return assemble(shared, fixed, biases, self.rms_settings(shared), shared.mean_rms[:, None])
 
     def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
-        input_weight, hidden_bias, output_weight, output_bias, recurrence, numbers = context
-        lr, eps, decay, scale, typical = numbers.unbind()
+        *weights, recurrence, scale, bias, row_bias, output_bias, numbers = context
+        lr, eps, decay, typical = numbers.unbind()
         f = frame(w, eps, typical)
         n = softsign(scale * f.normalised)
         states = []
@@ -62,9 +62,9 @@ class Diagonal(GatingNetwork):
             keep, of_sign, of_size = row.unbind()
             states.append(keep * state + (1 - keep) * (of_sign * n + of_size * n.abs()))
         delta = moved(f, lr * f.share)
-        features = [n, n.abs(), delta, n * delta, *states, *w.row, *w.col]
-        hidden = [h.abs() for h in affine(features, input_weight, hidden_bias, expand)]
-        update, flush, *shares = affine(hidden, output_weight, output_bias, expand)
+        features = [n, n.abs(), delta, n * delta, *states]
+        network = (*weights, bias, row_bias, output_bias)
+        update, flush, *shares = self.gates(features, w, network, expand)
         momentum = shares[0] * states[0]
         for share, state in zip(shares[1:], states[1:], strict=True):
             momentum = momentum + share * state

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from dynlm.compiler import build, pointers, supported
-from dynlm.optim.base import Clock, Observation, Prior
+from dynlm.optim.base import Clock, Prior, Seen, Slots
 
 N_ROW, N_COL, N_SCALARS = 2, 1, 4
 MEMORY_DECAY = 0.95  # of the running row statistic, per segment
+NEGLIGIBLE = 1e-10  # of a tensor's mean square: below it is rounding noise, as in a key bias, which moves no attention
 
 
 def softsign(x: Tensor) -> Tensor:
@@ -26,22 +27,25 @@ def softsign(x: Tensor) -> Tensor:
     return x / (1 + x.abs())
 
 
-def affine(features: Sequence[Tensor], weight_OF: Tensor, bias_O: Tensor, expand: bool) -> list[Tensor]:
+def affine(
+    features: Sequence[Tensor], weight_OF: Tensor, bias: Tensor | Sequence[Tensor], expand: bool
+) -> list[Tensor]:
     """``weight @ features + bias`` a coordinate, as O tensors.
 
     ``expand`` writes the product out in scalars, which a compiler fuses into one pass over memory; the plain form is a
-    matrix product. Features must broadcast against each other.
+    matrix product. ``bias`` has O entries, or is O tensors that broadcast against the features, as these do.
     """
     if not expand:
         stacked = torch.stack(torch.broadcast_tensors(*features), dim=-1)
-        return list(torch.nn.functional.linear(stacked, weight_OF, bias_O).unbind(-1))
-    outputs = []
+        outputs = torch.nn.functional.linear(stacked, weight_OF).unbind(-1)
+        return [output + bias[o] for o, output in enumerate(outputs)]
+    results = []
     for o in range(weight_OF.shape[0]):
-        total = bias_O[o] + weight_OF[o, 0] * features[0]
-        for f, feature in enumerate(features[1:], 1):
+        total = bias[o]  # first: what is the same along a row is then added up once a row
+        for f, feature in enumerate(features):
             total = total + weight_OF[o, f] * feature
-        outputs.append(total)
-    return outputs
+        results.append(total)
+    return results
 
 
 class Statistics(NamedTuple):
@@ -57,89 +61,117 @@ class Statistics(NamedTuple):
     """running mean of the row feature (R, 1)"""
 
 
-def observe_matrix(
-    grad: Tensor, prior: Prior, memory: Statistics | None, clock: Clock
-) -> tuple[Observation, Statistics]:
-    """Row, column and tensor activity relative to the static level, all in (−1, 1), and four scalars.
+def look(
+    grads: Sequence[Tensor], priors: Sequence[Prior], memory: list[Statistics] | None, clock: Clock
+) -> tuple[Seen, list[Statistics]]:
+    """Row, column and tensor activity relative to the static level, all in (−1, 1), and four scalars a tensor.
 
     In an embedding a row is a word: its activity says whether the word stands in the segment, its memory whether it
     stood in the article before. Scalars: tensor activity, loss surprise, time since the article's start, and one.
     """
-    if memory is None:
-        level = prior.rms.square()
-        memory = Statistics(
-            level.mean(1, keepdim=True),
-            _some_rows(level).mean(0, keepdim=True),
-            level.mean(),
-            torch.zeros_like(level[:, :1]),
-        )
+    memory = memory or [_levels(prior) for prior in priors]
     surprise = clock.loss - clock.baseline
+    surprise = surprise if math.isfinite(surprise) else 0.0  # an optimizer may be called without a loss
     scalars = [0.0, surprise / (1 + abs(surprise)), math.log2(clock.step) / 8, 1.0]
-    look = _look_in_c if supported(grad) else _look
-    seen = look(grad, memory, torch.tensor(scalars, dtype=grad.dtype, device=grad.device))
-    return seen, memory._replace(row_memory=seen.row[1])
+    look_at = _look_in_c if all(map(supported, grads)) else _look
+    rows, cols, activity_n = look_at(grads, memory)
+    scalars_nS = grads[0].new_tensor([scalars]).repeat(len(grads), 1)
+    scalars_nS[:, 0] = activity_n
+    after = [m._replace(row_memory=row[1]) for m, row in zip(memory, rows, strict=True)]
+    return Seen(tuple(rows), tuple(cols), scalars_nS), after
 
 
-def _look(grad: Tensor, memory: Statistics, scalars: Tensor) -> Observation:
-    """Row activity and its running mean, column activity; tensor activity goes into ``scalars[0]``. The plain form."""
-    row_square = grad.square().mean(1, keepdim=True)
-    row = _activity(row_square, memory.row_level)
-    col = _activity(_some_rows(grad).square().mean(0, keepdim=True), memory.col_level)
-    row_memory = MEMORY_DECAY * memory.row_memory + (1 - MEMORY_DECAY) * row
-    scalars[0] = _activity(row_square.mean(), memory.tensor_level)
-    return Observation((row, row_memory), (col,), scalars)
+def _levels(prior: Prior) -> Statistics:
+    level = prior.rms.square()
+    of_row, of_col = level.mean(1, keepdim=True), _some_rows(level).mean(0, keepdim=True)
+    return Statistics(of_row, of_col, level.mean(), torch.zeros_like(of_row))
 
 
-_SOURCE = """
-static T activity(T square, T level, T tiny) {
-  const T x = (T)0.25 * LOG2((square + tiny) / (level + tiny));
+def _look(grads: Sequence[Tensor], memory: Sequence[Statistics]) -> tuple[list[Slots], list[Slots], Tensor]:
+    """Row activity and its running mean, column activity, tensor activity (n,). The plain form."""
+    rows, cols, tensors = list[Slots](), list[Slots](), []
+    for grad, m in zip(grads, memory, strict=True):
+        row_square, least = grad.square().mean(1, keepdim=True), NEGLIGIBLE * m.tensor_level + _tiny(grad.dtype)
+        row = _activity(row_square, m.row_level, least)
+        rows.append((row, MEMORY_DECAY * m.row_memory + (1 - MEMORY_DECAY) * row))
+        cols.append((_activity(_some_rows(grad).square().mean(0, keepdim=True), m.col_level, least),))
+        tensors.append(_activity(row_square.mean(), m.tensor_level, least))
+    return rows, cols, torch.stack(tensors)
+
+
+_SOURCE = (
+    f"#define NEGLIGIBLE {NEGLIGIBLE}"
+    + """
+static T activity(T square, T level, T least) {
+  const T x = (T)0.25 * LOG2((square + least) / (level + least));
   return x / (1 + ABS(x));
 }
-void look(long R, long C, long stride, int threads, double tiny, double decay, T **data) {
-  const T *grad = data[0], *row_level = data[1], *col_level = data[2], *level = data[3], *memory = data[4];
-  T *row = data[5], *row_memory = data[6], *col = data[7], *scalars = data[8];
-  #pragma omp parallel for schedule(static) num_threads(threads)
-  for (long r = 0; r < R; r++) {
-    T square = 0;
-    #pragma omp simd reduction(+: square)
-    for (long c = 0; c < C; c++) square += grad[r * C + c] * grad[r * C + c];
-    row[r] = square;
+void look(long n, const long *dims, int threads, double tiny, double decay, T **data) {
+  #pragma omp parallel num_threads(threads)
+  {
+    for (long k = 0; k < n; k++) {
+      const long R = dims[3 * k], C = dims[3 * k + 1];
+      const T *grad = data[9 * k];
+      T *row = data[9 * k + 5];
+      #pragma omp for schedule(static) nowait
+      for (long r = 0; r < R; r++) {
+        T square = 0;
+        #pragma omp simd reduction(+: square)
+        for (long c = 0; c < C; c++) square += grad[r * C + c] * grad[r * C + c];
+        row[r] = square;
+      }
+    }
+    #pragma omp barrier
+    #pragma omp for schedule(dynamic)
+    for (long k = 0; k < n; k++) {  /* a tensor is one thread's, in the order of rows: sums are repeatable */
+      const long R = dims[3 * k], C = dims[3 * k + 1], stride = dims[3 * k + 2];
+      T **d = data + 9 * k;
+      const T *grad = d[0], *row_level = d[1], *col_level = d[2], *level = d[3], *memory = d[4];
+      T *restrict row = d[5], *restrict row_memory = d[6], *restrict col = d[7];
+      const T least = (T)NEGLIGIBLE * *level + (T)tiny;
+      double sum = 0;
+      for (long r = 0; r < R; r++) sum += row[r];
+      for (long r = 0; r < R; r++) {
+        row[r] = activity(row[r] / C, row_level[r], least);
+        row_memory[r] = (T)decay * memory[r] + (1 - (T)decay) * row[r];
+      }
+      *d[8] = activity(sum / ((double)R * C), *level, least);
+      for (long c = 0; c < C; c++) col[c] = 0;
+      for (long r = 0; r < R; r += stride)
+        for (long c = 0; c < C; c++) col[c] += grad[r * C + c] * grad[r * C + c];
+      const long seen = (R + stride - 1) / stride;
+      for (long c = 0; c < C; c++) col[c] = activity(col[c] / seen, col_level[c], least);
+    }
   }
-  double sum = 0;  /* in the order of rows, whatever the threads did: sums are repeatable */
-  for (long r = 0; r < R; r++) {
-    sum += row[r];
-    row[r] = activity(row[r] / C, row_level[r], tiny);
-    row_memory[r] = (T)decay * memory[r] + (1 - (T)decay) * row[r];
-  }
-  scalars[0] = activity(sum / ((double)R * C), *level, tiny);
-  for (long c = 0; c < C; c++) col[c] = 0;
-  for (long r = 0; r < R; r += stride)
-    for (long c = 0; c < C; c++) col[c] += grad[r * C + c] * grad[r * C + c];
-  const long n = (R + stride - 1) / stride;
-  for (long c = 0; c < C; c++) col[c] = activity(col[c] / n, col_level[c], tiny);
 }
 """
+)
 
 
-def _look_in_c(grad: Tensor, memory: Statistics, scalars: Tensor) -> Observation:
-    """The same in one pass over the gradient."""
-    rows, columns = grad.shape
-    row, row_memory, col = (
-        torch.empty_like(memory.row_level),
-        torch.empty_like(memory.row_level),
-        grad.new_empty(1, columns),
-    )
-    tensors = [grad.contiguous(), memory.row_level, memory.col_level, memory.tensor_level, memory.row_memory]
-    build(_SOURCE, grad.dtype).look(
-        ctypes.c_long(rows),
-        ctypes.c_long(columns),
-        ctypes.c_long(_stride(rows)),
+def _look_in_c(grads: Sequence[Tensor], memory: Sequence[Statistics]) -> tuple[list[Slots], list[Slots], Tensor]:
+    """The same in one pass over the gradients."""
+    first = grads[0]
+    sizes = [n for grad in grads for n in (grad.shape[0], grad.shape[0], grad.shape[1])]
+    parts = iter(first.new_empty(sum(sizes)).split(sizes))
+    activity_n = first.new_empty(len(grads))
+    rows, cols, addresses = list[Slots](), list[Slots](), []
+    kept = [grad.contiguous() for grad in grads]
+    for i, (grad, m) in enumerate(zip(kept, memory, strict=True)):
+        row, row_memory, col = next(parts)[:, None], next(parts)[:, None], next(parts)[None]
+        rows.append((row, row_memory))
+        cols.append((col,))
+        addresses += [grad, m.row_level, m.col_level, m.tensor_level, m.row_memory, row, row_memory, col]
+        addresses.append(activity_n[i])
+    dims = [n for grad in grads for n in (*grad.shape, _stride(grad.shape[0]))]
+    build(_SOURCE, first.dtype).look(
+        ctypes.c_long(len(grads)),
+        (ctypes.c_long * len(dims))(*dims),
         ctypes.c_int(torch.get_num_threads()),
-        ctypes.c_double(_tiny(grad.dtype)),
+        ctypes.c_double(_tiny(first.dtype)),
         ctypes.c_double(MEMORY_DECAY),
-        pointers([*tensors, row, row_memory, col, scalars]),
+        pointers(addresses),
     )
-    return Observation((row, row_memory), (col,), scalars)
+    return rows, cols, activity_n
 
 
 def _stride(n_rows: int) -> int:
@@ -155,7 +187,6 @@ def _tiny(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).tiny ** 0.5)
 
 
-def _activity(square: Tensor, level: Tensor) -> Tensor:
+def _activity(square: Tensor, level: Tensor, least: Tensor) -> Tensor:
     """A quarter of the log2-ratio of two mean squares, squashed: 0 at the static level."""
-    tiny = _tiny(square.dtype)
-    return softsign(0.25 * torch.log2((square + tiny) / (level + tiny)))
+    return softsign(0.25 * torch.log2((square + least) / (level + least)))

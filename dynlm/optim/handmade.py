@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dynlm.optim.base import Clock, Coordinates, Observation, Prior, Rule, Slots
+from dynlm.optim.base import Coordinates, Rule, Shared, Slots, columns
 
 TINY = 1e-36
 """below this a mean square counts as zero: far below ε², within float32"""
@@ -37,13 +37,14 @@ class SGD(Rule):
     """Gradient descent with decay to the prior. ``lr`` is per nat of mean segment loss."""
 
     name = "sgd"
+    context_shapes = ((), ())
 
     def __init__(self, lr: float = 1.0, decay: float = 0.0) -> None:
         super().__init__()
         self.lr, self.decay = scalar(lr), scalar(decay)
 
-    def context(self, prior: Prior, observation: Observation, clock: Clock) -> Slots:
-        return (self.lr, self.decay)
+    def context(self, shared: Shared) -> Tensor:
+        return columns(shared, self.lr, self.decay)
 
     def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
         lr, decay = context
@@ -54,13 +55,14 @@ class RMS(Rule):
     """Dynamic evaluation with a static RMS (Krause et al. 2017). R is clipped so that decay never overshoots θ0."""
 
     name = "rms"
+    context_shapes = ((), (), ())
 
     def __init__(self, lr: float = 2e-3, eps: float = 5e-4, decay: float = 1e-3) -> None:
         super().__init__()
         self.lr, self.eps, self.decay = scalar(lr), scalar(eps), scalar(decay)
 
-    def context(self, prior: Prior, observation: Observation, clock: Clock) -> Slots:
-        return (self.lr, self.eps, self.decay * prior.relative_rms)
+    def context(self, shared: Shared) -> Tensor:
+        return columns(shared, self.lr, self.eps, self.decay * shared.relative_rms.double())
 
     def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
         lr, eps, decay = context
@@ -73,6 +75,7 @@ class Adam(Rule):
 
     name = "adam"
     n_slots = 2
+    context_shapes = ((),) * 6
 
     def __init__(
         self, lr: float = 1e-3, eps: float = 1e-8, decay: float = 0.0, beta1: float = 0.9, beta2: float = 0.999
@@ -81,9 +84,10 @@ class Adam(Rule):
         self.lr, self.eps, self.decay = scalar(lr), scalar(eps), scalar(decay)
         self.beta1, self.beta2 = scalar(beta1), scalar(beta2)
 
-    def context(self, prior: Prior, observation: Observation, clock: Clock) -> Slots:
-        lr = self.lr / (1 - self.beta1**clock.step)
-        return (lr, self.eps, self.decay, self.beta1, self.beta2, (1 - self.beta2**clock.step).sqrt())
+    def context(self, shared: Shared) -> Tensor:
+        lr = self.lr / (1 - self.beta1**shared.step)
+        correction2 = (1 - self.beta2**shared.step).sqrt()
+        return columns(shared, lr, self.eps, self.decay, self.beta1, self.beta2, correction2)
 
     def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
         lr, eps, decay, beta1, beta2, correction2 = context

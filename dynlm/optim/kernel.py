@@ -1,44 +1,52 @@
 """The fused step and the fused replay: one pass over memory, in C traced from ``Rule.step``.
 
-The plain references are ``Rule.update`` and ``dynlm.meta.replay.replay_eagerly``. Without a compiler, on other devices
-and dtypes, or with ``DYNLM_KERNEL=eager``, everything runs in torch with the same results.
+The plain references are ``Rule.update`` and ``Replay._plain_block``. Without a compiler, on other devices and dtypes,
+or with ``DYNLM_KERNEL=eager``, everything runs in torch with the same results.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dynlm.compiler import build, find_compiler, pointer, pointers, supported
-from dynlm.optim.base import Coordinates, Observation, Prior, Rule, RuleState, Slots
+from dynlm.optim.base import Coordinates, Prior, Rule, RuleState, Seen, Slots
 from dynlm.optim.source import replay_source, update_source
 from dynlm.optim.trace import Traced, trace_step
 from dynlm.types import InputError
 
-Kernel = Callable[[Coordinates, Slots, Tensor], None]
-
 
 class TracedFunctions:
-    """The C functions that one printer makes of a rule's step, each traced and built when it is first asked for."""
+    """The C functions that one printer makes of a rule's step, each traced and built when it is first asked for.
 
-    def __init__(self, rule: Rule, source: Callable[[Traced], str], name: str) -> None:
+    Further arguments of a call go to the printer.
+    """
+
+    def __init__(self, rule: Rule, source: Callable[..., str], name: str) -> None:
         self.rule, self.source, self.name = rule, source, name
-        self._built: dict[tuple[object, ...], Any] = {}
+        self._built: dict[Hashable, Any] = {}
 
-    def __call__(self, dtype: torch.dtype, n_row: int, n_col: int, context: Slots) -> Any:
-        key = (dtype, n_row, n_col, *(tuple(t.shape) for t in context))
+    def __call__(self, dtype: torch.dtype, n_row: int, n_col: int, **options: Any) -> Any:
+        key = (dtype, n_row, n_col, *options.values())
         if key not in self._built:
-            traced = trace_step(self.rule, n_row, n_col, context)
-            self._built[key] = getattr(build(self.source(traced), dtype), self.name)
+            traced: Traced = trace_step(self.rule, n_row, n_col)
+            self._built[key] = getattr(build(self.source(traced, **options), dtype), self.name)
         return self._built[key]
 
 
+class Scale(NamedTuple):
+    """θ ← keep θ + lr (step(θ) − θ): a multiplier of the rule's update, and decoupled decay (1 − keep)."""
+
+    lr: float = 1.0
+    keep: float = 1.0
+
+
 class FusedStep:
-    """Applies a rule in place, tensor by tensor. Holds no state of its own."""
+    """Applies a rule in place, all tensors in one call. Holds no state of its own."""
 
     def __init__(self, rule: Rule, compiled: bool | None = None) -> None:
         self.rule = rule
@@ -49,49 +57,63 @@ class FusedStep:
 
     @torch.no_grad()
     def __call__(
-        self, thetas: Sequence[Tensor], grads: Sequence[Tensor], state: RuleState, priors: Sequence[Prior]
-    ) -> list[Observation]:
-        """Update ``thetas`` and ``state`` in place; returns what was observed, for those who record it."""
-        seen = []
-        for i, (theta, grad, prior) in enumerate(zip(thetas, grads, priors, strict=True)):
-            observation, state.memory[i] = self.rule.observe(grad, prior, state.memory[i], state.clock)
-            context, state.tensors[i] = self.rule.tensor_step(prior, observation, state.clock, state.tensors[i])
-            w = Coordinates(theta, prior.theta0, prior.rms, grad, observation.row, observation.col)
-            if self.compiled and self.rule.traceable and supported(theta):
-                self.kernel(w, context)(w, state.slots[i], flat_context(context, theta))
-            else:
-                _plain_step(self.rule, w, state.slots[i], context)
-            seen.append(observation)
+        self,
+        thetas: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        state: RuleState,
+        priors: Sequence[Prior],
+        scale: Scale | None = None,
+    ) -> Seen:
+        """Update ``thetas`` and ``state`` in place; returns what was observed, for those who record it.
+
+        Slots may be bfloat16 where the weights are float32.
+        """
+        seen, state.memory = self.rule.observe(thetas, grads, state, priors)
+        shared = self.rule.shared(priors, seen.scalars, [state.clock.step])
+        context_nN, state.tensors = self.rule.tensor_step(shared, state.tensors)
+        context_nN = context_nN.to(thetas[0].dtype)
+        ws = [
+            Coordinates(theta, prior.theta0, prior.rms, grad, row, col)
+            for theta, prior, grad, row, col in zip(thetas, priors, grads, seen.rows, seen.cols, strict=True)
+        ]
+        if self.compiled and self.rule.traceable and all(map(supported, thetas)):
+            self.fused(ws, state.slots, context_nN, scale)
+        else:
+            for w, slots, context_N in zip(ws, state.slots, context_nN, strict=True):
+                _plain_step(self.rule, w, slots, context_N, scale)
         return seen
 
-    def kernel(self, w: Coordinates, context: Slots) -> Kernel:
-        """The in-place update for these shapes of context and numbers of features."""
-        return _update_kernel(self.functions(w.theta.dtype, len(w.row), len(w.col), context))
+    def fused(self, ws: Sequence[Coordinates], slots: Sequence[Slots], context_nN: Tensor, scale: Scale | None) -> None:
+        """The update of n tensors in one pass over their memory."""
+        first, scaled = ws[0], scale is not None and scale != Scale()
+        state = "bf16" if slots[0] and slots[0][0].dtype == torch.bfloat16 else "T"
+        function = self.functions(first.theta.dtype, len(first.row), len(first.col), state=state, scaled=scaled)
+        tensors = [
+            t
+            for w, of_tensor in zip(ws, slots, strict=True)
+            for t in (w.theta, w.theta0, w.rms, w.grad, *of_tensor, *w.row, *w.col)
+        ]
+        tensors = [t if t.is_contiguous() else t.contiguous() for t in tensors]
+        assert all(w.theta.is_contiguous() for w in ws), "weights must be contiguous to change in place"
+        dims, scale = [n for w in ws for n in w.theta.shape], scale or Scale()
+        function(
+            ctypes.c_long(len(ws)),
+            (ctypes.c_long * len(dims))(*dims),
+            ctypes.c_int(torch.get_num_threads()),
+            pointer(context_nN.contiguous()),
+            ctypes.c_double(scale.lr),
+            ctypes.c_double(scale.keep),
+            pointers(tensors),
+        )
 
 
-def _plain_step(rule: Rule, w: Coordinates, slots: Slots, context: Slots) -> None:
-    theta, new_slots = rule.step(w, slots, context)
+def _plain_step(rule: Rule, w: Coordinates, slots: Slots, context_N: Tensor, scale: Scale | None) -> None:
+    theta, new_slots = rule.flat_step(w, tuple(slot.to(w.theta.dtype) for slot in slots), context_N)
+    if scale is not None and scale != Scale():
+        theta = scale.keep * w.theta + scale.lr * (theta - w.theta)
     w.theta.copy_(theta)
     for slot, new in zip(slots, new_slots, strict=True):
         slot.copy_(new)
-
-
-def flat_context(context: Slots, like: Tensor) -> Tensor:
-    """All context numbers in one vector of ``like``'s dtype, differentiable in φ."""
-    if not context:
-        return like.new_empty(0)
-    return torch.cat([t.reshape(-1).to(like) for t in context])
-
-
-def _update_kernel(function: Any) -> Kernel:
-    def kernel(w: Coordinates, slots: Slots, context: Tensor) -> None:
-        tensors = [w.theta, w.theta0, w.rms, w.grad, *slots, *w.row, *w.col]
-        tensors = [t if t.is_contiguous() else t.contiguous() for t in tensors]
-        assert tensors[0] is w.theta, "weights must be contiguous to change in place"
-        rows, columns = map(ctypes.c_long, w.theta.shape)
-        function(rows, columns, ctypes.c_int(torch.get_num_threads()), pointer(context), pointers(tensors))
-
-    return kernel
 
 
 class ReplayWork(NamedTuple):
@@ -118,11 +140,8 @@ class FusedReplay:
     def __init__(self, rule: Rule) -> None:
         self.functions = TracedFunctions(rule, replay_source, "replay")
 
-    def __call__(self, work: ReplayWork, context: Slots, context_WN: Tensor) -> Tensor:
-        """∂J/∂context, (W − 1, N) in double precision.
-
-        ``context`` gives the shapes of one step's context, ``context_WN`` the flat numbers of all W − 1 steps.
-        """
+    def __call__(self, work: ReplayWork, context_WN: Tensor) -> Tensor:
+        """∂J/∂context, (W − 1, N) in double precision, from the contexts of all W − 1 steps."""
         threads = torch.get_num_threads()
         result = torch.zeros(threads, *context_WN.shape, dtype=torch.float64)
         fields = [work.theta, work.theta0, work.rms, work.grads_WK, work.weights_W]
@@ -130,7 +149,7 @@ class FusedReplay:
         window, n = work.grads_WK.shape
         lengths = [features[0].shape[1] if features else 0 for features in (work.row, work.col)]
         numbers, place = context_WN.detach().contiguous(), work.place_2K.contiguous()
-        self.functions(work.theta.dtype, len(work.row), len(work.col), context)(
+        self.functions(work.theta.dtype, len(work.row), len(work.col))(
             ctypes.c_long(n),
             ctypes.c_long(window),
             ctypes.c_int(threads),

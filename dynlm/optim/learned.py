@@ -13,8 +13,8 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from dynlm.optim.base import Clock, Coordinates, Observation, Prior, Rule, Slots
-from dynlm.optim.features import N_SCALARS, observe_matrix
+from dynlm.optim.base import Coordinates, Prior, Rule, RuleState, Seen, Shared, Slots
+from dynlm.optim.features import N_COL, N_ROW, N_SCALARS, affine, look
 
 FLUSH_RANGE = 0.05  # one unit of output moves FLUSH by this much per segment
 
@@ -55,19 +55,20 @@ class Learned(Rule):
         rule: Self = build(config(**known, tensors=tuple(p.name for p in priors), **sizes), seed)
         return rule
 
-    def observe(self, grad: Tensor, prior: Prior, memory: Any, clock: Clock) -> tuple[Observation, Any]:
-        return observe_matrix(grad, prior, memory, clock)
+    def observe(
+        self, thetas: Sequence[Tensor], grads: Sequence[Tensor], state: RuleState, priors: Sequence[Prior]
+    ) -> tuple[Seen, Any]:
+        return look(grads, priors, state.memory, state.clock)
 
-    def rms_settings(self, prior: Prior) -> Tensor:
-        """(lr, eps, decay for this tensor) as they are now."""
-        multipliers = torch.stack([self.log2_lr, self.log2_eps, self.log2_decay]).exp2()
-        config = self.config
-        return multipliers * multipliers.new_tensor([config.lr, config.eps, config.decay * prior.relative_rms])
+    def index_of(self, prior: Prior) -> int:
+        return self.tensor_index.get(prior.name, len(self.tensor_index))
 
-    def embedded(self, table: Tensor, prior: Prior) -> Tensor | float:
-        """The tensor's row of an embedding table, or zero for a tensor that has none."""
-        index = self.tensor_index.get(prior.name)
-        return 0.0 if index is None else table[index]
+    def rms_settings(self, shared: Shared) -> Tensor:
+        """(n, 3): lr, eps, decay of each tensor as they are now."""
+        like, config = shared.mean_rms, self.config
+        multipliers = torch.stack([self.log2_lr, self.log2_eps, self.log2_decay]).exp2().to(like)
+        settings = multipliers * multipliers.new_tensor([config.lr, config.eps, config.decay])
+        return torch.stack([torch.ones_like(like), torch.ones_like(like), shared.relative_rms], 1) * settings
 
     def settings(self) -> dict[str, float]:
         with torch.no_grad():
@@ -79,26 +80,62 @@ class Learned(Rule):
             }
 
 
+def embedded(table: Tensor, shared: Shared) -> Tensor:
+    """(n, width): each tensor's row of an embedding table, zero for a tensor that has none."""
+    table = table.to(shared.scalars.dtype)
+    return torch.cat([table, table.new_zeros(1, table.shape[1])])[shared.embedding]
+
+
+def assemble(shared: Shared, *parts: Sequence[Tensor] | Tensor) -> Tensor:
+    """A context (…, n, N): lists of what is the same for all tensors and segments, and (…, n, k) or (n, k) of each."""
+    shape, like = shared.scalars.shape[:-1], shared.scalars
+    flat = [t if isinstance(t, Tensor) else torch.cat([x.reshape(-1) for x in t]) for t in parts]
+    return torch.cat([t.to(like).expand(*shape, t.shape[-1]) for t in flat], -1)
+
+
 class GatingNetwork(Learned):
-    """A learned cell whose gates come from one hidden layer a weight, shifted by the tensor's name and statistics."""
+    """A learned cell whose gates come from two hidden layers side by side: one a weight, and one a row.
+
+    The row's is evaluated once a row, so it costs nothing: of an embedding, a row is a word. Both are shifted by the
+    tensor's name and statistics.
+    """
 
     def add_network(self, n_features: int, hidden: int, n_outputs: int, seed: int) -> None:
-        """Its weights: random inputs, a read-out at zero."""
-        normal, n_tensors = Weights(seed).normal, len(self.config.tensors)
-        self.input_weight = normal(hidden, n_features, std=n_features**-0.5)
-        self.input_scalars = normal(hidden, N_SCALARS, std=0.3)
-        self.input_tensors = normal(n_tensors, hidden, std=0.3)
+        """Its weights: random inputs, a read-out at zero. ``hidden`` units a weight, and twice as many a row."""
+        normal, n_tensors, row_hidden = Weights(seed).normal, len(self.config.tensors), 2 * hidden
+        self.input_weight = normal(hidden, n_features + N_COL, std=n_features**-0.5)
+        self.row_weight = normal(row_hidden, N_ROW, std=N_ROW**-0.5)
+        self.row_to_hidden = normal(hidden, row_hidden, std=row_hidden**-0.5)
+        self.input_scalars = normal(hidden + row_hidden, N_SCALARS, std=0.3)
+        self.input_tensors = normal(n_tensors, hidden + row_hidden, std=0.3)
         self.output_weight = nn.Parameter(torch.zeros(n_outputs, hidden))
+        self.row_to_output = nn.Parameter(torch.zeros(n_outputs, row_hidden))
         self.output_scalars = nn.Parameter(torch.zeros(n_outputs, N_SCALARS))
         self.output_tensors = nn.Parameter(torch.zeros(n_tensors, n_outputs))
+        fixed = (self.input_weight, self.row_weight, self.row_to_hidden, self.output_weight, self.row_to_output)
+        self.network_shapes = (*(tuple(t.shape) for t in fixed), (hidden,), (row_hidden,), (n_outputs,))
 
-    def network(self, prior: Prior, observation: Observation) -> Slots:
-        """(hidden weight and bias, output weight and bias) for this tensor and segment."""
-        assert observation.scalars is not None
-        scalars, dtype = observation.scalars, prior.theta0.dtype
-        hidden_bias = self.input_scalars.to(dtype) @ scalars + self.embedded(self.input_tensors, prior)
-        output_bias = self.output_scalars.to(dtype) @ scalars + self.embedded(self.output_tensors, prior)
-        return tuple(t.to(dtype) for t in (self.input_weight, hidden_bias, self.output_weight, output_bias))
+    def network(self, shared: Shared) -> tuple[list[Tensor], Tensor]:
+        """(weights, biases) in the order of ``network_shapes``."""
+        fixed: list[Tensor] = [
+            self.input_weight,
+            self.row_weight,
+            self.row_to_hidden,
+            self.output_weight,
+            self.row_to_output,
+        ]
+        scalars = shared.scalars
+        into = scalars @ self.input_scalars.to(scalars).t() + embedded(self.input_tensors, shared)
+        out = scalars @ self.output_scalars.to(scalars).t() + embedded(self.output_tensors, shared)
+        return fixed, torch.cat([into, out], -1)
+
+    def gates(self, features: Sequence[Tensor], w: Coordinates, network: Slots, expand: bool) -> list[Tensor]:
+        """The outputs of the network, each (R, C) or (K,)."""
+        input_weight, row_weight, row_to_hidden, output_weight, row_to_output, bias, row_bias, output_bias = network
+        of_row = [h.abs() for h in affine(w.row, row_weight, row_bias, expand)]
+        hidden_bias = affine(of_row, row_to_hidden, bias, expand)
+        hidden = [h.abs() for h in affine([*features, *w.col], input_weight, hidden_bias, expand)]
+        return affine(hidden, output_weight, affine(of_row, row_to_output, output_bias, expand), expand)
 
 
 class Frame(NamedTuple):

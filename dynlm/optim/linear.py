@@ -12,7 +12,7 @@ from typing import Self
 
 from torch import Tensor
 
-from dynlm.optim.base import Clock, Coordinates, Observation, Prior, Rule, Slots
+from dynlm.optim.base import Coordinates, Prior, Rule, Shared, Slots, columns
 from dynlm.optim.handmade import scalar
 
 
@@ -28,6 +28,7 @@ class Linear(Rule):
     """See the module's docstring."""
 
     name = "linear"
+    context_shapes = ((), ())
     config_class = LinearConfig
     start = "sgd"
 
@@ -41,8 +42,8 @@ class Linear(Rule):
         """The rule that starts at tuned SGD (without its decay, which this cell has not)."""
         return cls(LinearConfig(weight=-settings["lr"]))
 
-    def context(self, prior: Prior, observation: Observation, clock: Clock) -> Slots:
-        return (self.weight, self.bias * prior.mean_rms)
+    def context(self, shared: Shared) -> Tensor:
+        return columns(shared, self.weight, self.bias * shared.mean_rms.double())
 
     def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
         weight, bias = context

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dynlm.optim.base import Clock, Coordinates, Observation, Prior, Slots
+from dynlm.optim.base import Coordinates, Shared, Slots
 from dynlm.optim.features import N_COL, N_ROW, N_SCALARS, affine, softsign
-from dynlm.optim.learned import CellConfig, Learned, Weights, frame, moved, power, pull
+from dynlm.optim.learned import CellConfig, Learned, Weights, assemble, embedded, frame, moved, power, pull
 
 N_MEANS = 3
 N_FEATURES = 5 + 2 * N_MEANS + N_ROW + N_COL
@@ -57,33 +57,30 @@ class MLP(Learned):
         self.tensor_start = normal(len(config.tensors), top, std=0.3)
         self.tensor_output = normal(hidden, top, std=top**-0.5)
         self.tensor_settings = nn.Parameter(torch.zeros(4, top))  # log2 lr, FLUSH, direction, size
+        self.tensor_width = top
+        network = ((hidden, N_FEATURES), (hidden, hidden), (hidden,), (2, hidden))
+        self.context_shapes = (*network, (N_MEANS + 1,), (hidden,), (8,))
 
-    def tensor_init(self, prior: Prior) -> Slots:
-        return (prior.theta0.new_zeros(self.config.tensor_hidden),)
-
-    def tensor_step(self, prior: Prior, observation: Observation, clock: Clock, memory: Slots) -> tuple[Slots, Slots]:
-        assert observation.scalars is not None
-        dtype, (h,) = prior.theta0.dtype, memory
-        seen = observation.scalars + h.new_zeros(N_SCALARS)
-        before = h + self.embedded(self.tensor_start.to(dtype), prior)  # the tensor's name is always in its memory
-        rx, zx, nx = (self.tensor_input.to(dtype) @ seen).chunk(3)
-        rh, zh, nh = (self.tensor_recurrent.to(dtype) @ before).chunk(3)
+    def tensor_step(self, shared: Shared, memory: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = memory.dtype
+        before = memory + embedded(self.tensor_start, shared)  # the tensor's name is always in its memory
+        rx, zx, nx = (shared.scalars @ self.tensor_input.to(dtype).t()).chunk(3, -1)
+        rh, zh, nh = (before @ self.tensor_recurrent.to(dtype).t()).chunk(3, -1)
         z = (zx + zh).sigmoid()
-        h = z * h + (1 - z) * (nx + (rx + rh).sigmoid() * nh).tanh()
-        of_tensor = self.tensor_settings.to(dtype) @ h
-        settings = self.rms_settings(prior).to(dtype)
-        typical = settings.new_tensor([prior.mean_rms])
-        numbers = torch.cat([settings, typical, of_tensor[:2], self.logit_betas.sigmoid().to(dtype)])
-        weights = (self.first_weight, self.tensor_output.to(dtype) @ h, self.second_weight, self.second_bias)
-        return tuple(t.to(dtype) for t in (*weights, self.output_weight, of_tensor[2:], numbers)), (h,)
+        h = z * memory + (1 - z) * (nx + (rx + rh).sigmoid() * nh).tanh()
+        fixed: list[Tensor] = [self.first_weight, self.second_weight, self.second_bias, self.output_weight]
+        fixed.append(self.logit_betas.sigmoid())
+        varying = [h @ self.tensor_output.to(dtype).t(), h @ self.tensor_settings.to(dtype).t()]
+        return assemble(shared, fixed, *varying, self.rms_settings(shared), shared.mean_rms[:, None]), h
 
     def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
-        first_weight, first_bias, second_weight, second_bias, output_weight, output_bias, numbers = context
-        lr, eps, decay, typical, faster, flush, *betas = numbers.unbind()
+        first_weight, second_weight, second_bias, output_weight, betas, first_bias, numbers = context
+        faster, flush, direction_bias, size_bias, lr, eps, decay, typical = numbers.unbind()
+        beta, n_means = betas.unbind(), N_MEANS
         f = frame(w, eps, typical)
         n, unit = f.normalised, lr * f.share
-        means = [b * m + (1 - b) * n for b, m in zip(betas[:N_MEANS], slots[:N_MEANS], strict=True)]
-        second = betas[N_MEANS] * slots[N_MEANS] + (1 - betas[N_MEANS]) * n * n
+        means = [b * m + (1 - b) * n for b, m in zip(beta[:n_means], slots[:n_means], strict=True)]
+        second = beta[n_means] * slots[n_means] + (1 - beta[n_means]) * n * n
         inverse = 1 / (second + TINY).sqrt()
         squashed, delta = softsign(n), moved(f, unit)
         ratios = [softsign(m * inverse) for m in means]
@@ -91,7 +88,7 @@ class MLP(Learned):
         features += [*(softsign(2 * m) for m in means), *ratios, *w.row, *w.col]
         hidden = [leaky(h) for h in affine(features, first_weight, first_bias, expand)]
         hidden = [leaky(h) for h in affine(hidden, second_weight, second_bias, expand)]
-        direction, size = affine(hidden, output_weight, output_bias, expand)
+        direction, size = affine(hidden, output_weight, (direction_bias, size_bias), expand)
         step = power(faster) * f.direction + f.share * direction * power(size)
         return w.theta - lr * step - pull(w, decay, flush) * f.delta, (*means, second)
 

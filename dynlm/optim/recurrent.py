@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dynlm.optim.base import Clock, Coordinates, Observation, Prior, Slots
+from dynlm.optim.base import Coordinates, Shared, Slots
 from dynlm.optim.features import N_COL, N_ROW, N_SCALARS
-from dynlm.optim.learned import CellConfig, Frame, Learned, Weights, frame, moved
+from dynlm.optim.learned import CellConfig, Frame, Learned, Weights, assemble, embedded, frame, moved
 
 LOG_RANGE = 5.0  # k of LogAndSign: sizes between e^−k and 1 are seen as logarithms
 N_INPUTS = 3 + N_ROW + N_COL
@@ -55,6 +55,8 @@ class Recurrent(Learned):
         self.input_scalars = normal(gates, N_SCALARS, std=0.3)
         self.input_tensors = normal(len(config.tensors), gates, std=0.3)
         self.output_weight = nn.Parameter(torch.zeros(width))
+        layers = zip(self.input_weights, self.hidden_weights, self.biases, strict=True)
+        self.context_shapes = (*(tuple(t.shape) for three in layers for t in three), (width,), (5,))
 
     def initial_bias(self, width: int) -> nn.Parameter:
         return nn.Parameter(torch.zeros(self.n_gates * width))
@@ -63,17 +65,14 @@ class Recurrent(Learned):
         """New states of one layer (…, H), the output first, from W x + b (…, gates × H)."""
         raise NotImplementedError
 
-    def context(self, prior: Prior, observation: Observation, clock: Clock) -> Slots:
-        assert observation.scalars is not None
-        dtype = prior.theta0.dtype
-        first = self.biases[0] + self.embedded(self.input_tensors, prior)
-        first = first + self.input_scalars @ observation.scalars.to(self.input_scalars)
-        settings = self.rms_settings(prior)
-        scale = self.log2_scale.exp2() * (self.config.scale or self.config.lr)
-        numbers = torch.cat([settings, scale[None], settings.new_tensor([prior.mean_rms])])
-        biases = [first, *list(self.biases)[1:]]
-        layers = (t for three in zip(self.input_weights, self.hidden_weights, biases, strict=True) for t in three)
-        return tuple(t.to(dtype) for t in (*layers, self.output_weight, numbers))
+    def context(self, shared: Shared) -> Tensor:
+        like = shared.scalars
+        first = self.biases[0].to(like) + embedded(self.input_tensors, shared)
+        first = first + like @ self.input_scalars.to(like).t()
+        scale = self.log2_scale.expand(len(shared.mean_rms), 1).exp2() * (self.config.scale or self.config.lr)
+        layers = [t for three in zip(self.input_weights, self.hidden_weights, self.biases, strict=True) for t in three]
+        numbers = torch.cat([self.rms_settings(shared), scale.to(like), shared.mean_rms[:, None]], 1)
+        return assemble(shared, layers[:2], first, [*layers[3:], self.output_weight], numbers)
 
     def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
         *layers, output_weight, numbers = context

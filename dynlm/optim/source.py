@@ -33,30 +33,62 @@ REVERSE: dict[str, tuple[str, ...]] = {
     "atleast": ("({0} >= {1} ? {a} : 0)", "({0} < {1} ? {a} : 0)"),
 }
 Leaf = Callable[[Node], str]
+BF16 = """#include <stdint.h>
+typedef uint16_t bf16;
+static inline float widen(bf16 x) {
+  union { uint32_t bits; float value; } u = {(uint32_t)x << 16};
+  return u.value;
+}
+static inline bf16 narrow(float x) {  /* to nearest, ties to even; a NaN stays one */
+  union { float value; uint32_t bits; } u = {x};
+  return x != x ? 0x7fc0 : (u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16;
+}
+"""
 
 
-def update_source(traced: Traced) -> str:
-    """``void step(long R, long C, int threads, const T *context, T **data)``: weights and slots change in place.
+def update_source(traced: Traced, state: str = "T", scaled: bool = False) -> str:
+    """``void step(long n, const long *dims, int threads, const T *context, double lr, double keep, void **data)``.
 
-    ``data`` points to theta, theta0, rms, grad, the slots (all R × C), the row features (R) and column features (C).
+    Changes weights and slots of n tensors in place. ``dims``: R, C of each; ``context`` (n, N). ``data`` points, for
+    each, to theta, theta0, rms, grad, the slots (all R × C), the row features (R) and column features (C). Slots are of
+    type ``state``: T, or bf16 for half the memory. ``scaled``: θ ← keep θ + lr (step(θ) − θ) instead of step(θ).
     """
-    arrays = ["theta", "theta0", "rms", "grad", *traced.slots]
+    slots = traced.slots
+    arrays = ["theta", "theta0", "rms", "grad", *slots]
     arrays += [f"row{k}" for k in range(traced.n_row)] + [f"col{k}" for k in range(traced.n_col)]
     places = {"field": "{0}[i]", "row": "r{0}", "col": "col{0}[c]", "context": "s{0}", "const": "(T){0}"}
-    body = _forward(traced, lambda node: places[node.op].format(node.name))
-    stores = [f"{name}[i] = v{n};" for name, n in zip(["theta", *traced.slots], traced.outputs, strict=True)]
-    return f"""void step(long R, long C, int threads, const T *context, T **data) {{
-{_lines(f"T *restrict {name} = data[{k}];" for k, name in enumerate(arrays))}
-{_lines(f"const T s{k} = context[{k}];" for k in range(traced.n_context))}
-  #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
-  for (long r = 0; r < R; r++)
-  for (long start = 0; start < C; start += {COLUMNS}) {{
-    const long end = start + {COLUMNS} < C ? start + {COLUMNS} : C;
+    half = state == "bf16"
+
+    def leaf(node: Node) -> str:
+        text = places[node.op].format(node.name)
+        return f"widen({text})" if half and node.op == "field" and node.name in slots else text
+
+    of_tensor, of_row, body = _forward_by_level(traced, leaf)
+    theta, *rest = (f"v{n}" for n in traced.outputs)
+    moved = f"(T)keep * theta[i] + (T)lr * ({theta} - theta[i])" if scaled else theta
+    stores = [f"theta[i] = {moved};"]
+    stores += [f"{slot}[i] = {f'narrow({v})' if half else v};" for slot, v in zip(slots, rest, strict=True)]
+    kinds = {name: state if name in slots else "T" for name in arrays}
+    return f"""{BF16 if half else ""}
+void step(long n, const long *dims, int threads, const T *context, double lr, double keep, void **data) {{
+  #pragma omp parallel num_threads(threads)
+  for (long k = 0; k < n; k++) {{
+    const long R = dims[2 * k], C = dims[2 * k + 1];
+    const T *numbers = context + k * {traced.n_context};
+{_lines(f"{kind} *restrict {name} = data[k * {len(arrays)} + {a}];" for a, (name, kind) in enumerate(kinds.items()))}
+{_lines(f"const T s{k} = numbers[{k}];" for k in range(traced.n_context))}
+{_lines(of_tensor)}
+    #pragma omp for collapse(2) schedule(static) nowait
+    for (long r = 0; r < R; r++)
+    for (long start = 0; start < C; start += {COLUMNS}) {{
+      const long end = start + {COLUMNS} < C ? start + {COLUMNS} : C;
 {_lines(f"const T r{k} = row{k}[r];" for k in range(traced.n_row))}
-    #pragma omp simd
-    for (long c = start; c < end; c++) {{
-      const long i = r * C + c;
+{_lines(of_row)}
+      #pragma omp simd
+      for (long c = start; c < end; c++) {{
+        const long i = r * C + c;
 {_lines([*body, *stores])}
+      }}
     }}
   }}
 }}
@@ -187,6 +219,17 @@ def _forward(traced: Traced, leaf: Leaf) -> list[str]:
         value = leaf(node) if template is None else template.format(*(f"v{a}" for a in node.args))
         statements.append(f"const T v{number} = {value};")
     return statements
+
+
+def _forward_by_level(traced: Traced, leaf: Leaf) -> tuple[list[str], list[str], list[str]]:
+    """The statements that are the same for a tensor, for a row, and those of each coordinate."""
+    levels: list[int] = []
+    for node in traced.program.nodes:
+        own = {"field": 2, "col": 2, "row": 1}.get(node.op, 0)
+        levels.append(max([own, *(levels[a] for a in node.args)]))
+    statements = list(zip(levels, _forward(traced, leaf), strict=True))
+    of_tensor, of_row, of_each = ([text for level, text in statements if level == k] for k in range(3))
+    return of_tensor, of_row, of_each
 
 
 def _reverse(traced: Traced, state: list[str], extra: tuple[str, ...], index: str) -> tuple[list[str], dict[int, str]]:

@@ -7,10 +7,8 @@ seconds to compile and its step took three times as long (docs/LOG.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import Any, NamedTuple
-
-from torch import Tensor
 
 from dynlm.optim.base import Coordinates, Rule
 
@@ -128,13 +126,13 @@ class Traced(NamedTuple):
         return [f"slot{i}" for i in range(len(self.outputs) - 1)]
 
 
-def trace_step(rule: Rule, n_row: int, n_col: int, context: Sequence[Tensor]) -> Traced:
-    """Trace ``rule.step`` for these numbers of row and column features and context tensors of these shapes."""
+def trace_step(rule: Rule, n_row: int, n_col: int) -> Traced:
+    """Trace ``rule.step`` for these numbers of row and column features."""
     program = Program()
     symbols, offset = [], 0
-    for tensor in context:
-        symbols.append(program.context(tuple(tensor.shape), offset))
-        offset += tensor.numel()
+    for shape in rule.context_shapes:
+        symbols.append(program.context(shape, offset))
+        offset += math.prod(shape)
     names = ["theta", "theta0", "rms", "grad", *(f"slot{i}" for i in range(rule.n_slots))]
     fields = [program.add(Node("field", name=name)) for name in names]
     row = tuple(program.add(Node("row", name=str(k))) for k in range(n_row))

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dynlm.adapt import Scorer, Snapshot, detach
 from dynlm.models.params import Adapted, as_matrix
 from dynlm.models.recurrence import differentiable_twice
-from dynlm.optim.base import Clock, Coordinates, Prior, Rule
+from dynlm.optim.base import Clock, Coordinates, Prior, Rule, RuleState
 
 with warnings.catch_warnings():  # what Python says of higher 0.2.1 when it compiles it for the first time
     warnings.filterwarnings("ignore", "invalid escape sequence")
@@ -50,16 +50,20 @@ class Work:
     def memories(self) -> list[dict[str, Any]]:
         """The rule's memory at the start, by tensor."""
         state = self.start.state
-        parts = zip(state.slots, state.memory, state.tensors, strict=True)
+        observed = state.memory or [None] * len(state.slots)
+        parts = zip(state.slots, observed, state.tensors[:, None], strict=True)
         return [{"slots": slots, "observed": observed, "tensor": tensor} for slots, observed, tensor in parts]
 
     def update(self, i: int, theta: Tensor, grad: Tensor | None, memory: dict[str, Any], clock: Clock) -> Tensor:
         """Tensor ``i`` after the rule's update; ``memory`` takes what the rule remembers."""
         prior, rule, grad = self.priors[i], self.rule, torch.zeros_like(theta) if grad is None else grad
-        seen, memory["observed"] = rule.observe(as_matrix(grad).detach(), prior, memory["observed"], clock)
-        context, memory["tensor"] = rule.tensor_step(prior, seen, clock, memory["tensor"])
-        w = Coordinates(as_matrix(theta), prior.theta0, prior.rms, as_matrix(grad), seen.row, seen.col)
-        new, memory["slots"] = rule.step(w, memory["slots"], context)
+        observed = None if memory["observed"] is None else [memory["observed"]]
+        state = RuleState([memory["slots"]], observed, memory["tensor"], clock)
+        seen, observed = rule.observe([as_matrix(theta).detach()], [as_matrix(grad).detach()], state, [prior])
+        memory["observed"] = observed and observed[0]
+        context, memory["tensor"] = rule.tensor_step(rule.shared([prior], seen.scalars, [clock.step]), memory["tensor"])
+        w = Coordinates(as_matrix(theta), prior.theta0, prior.rms, as_matrix(grad), seen.rows[0], seen.cols[0])
+        new, memory["slots"] = rule.flat_step(w, memory["slots"], context[0])
         return new.view(theta.shape)
 
     def tick(self, clock: Clock, mean: Tensor) -> Clock:

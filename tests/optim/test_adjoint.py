@@ -1,5 +1,7 @@
 """The fused adjoint of a step and torch's autograd through ``Rule.step`` agree."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -28,12 +30,14 @@ def test_values_and_every_derivative_agree(name, threads):
     theta = (prior.theta0 + draw(0.05)).requires_grad_()
     grad = (prior.mean_rms * draw(2.0)).requires_grad_()
     slots = tuple(draw(0.3).square().requires_grad_() for _ in range(rule.n_slots))
-    seen, _ = rule.observe(grad.detach(), prior, None, Clock(3, 2.0, 2.5))
+    state = replace(rule.init([prior]), clock=Clock(3, 2.0, 2.5))
+    seen, _ = rule.observe([theta.detach()], [grad.detach()], state, [prior])
     directions = [draw(1.0) for _ in range(1 + rule.n_slots)]
     results = []
-    for step in (rule.step, FusedAdjoint(rule)):
-        context, _ = rule.tensor_step(prior, seen, Clock(3, 2.0, 2.5), rule.tensor_init(prior))
-        new, new_slots = step(Coordinates(theta, theta0, prior.rms, grad, seen.row, seen.col), slots, context)
+    w = Coordinates(theta, theta0, prior.rms, grad, seen.rows[0], seen.cols[0])
+    for step in (rule.flat_step, FusedAdjoint(rule)):
+        context_nN, _ = rule.tensor_step(rule.shared([prior], seen.scalars, [3]), state.tensors)
+        new, new_slots = step(w, slots, context_nN[0])
         phi = [p for p in rule.parameters() if p.numel()]
         total = sum((d * x).sum() for d, x in zip(directions, (new, *new_slots), strict=True))
         inputs = [theta, theta0, grad, *slots, *phi]

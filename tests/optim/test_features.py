@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dynlm.optim.base import Clock, Prior
-from dynlm.optim.features import affine, observe_matrix, softsign
+from dynlm.optim.features import affine, look, softsign
 
 
 def clock_at(*losses):
@@ -20,51 +20,58 @@ def prior(rows, columns, dtype=torch.float64):
     return Prior("w", torch.zeros_like(rms), rms, float(rms.mean()), 1.0)
 
 
+def look_at(grad, prior, memory, clock):
+    """(row features, column features, scalars) of one tensor, and its memory."""
+    seen, memory = look([grad], [prior], memory, clock)
+    return (*seen.rows[0], *seen.cols[0]), seen.scalars[0], memory
+
+
 @pytest.mark.parametrize("shape", [(1, 50), (9, 5), (700, 3)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
 def test_compiled_statistics_equal_the_plain_ones(shape, dtype, tolerance, monkeypatch):
-    p, results = prior(*shape, dtype), {}
+    both, results = [prior(*shape, dtype), prior(4, 6, dtype)._replace(name="other")], {}
     for kernel in ("compiled", "eager"):
         monkeypatch.setenv("DYNLM_KERNEL", kernel)
         memory, generator = None, torch.Generator().manual_seed(1)
         for step in range(3):
-            grad = torch.randn(shape, generator=generator, dtype=dtype)
-            grad[0] = 0.0
-            seen, memory = observe_matrix(grad, p, memory, clock_at(*range(3, 4 + step)))
-        results[kernel] = [*seen.row, *seen.col, seen.scalars]
+            grads = [torch.randn(p.rms.shape, generator=generator, dtype=dtype) for p in both]
+            grads[0][0] = 0.0
+            seen, memory = look(grads, both, memory, clock_at(*range(3, 4 + step)))
+        results[kernel] = [x for of_tensor in (*seen.rows, *seen.cols) for x in of_tensor] + [seen.scalars]
     for a, b in zip(*results.values(), strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def test_activity_is_zero_at_the_static_level_and_grows_with_the_gradient():
     p = prior(6, 4)
-    at_level, _ = observe_matrix(p.rms, p, None, clock_at(3))
-    torch.testing.assert_close(at_level.row[0], torch.zeros(6, 1, dtype=torch.float64), atol=1e-9, rtol=0)
-    torch.testing.assert_close(at_level.col[0], torch.zeros(1, 4, dtype=torch.float64), atol=1e-9, rtol=0)
-    above, _ = observe_matrix(4 * p.rms, p, None, clock_at(3))
-    torch.testing.assert_close(above.row[0], torch.full((6, 1), 0.5, dtype=torch.float64))  # 0.25 · log2 16 = 1
-    assert above.scalars[0] == pytest.approx(0.5)
+    (row, _, col), *_ = look_at(p.rms, p, None, clock_at(3))
+    torch.testing.assert_close(row, torch.zeros(6, 1, dtype=torch.float64), atol=1e-9, rtol=0)
+    torch.testing.assert_close(col, torch.zeros(1, 4, dtype=torch.float64), atol=1e-9, rtol=0)
+    (row, *_), scalars, _ = look_at(4 * p.rms, p, None, clock_at(3))
+    torch.testing.assert_close(row, torch.full((6, 1), 0.5, dtype=torch.float64))  # 0.25 · log2 16 = 1
+    assert scalars[0] == pytest.approx(0.5)
 
 
 def test_row_memory_remembers_active_rows():
     p = prior(6, 4)
     grad = 1e-6 * p.rms
     grad[2] = 8 * p.rms[2]
-    _, memory = observe_matrix(grad, p, None, clock_at(3))
-    seen, _ = observe_matrix(torch.zeros_like(grad), p, memory, clock_at(3, 3))
-    assert seen.row[1].argmax() == 2
+    *_, memory = look_at(grad, p, None, clock_at(3))
+    (_, row_memory, _), *_ = look_at(torch.zeros_like(grad), p, memory, clock_at(3, 3))
+    assert row_memory.argmax() == 2
 
 
 def test_surprise_and_time():
     p = prior(3, 2)
-    calm, _ = observe_matrix(p.rms, p, None, clock_at(3, 3, 3))
-    assert calm.scalars[1] == 0
-    surprised, _ = observe_matrix(p.rms, p, None, clock_at(3, 3, 5))
-    assert surprised.scalars[1] == pytest.approx(2 / 3)
-    first, _ = observe_matrix(p.rms, p, None, clock_at(3))
-    assert (first.scalars[2], first.scalars[3]) == (0, 1)
-    late, _ = observe_matrix(p.rms, p, None, clock_at(*[3] * 16))
-    assert late.scalars[2] == pytest.approx(0.5)
+
+    def scalars_after(*losses):
+        return look_at(p.rms, p, None, clock_at(*losses))[1]
+
+    assert scalars_after(3, 3, 3)[1] == 0
+    assert scalars_after(3, 3, 5)[1] == pytest.approx(2 / 3)
+    assert scalars_after(float("nan"))[1] == 0, "an optimizer may be called without a loss"
+    assert scalars_after(3)[2:].tolist() == [0, 1]
+    assert scalars_after(*[3] * 16)[2] == pytest.approx(0.5)
 
 
 def test_softsign_and_affine():

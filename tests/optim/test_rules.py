@@ -1,6 +1,7 @@
 """One contract over every rule, the limit cases of the learned one, and the fused step against the plain reference."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,10 +109,10 @@ def test_scalar_code_equals_matrix_products(name):
     clock = Clock()
     clock.tick(3.0)
     grad = torch.randn_like(prior.theta0)
-    seen, _ = rule.observe(grad, prior, None, clock)
-    w = Coordinates(prior.theta0 + 0.1, prior.theta0, prior.rms, grad, seen.row, seen.col)
+    seen, _ = rule.observe([prior.theta0], [grad], replace(rule.init([prior]), clock=clock), [prior])
+    w = Coordinates(prior.theta0 + 0.1, prior.theta0, prior.rms, grad, seen.rows[0], seen.cols[0])
     slots = tuple(torch.rand_like(grad) for _ in range(rule.n_slots))
-    context = rule.context(prior, seen, clock)
+    context = rule.split(rule.context(rule.shared([prior], seen.scalars, [clock.step]))[0].to(grad))
     theta, new_slots = rule.step(w, slots, context)
     theta_expanded, slots_expanded = rule.step(w, slots, context, expand=True)
     torch.testing.assert_close(theta_expanded, theta, rtol=1e-12, atol=1e-14)
@@ -162,7 +163,7 @@ def test_rms_is_krauses_rule_with_decay_clipped():
     torch.testing.assert_close(theta.detach(), expected, rtol=1e-13, atol=1e-15)
     moved = Coordinates(theta, first.theta0, first.rms, torch.zeros_like(theta), (), ())
     rule = RMS(lr=0.01, eps=1e-3, decay=0.9)
-    back, _ = rule.step(moved, (), rule.context(first, None, Clock()))
+    back, _ = rule.flat_step(moved, (), rule.context(rule.shared([first], theta.new_empty(1, 0), [1]))[0])
     strong = 0.9 * first.relative_rms * first.rms >= 1
     assert strong.any()
     assert torch.equal(back[strong], first.theta0[strong])  # at most all the way back

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from dynlm.allocator import keep_freed_memory
 from dynlm.data.segments import article_segments
 from dynlm.models.params import Adapted, adapted_parameters, as_matrix
 from dynlm.optim.base import Prior, Rule, RuleState, Seen
@@ -66,6 +67,7 @@ class Reader:
     def __init__(
         self, model: nn.Module, score: Scorer, rule: Rule, priors: Sequence[Prior], config: ReadConfig | None = None
     ) -> None:
+        keep_freed_memory()
         self.config = config = config or ReadConfig()
         self.model, self.score, self.rule, self.priors = model, score, rule, priors
         self.adapted = adapted_parameters(model, config.params)

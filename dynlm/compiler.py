@@ -49,9 +49,9 @@ TYPES = {
 HEAD = "#include <math.h>\n#include <stdlib.h>\n#include <omp.h>\n"
 
 
-def supported(like: Tensor) -> bool:
-    """Whether kernels exist for a tensor's device and dtype, and a compiler to build them."""
-    return like.device.type == "cpu" and like.dtype in TYPES and find_compiler() is not None
+def supported(*tensors: Tensor) -> bool:
+    """Whether kernels exist for the tensors' devices and dtypes, and a compiler to build them."""
+    return all(t.is_cpu and t.dtype in TYPES for t in tensors) and find_compiler() is not None
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:
@@ -62,7 +62,8 @@ def pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 def pointers(tensors: Sequence[Tensor]) -> Any:
     """A C array of the addresses of contiguous tensors."""
-    return (ctypes.c_void_p * len(tensors))(*(pointer(t).value for t in tensors))
+    assert all(t.is_contiguous() for t in tensors)
+    return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
 
 
 @functools.cache

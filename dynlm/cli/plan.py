@@ -7,11 +7,11 @@ from typing import cast
 import torch
 
 from dynlm.adapt import Reader, measure_priors
+from dynlm.allocator import MIB
 from dynlm.cli.recipe import Recipe
 from dynlm.data.segments import article_segments
 from dynlm.meta.estimators import make_estimator
 from dynlm.meta.plan import available_memory, peak_memory, plan_step, require_fit
-from dynlm.meta.slices import MIB
 from dynlm.models.causal import LSTMScorer
 from dynlm.optim.library import start_rule
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from dynlm.adapt import Reader, Snapshot, detach
+from dynlm.allocator import MIB
 from dynlm.meta.forward import Forward, Tangents
 from dynlm.meta.recording import RecordConfig, Recording
 from dynlm.meta.replay import Replay, ReplayConfig
 from dynlm.meta.sampling import Stratum, sample_coordinates
-from dynlm.meta.slices import MIB, SliceCost, choose_slices
+from dynlm.meta.slices import SliceCost, choose_slices
 from dynlm.meta.unroll import Unroll, UnrollConfig
 from dynlm.optim.base import RuleState
 from dynlm.optim.features import N_COL, N_ROW, N_SCALARS

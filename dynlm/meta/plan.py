@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 
 from dynlm.adapt import Reader
+from dynlm.allocator import MIB
 from dynlm.meta.estimators import Estimator, UnrollEstimator
-from dynlm.meta.slices import MIB, choose_slices
+from dynlm.meta.slices import choose_slices
 from dynlm.types import InputError, Piece
 
 PROBE = 4

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dynlm.allocator import MIB
 from dynlm.compiler import supported
 from dynlm.meta.recording import Recording
 from dynlm.meta.sampling import Stratum
-from dynlm.meta.slices import MIB
 from dynlm.optim.base import Coordinates, Rule
 from dynlm.optim.kernel import FusedReplay, ReplayWork
 

@@ -6,15 +6,12 @@ and so on, and the graph of one innermost slice. Each level reads the text once 
 
 from __future__ import annotations
 
-import ctypes
 import math
-from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
+from dynlm.allocator import MIB
 from dynlm.types import InputError
 
-MIB = 2**20
 MOST_LEVELS = 3
 
 
@@ -62,21 +59,3 @@ def leanest(window: int, cost: SliceCost, levels: int) -> tuple[int, ...]:
     for _ in range(levels):
         options = [(*o, n) for o in options for n in lengths if not o or n < o[-1]] or options
     return min(options, key=lambda slices: (cost.peak(window, slices), slices))
-
-
-def give_back_memory() -> None:
-    """Return what is free to the system, where the C library is glibc; elsewhere nothing happens.
-
-    The small tensors of a graph lie between the large ones, and the holes that these leave are seldom filled again: 96
-    segments of a 1.57M-weight model in slices of 24 and 4 take 294 MiB; the process grew by 306 MiB, else by 1,561.
-    """
-    _malloc_trim()(0)
-
-
-@cache
-def _malloc_trim() -> Callable[[int], int]:
-    try:
-        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):  # another C library; Windows has none under this name
-        return lambda pad: 0
-    return trim

@@ -24,8 +24,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from dynlm.adapt import Scorer, Snapshot, detach
+from dynlm.allocator import give_back_memory
 from dynlm.compiler import supported
-from dynlm.meta.slices import SliceCost, give_back_memory
+from dynlm.meta.slices import SliceCost
 from dynlm.models.params import Adapted, as_matrix, pointed
 from dynlm.models.recurrence import differentiable_twice
 from dynlm.optim.adjoint import FusedAdjoint
@@ -69,7 +70,7 @@ class Unroll:
         if any(n < 1 for n in config.slices) or list(config.slices) != sorted(config.slices, reverse=True):
             raise InputError(f"slices {config.slices} must be positive and fall from the outermost level inwards")
         self.score, self.rule, self.adapted, self.priors, self.config = score, rule, adapted, priors, config
-        fused = config.fused and rule.traceable and all(supported(prior.theta0) for prior in priors)
+        fused = config.fused and rule.traceable and supported(*(prior.theta0 for prior in priors))
         self.step = FusedAdjoint(rule) if fused else None
 
     def run(self, start: Snapshot, pieces: Sequence[Piece], weights: Sequence[float]) -> Unrolled:

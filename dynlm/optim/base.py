@@ -123,6 +123,8 @@ class Rule(nn.Module, abc.ABC):
     context_shapes: tuple[tuple[int, ...], ...] = ()
     """of the tensors that ``step`` gets as its context, which ``context`` gives as one vector"""
     reads_gradient: bool = True
+    uses_prior: bool = True
+    """``step`` needs θ0 or the static RMS"""
     traceable: bool = True
     """``step`` is short and uses only what dynlm.optim.trace knows, so it can become one fused loop"""
 
@@ -175,6 +177,10 @@ class Rule(nn.Module, abc.ABC):
 
         ``expand`` asks for scalar code instead of matrix products: dynlm.optim.trace turns it into C.
         """
+
+    def step_source(self, n_row: int, n_col: int) -> str | None:
+        """C of one tensor's step (dynlm.optim.recurrent_kernel), for rules that are not traceable. Default: none."""
+        return None
 
     def flat_step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> tuple[Tensor, Slots]:
         """``step``, with the context as one vector."""

@@ -73,7 +73,7 @@ def look(
     surprise = clock.loss - clock.baseline
     surprise = surprise if math.isfinite(surprise) else 0.0  # an optimizer may be called without a loss
     scalars = [0.0, surprise / (1 + abs(surprise)), math.log2(clock.step) / 8, 1.0]
-    look_at = _look_in_c if all(map(supported, grads)) else _look
+    look_at = _look_in_c if supported(*grads) else _look
     rows, cols, activity_n = look_at(grads, memory)
     scalars_nS = grads[0].new_tensor([scalars]).repeat(len(grads), 1)
     scalars_nS[:, 0] = activity_n

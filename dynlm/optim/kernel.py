@@ -54,6 +54,7 @@ class FusedStep:
             raise InputError("read.kernel is 'compiled', but no C compiler was found: install gcc, or use 'auto'")
         self.compiled = find_compiler() is not None if compiled is None else compiled
         self.functions = TracedFunctions(rule, update_source, "step")
+        self.own: dict[Hashable, Any] = {}
 
     @torch.no_grad()
     def __call__(
@@ -76,11 +77,16 @@ class FusedStep:
             Coordinates(theta, prior.theta0, prior.rms, grad, row, col)
             for theta, prior, grad, row, col in zip(thetas, priors, grads, seen.rows, seen.cols, strict=True)
         ]
-        if self.compiled and self.rule.traceable and all(map(supported, thetas)):
+        fused = self.compiled and supported(*thetas)
+        if fused and self.rule.traceable:
             self.fused(ws, state.slots, context_nN, scale)
-        else:
-            for w, slots, context_N in zip(ws, state.slots, context_nN, strict=True):
-                _plain_step(self.rule, w, slots, context_N, scale)
+            return seen
+        one_step = self._own_step if fused and self.rule.step_source(0, 0) else self._plain_step
+        for w, slots, context_N in zip(ws, state.slots, context_nN, strict=True):
+            before = None if scale in (None, Scale()) else w.theta.clone()
+            one_step(w, slots, context_N)
+            if scale and before is not None:
+                w.theta.sub_(before).mul_(scale.lr).add_(before, alpha=scale.keep)
         return seen
 
     def fused(self, ws: Sequence[Coordinates], slots: Sequence[Slots], context_nN: Tensor, scale: Scale | None) -> None:
@@ -106,14 +112,23 @@ class FusedStep:
             pointers(tensors),
         )
 
+    def _own_step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> None:
+        """By the rule's own C, one tensor at a time."""
+        shape = w.theta.dtype, len(w.row), len(w.col)
+        if shape not in self.own:
+            source = self.rule.step_source(*shape[1:])
+            assert source is not None
+            self.own[shape] = build(source, w.theta.dtype).step
+        rows, columns = map(ctypes.c_long, w.theta.shape)
+        fields = [w.theta, w.theta0, w.rms, w.grad.contiguous(), *slots, *w.row, *w.col]
+        threads = ctypes.c_int(torch.get_num_threads())
+        self.own[shape](rows, columns, threads, pointer(context_N.contiguous()), pointers(fields))
 
-def _plain_step(rule: Rule, w: Coordinates, slots: Slots, context_N: Tensor, scale: Scale | None) -> None:
-    theta, new_slots = rule.flat_step(w, tuple(slot.to(w.theta.dtype) for slot in slots), context_N)
-    if scale is not None and scale != Scale():
-        theta = scale.keep * w.theta + scale.lr * (theta - w.theta)
-    w.theta.copy_(theta)
-    for slot, new in zip(slots, new_slots, strict=True):
-        slot.copy_(new)
+    def _plain_step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> None:
+        theta, new_slots = self.rule.flat_step(w, tuple(slot.to(w.theta.dtype) for slot in slots), context_N)
+        w.theta.copy_(theta)
+        for slot, new in zip(slots, new_slots, strict=True):
+            slot.copy_(new)
 
 
 class ReplayWork(NamedTuple):

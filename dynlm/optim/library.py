@@ -11,6 +11,7 @@ from dynlm import runs
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.diagonal import Diagonal
 from dynlm.optim.gated import Gated
+from dynlm.optim.general import General
 from dynlm.optim.handmade import RMS, SGD, Adam, Static
 from dynlm.optim.learned import Learned
 from dynlm.optim.linear import Linear
@@ -33,11 +34,11 @@ def make_rule(kind: str, **settings: Any) -> Rule:
     """A fresh rule; ``settings`` are a hand-made rule's arguments, or fields of a learned cell's configuration."""
     if kind in HANDMADE:
         return HANDMADE[kind](**settings)
-    if kind in LEARNED:
-        build: Any = LEARNED[kind]
+    if kind in LEARNED or kind == General.name:
+        build: Any = LEARNED.get(kind, General)
         rule: Rule = build(build.config_class(**settings))
         return rule
-    raise InputError(f"unknown rule {kind!r}: choose one of {', '.join([*HANDMADE, *LEARNED])}")
+    raise InputError(f"unknown rule {kind!r}: choose one of {', '.join([*HANDMADE, *LEARNED, General.name])}")
 
 
 def start_rule(kind: str, settings: dict[str, float], priors: Sequence[Prior], seed: int = 0, hidden: int = 0) -> Rule:
@@ -51,7 +52,7 @@ def start_rule(kind: str, settings: dict[str, float], priors: Sequence[Prior], s
 
 def rule_config(rule: Rule) -> dict[str, Any]:
     """The configuration of a learned cell; hand-made rules need none."""
-    return asdict(rule.config) if isinstance(rule, Learned | Linear) else {}
+    return asdict(rule.config) if isinstance(rule, Learned | Linear | General) else {}
 
 
 def save_rule(rule: Rule, path: Path, made: runs.Json | None = None) -> None:

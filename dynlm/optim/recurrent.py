@@ -9,6 +9,7 @@ The gradient enters as LogAndSign, and a typical update of the RMS rule is the u
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from dynlm.optim.base import Coordinates, Shared, Slots
 from dynlm.optim.features import N_COL, N_ROW, N_SCALARS
 from dynlm.optim.learned import CellConfig, Frame, Learned, Weights, assemble, embedded, frame, moved
+from dynlm.optim.recurrent_kernel import recurrent_source
 
 LOG_RANGE = 5.0  # k of LogAndSign: sizes between e^−k and 1 are seen as logarithms
 N_INPUTS = 3 + N_ROW + N_COL
@@ -37,7 +39,8 @@ class Recurrent(Learned):
 
     config: RecurrentConfig
     config_class = RecurrentConfig
-    traceable = False  # thousands of products a weight: matrix products serve better than one scalar loop
+    traceable = False  # thousands of products a weight: they need registers of their own, not one scalar loop
+    name: Literal["lstm", "gru"]
     n_gates: int
     states_per_layer: int
 
@@ -73,6 +76,9 @@ class Recurrent(Learned):
         layers = [t for three in zip(self.input_weights, self.hidden_weights, self.biases, strict=True) for t in three]
         numbers = torch.cat([self.rms_settings(shared), scale.to(like), shared.mean_rms[:, None]], 1)
         return assemble(shared, layers[:2], first, [*layers[3:], self.output_weight], numbers)
+
+    def step_source(self, n_row: int, n_col: int) -> str:
+        return recurrent_source(self.name, self.config.hidden, self.config.layers, n_row, n_col)
 
     def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
         *layers, output_weight, numbers = context

@@ -231,7 +231,7 @@ def _step(cell: Cell, layers: int, n_row: int, n_col: int) -> str:
   {{
     T *sums = aligned_alloc(BYTES, sizeof(T) * (BLOCK * (PADDED + 4 * H) + 2 * LANES));
     T *gates = sums + BLOCK * PADDED + LANES, x[BLOCK * {n_inputs}], rest[BLOCK], units[BLOCK];
-    #pragma omp for schedule(static)
+    #pragma omp for schedule(dynamic, 16)
     for (long start = 0; start < N; start += BLOCK) {{
       const long n = start + BLOCK < N ? BLOCK : N - start;
       features(start, n, C, output + H, data, data + {4 + n_states * layers}, x, rest, units);

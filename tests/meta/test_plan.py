@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from dynlm.adapt import ReadConfig, Reader
+from dynlm.allocator import MIB
 from dynlm.meta.estimators import EstimatorConfig, make_estimator
 from dynlm.meta.plan import Plan, plan_step, require_fit
-from dynlm.meta.slices import MIB
 from dynlm.types import InputError
 from lab import make_lab
 from meta.test_estimators import pieces_of

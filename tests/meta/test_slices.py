@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from dynlm.meta.slices import MIB, SliceCost, choose_slices, leanest
+from dynlm.allocator import MIB
+from dynlm.meta.slices import SliceCost, choose_slices, leanest
 from dynlm.meta.unroll import Unroll, UnrollConfig
 from dynlm.types import InputError
 from meta.test_replay import RULES, read_window

@@ -2,19 +2,17 @@
 
 import ctypes
 import math
-import shutil
 
 import pytest
 import torch
 
-from dynlm.compiler import build, pointer, pointers
+from dynlm.compiler import build, find_compiler, pointer, pointers
 from dynlm.optim.base import Coordinates
 from dynlm.optim.features import N_COL, N_ROW
 from dynlm.optim.recurrent import GRUCell, LSTMCell, RecurrentConfig
 from dynlm.optim.recurrent_kernel import recurrent_source
 
-needs_compiler = pytest.mark.skipif(not (shutil.which("gcc") or shutil.which("clang")), reason="no C compiler")
-pytestmark = needs_compiler
+pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
 
 CELLS = {"lstm": LSTMCell, "gru": GRUCell}
 DTYPES = [(torch.float64, 1e-12), (torch.float32, 1e-5)]

@@ -7,10 +7,15 @@ import pytest
 import torch
 
 from dynlm.optim.base import Clock, Coordinates, Prior
+from dynlm.optim.diagonal import Diagonal
 from dynlm.optim.gated import Gated
+from dynlm.optim.general import General
 from dynlm.optim.handmade import RMS, SGD, Adam, Static
 from dynlm.optim.kernel import FusedStep
 from dynlm.optim.library import HANDMADE, LEARNED, load_rule, make_rule, save_rule
+from dynlm.optim.linear import Linear, LinearConfig
+from dynlm.optim.mlp import MLP
+from dynlm.optim.recurrent import GRUCell, LSTMCell
 from dynlm.types import InputError
 
 SETTINGS = {"lr": 3e-2, "eps": 1e-3, "decay": 1e-2}
@@ -29,12 +34,13 @@ def make_priors(dtype):
     return priors
 
 
-def moved_gated(priors, dtype):
-    rule = Gated.started_at(SETTINGS, priors, hidden=4).to(dtype)
+def moved(rule, dtype):
+    """Away from its start, so that every part of it counts."""
+    rule = rule.to(dtype)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in rule.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
     return rule
 
 
@@ -46,7 +52,13 @@ def rules(dtype):
         "rms": RMS(**SETTINGS),
         "adam": Adam(0.02, 1e-3, 0.01),
         "gated start": Gated.started_at(SETTINGS, priors).to(dtype),
-        "gated": moved_gated(priors, dtype),
+        "gated": moved(Gated.started_at(SETTINGS, priors, hidden=4), dtype),
+        "diagonal": moved(Diagonal.started_at(SETTINGS, priors, hidden=3), dtype),
+        "mlp": moved(MLP.started_at(SETTINGS, priors), dtype),
+        "linear": Linear(LinearConfig(-0.2, 0.05)),
+        "lstm": moved(LSTMCell.started_at(SETTINGS, priors, hidden=5), dtype),
+        "gru": moved(GRUCell.started_at(SETTINGS, priors, hidden=5), dtype),
+        "general": moved(General(), dtype),
     }
 
 
@@ -83,7 +95,8 @@ def test_contract_shapes_dtypes_and_untouched_inputs(name):
         assert theta.shape == prior.theta0.shape
         assert theta.dtype == torch.float32
         assert len(slots) == rule.n_slots
-        assert all(s.shape == theta.shape and s.dtype == theta.dtype for s in slots)
+        width = (rule.slot_width,) if rule.slot_width else ()
+        assert all(s.shape == theta.shape + width and s.dtype == theta.dtype for s in slots)
         assert torch.isfinite(theta).all()
         assert torch.equal(prior.theta0, saved)
 
@@ -103,7 +116,7 @@ def test_fused_step_equals_the_plain_update(name, compiled, dtype, tolerance):
             torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name, rule in rules(torch.float64).items() if rule.traceable])
 def test_scalar_code_equals_matrix_products(name):
     rule, (prior, _) = rules(torch.float64)[name], make_priors(torch.float64)
     clock = Clock()
@@ -112,7 +125,8 @@ def test_scalar_code_equals_matrix_products(name):
     seen, _ = rule.observe([prior.theta0], [grad], replace(rule.init([prior]), clock=clock), [prior])
     w = Coordinates(prior.theta0 + 0.1, prior.theta0, prior.rms, grad, seen.rows[0], seen.cols[0])
     slots = tuple(torch.rand_like(grad) for _ in range(rule.n_slots))
-    context = rule.split(rule.context(rule.shared([prior], seen.scalars, [clock.step]))[0].to(grad))
+    context_nN, _ = rule.tensor_step(rule.shared([prior], seen.scalars, [clock.step]), rule.init([prior]).tensors)
+    context = rule.split(context_nN[0].to(grad))
     theta, new_slots = rule.step(w, slots, context)
     theta_expanded, slots_expanded = rule.step(w, slots, context, expand=True)
     torch.testing.assert_close(theta_expanded, theta, rtol=1e-12, atol=1e-14)
@@ -180,7 +194,7 @@ def test_zero_rate_never_moves_a_weight():
 @needs_compiler
 def test_a_nan_gradient_stays_visible_in_the_compiled_step():
     priors = make_priors(torch.float32)
-    rule = moved_gated(priors, torch.float32)
+    rule = moved(Gated.started_at(SETTINGS, priors), torch.float32)
     for compiled in (False, True):
         thetas, state = [p.theta0.clone() for p in priors], rule.init(priors)
         state.clock.tick(3.0)
@@ -200,7 +214,7 @@ def test_compiled_kernel_without_a_compiler_is_an_error(monkeypatch):
 @pytest.mark.parametrize("kind", [*HANDMADE, *LEARNED])
 def test_rules_survive_the_disk(tmp_path, kind):
     priors = make_priors(torch.float32)
-    rule = moved_gated(priors, torch.float32) if kind == "gated" else make_rule(kind)
+    rule = moved(Gated.started_at(SETTINGS, priors), torch.float32) if kind == "gated" else make_rule(kind)
     save_rule(rule, tmp_path / kind, {"trials": 3})
     again, made = load_rule(tmp_path / kind)
     assert made == {"trials": 3}
@@ -225,7 +239,7 @@ def test_broken_rule_files_are_one_clear_line(tmp_path):
 
 def test_unknown_tensors_use_the_shared_network_alone():
     priors = make_priors(torch.float64)
-    rule = moved_gated(priors, torch.float64)
+    rule = moved(Gated.started_at(SETTINGS, priors), torch.float64)
     renamed = [p._replace(name=f"other.{p.name}") for p in priors]
     known, _ = run_plain(rule, priors, 2)
     unknown, _ = run_plain(rule, renamed, 2)

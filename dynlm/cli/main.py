@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from dynlm.cli import fewshot, stages, start
+from dynlm.cli import fewshot, general, stages, start
 from dynlm.cli import plan as planning
 from dynlm.cli.recipe import Recipe, load_recipe, recipe_of_run
 from dynlm.runs import Run
@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[Callable[[Recipe], None], str]] = {
     "tune": (stages.tune, "tune the hand-made rules on the meta split"),
     "plan": (planning.plan, "predict memory and time of meta-training; needs no data"),
     "meta-train": (stages.meta_training, "train a learned rule, from a tuned hand-made one"),
+    "learn-optimizer": (general.learn_optimizer, "meta-train the general-purpose optimizer on small training tasks"),
     "learn-start": (start.learn_start_stage, "learn a start θ0 of the base model for reading with a rule"),
     "evaluate": (stages.evaluate, "read held-out articles with every method and write the report"),
     "report": (stages.report, "write the report of an evaluation again"),
@@ -31,7 +32,7 @@ COMMANDS: dict[str, tuple[Callable[[Recipe], None], str]] = {
 USAGE = """usage: dynlm COMMAND [RECIPE.toml] [--run DIR] [--section.setting VALUE ...]
 
 commands:
-  demo        the whole chain on the documentation that Python carries, no download
+  demo            the whole chain on the documentation that Python carries, no download
 {commands}
 `dynlm COMMAND --help` lists every setting with its unit and default. Without a recipe, the settings of an existing
 --run are taken up; flags come last. Every command prints its run directory. Exit code 2: bad input, told in one line.
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE.format(commands="\n".join(f"  {name:<11} {text}" for name, (_, text) in COMMANDS.items())))
+        print(USAGE.format(commands="\n".join(f"  {name:<15} {text}" for name, (_, text) in COMMANDS.items())))
         return 0 if arguments else 2
     try:
         _run(arguments[0], arguments[1:])

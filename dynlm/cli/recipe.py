@@ -15,8 +15,10 @@ from dynlm.data.articles import DataConfig
 from dynlm.data.fewshot import TasksConfig
 from dynlm.data.tokenizers import TokenizerConfig
 from dynlm.meta.outer import OuterConfig
+from dynlm.meta.tasks import GeneralMetaConfig
 from dynlm.meta.train import MetaConfig
 from dynlm.meta.tune import TuneConfig
+from dynlm.models.context import ContextConfig
 from dynlm.models.lstm import ModelConfig
 from dynlm.models.train import TrainConfig
 from dynlm.runs import read_json
@@ -112,19 +114,21 @@ class Recipe:
     overwrite: bool = False
     """replace what an earlier run of the same command left"""
     resume: bool = False
-    """go on from the command's last checkpoint (train, meta-train) or finished methods (few-shot)"""
+    """go on from the command's last checkpoint (train, meta-train, learn-optimizer) or finished methods (few-shot)"""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
     read: ReadConfig = field(default_factory=ReadConfig)
+    context: ContextConfig = field(default_factory=ContextConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
     meta: MetaConfig = field(default_factory=MetaConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     start: StartConfig = field(default_factory=StartConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     fewshot: FewShotConfig = field(default_factory=FewShotConfig)
+    general: GeneralMetaConfig = field(default_factory=GeneralMetaConfig)
 
 
 FIXED_BY_TRAINING = ("data", "tokenizer", "model")

@@ -25,7 +25,7 @@ from dynlm.evaluate.metrics import count
 from dynlm.evaluate.stream import Scores, read_articles
 from dynlm.meta.train import MetaProgress, MetaTrainer, divide_meta_split, meta_train
 from dynlm.meta.tune import tune_rule
-from dynlm.models.causal import LSTMScorer, load_model
+from dynlm.models.causal import CausalScorer, load_model, scorer_for
 from dynlm.models.lstm import LSTMForCausalLM
 from dynlm.models.params import adapted_parameters
 from dynlm.models.train import train_base_model
@@ -45,7 +45,7 @@ class Bench:
         require_same(recipe, trained)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(self.run.model, self.device)
-        self.score = LSTMScorer(self.model)
+        self.score = scorer_for(self.model, recipe.context)
         self.tokenizer = load_tokenizer(self.run.tokenizer)
 
     @cached_property
@@ -62,6 +62,8 @@ class Bench:
         adapted = adapted_parameters(self.model, self.recipe.read.params)
         names = [a.name for a in adapted]
         settings = {"params": names, "segment": self.recipe.read.segment, "tokens": self.recipe.prior.tokens}
+        if isinstance(self.score, CausalScorer):
+            settings["context"] = asdict(self.recipe.context)
         if self.run.prior.is_file():
             tensors, meta = runs.read_tensors(self.run.prior)
             if meta == settings and set(tensors) == set(names):

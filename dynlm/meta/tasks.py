@@ -1,54 +1,62 @@
 """Meta-training of a general-purpose rule on a family of small training tasks (dynlm.models.tasks).
 
-Each outer step trains a few networks from their start, a horizon of steps that is drawn log-uniformly; the replay engine
-gives the meta-gradient over windows of each training, and Adam moves φ. A task's gradient is that of the logarithm of
-its loss, and its norm is bounded, so that no task speaks louder than the others.
+Evolution strategies over whole trainings: each outer step draws tasks, trains each network from the same start on the
+same batches with φ + ε and with φ − ε, and moves φ by what the final losses say (antithetic pairs; Metz et al. 2019,
+arXiv:1810.10180). Nothing is truncated. Why not a meta-gradient: the first-order one does not know that a step changes
+the gradients that follow; on whole trainings it drives the momentum up until they fail (docs/LOG.md).
 """
 
 from __future__ import annotations
 
+import json
 import math
+import multiprocessing
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from tqdm import tqdm
 
 from dynlm import runs
 from dynlm.adapt import Reader
-from dynlm.meta.recording import Recording
-from dynlm.meta.replay import Replay
-from dynlm.meta.sampling import sample_coordinates
+from dynlm.meta.train import MetaProgress
 from dynlm.models.params import adapted_parameters
 from dynlm.models.tasks import TaskConfig, TrainingTask, sample_task
 from dynlm.optim.base import Prior, Rule
+from dynlm.optim.general import General, GeneralConfig
 from dynlm.types import InputError
 
 VALIDATION_SEED = 10**9
 """of the first meta-validation task: training tasks have smaller seeds"""
+FLOOR = 1e-3
+"""of the first loss: below it a loss counts as this"""
 
 
 @dataclass(frozen=True)
 class GeneralMetaConfig:
-    """Meta-training of a general-purpose rule."""
+    """Meta-training of the general-purpose rule."""
 
-    steps: int = 600
+    steps: int = 300
     """updates of φ"""
-    tasks: int = 8
-    """trainings an update"""
-    window: int = 256
-    """steps of a training that one meta-gradient sees"""
-    coordinates: int = 8000
-    """weights sampled for a window"""
-    lr: float = 1e-2
+    pairs: int = 12
+    """tasks an update, each trained twice, with φ + ε and φ − ε"""
+    sigma: float = 0.1
+    """standard deviation of ε"""
+    lr: float = 3e-2
     """peak of Adam's learning rate on φ; cosine to zero over the steps"""
-    clip: float = 1.0
-    """bound on the norm of a task's meta-gradient"""
-    validate_every: int = 25
+    fixed: tuple[str, ...] = ("tensor_weight", "tensor_to_hidden", "input_weight")
+    """meta-parameters that keep their random start (globs): hidden layers, whose read-outs are learned"""
+    validate_every: int = 20
     """steps between trainings of the meta-validation tasks; each writes a checkpoint"""
     validation_tasks: int = 24
+    workers: int = 2
+    """processes that train tasks side by side"""
     seed: int = 0
     family: TaskConfig = field(default_factory=TaskConfig)
 
@@ -66,111 +74,142 @@ def blank_priors(task: TrainingTask) -> list[Prior]:
     return [Prior(a.name, theta := a.matrix_RC.clone(), theta, 1.0, 1.0) for a in adapted]
 
 
-def train_task(
-    rule: Rule, task: TrainingTask, seed: int, replay: Replay | None = None, config: GeneralMetaConfig | None = None
-) -> Rollout:
-    """Train the task's network over its horizon; with ``replay``, add the meta-gradient to φ's gradients.
-
-    The network keeps its trained weights.
-    """
-    config = config or GeneralMetaConfig()
-    reader = Reader(task.net, task.score, rule, blank_priors(task))
-    pieces, generator, losses = task.pieces(task.horizon, seed), torch.Generator().manual_seed(seed), list[float]()
-    sizes = [theta.numel() for theta in reader.thetas]
-    for start in range(0, task.horizon, config.window):
-        window = pieces[start : start + config.window]
-        recording = None
-        if replay:
-            recording = Recording(reader, sample_coordinates(sizes, config.coordinates, generator, 256), len(window))
-        diverged = False
-        for piece in window:
-            try:
-                step = reader.segment(*piece)
-            except InputError:  # a loss that is not finite
-                diverged = True
-                break
-            losses.append(float(step.losses_S.mean()))
-            if recording is not None:
-                recording.add(step, reader.state.clock.step, 0.0)
-        if recording is not None and replay is not None and len(recording):
-            recording.weights = _weights(losses, len(recording), task.horizon)
-            replay(recording)
-        if diverged:
+def train_task(rule: Rule, task: TrainingTask, seed: int) -> Rollout:
+    """Train the task's network over its horizon. The network keeps its trained weights."""
+    reader, losses = Reader(task.net, task.score, rule, blank_priors(task)), list[float]()
+    for piece in task.pieces(task.horizon, seed):
+        try:
+            losses.append(float(reader.segment(*piece).losses_S.mean()))
+        except InputError:  # a loss that is not finite
             return Rollout(losses, True)
     return Rollout(losses, False)
 
 
-def _weights(losses_T: Sequence[float], n: int, horizon: int) -> list[float]:
-    """Of the last n steps: those of the logarithm of the smoothed loss, averaged with weights that grow with time.
+def outcome(rollout: Rollout) -> float:
+    """How bad a training was: log of last to first loss, with a share of all losses on the way. A divergence: 1."""
+    if rollout.diverged:
+        return 1.0
+    losses_T = torch.tensor(rollout.losses_T, dtype=torch.float64)
+    last = losses_T[-max(1, len(losses_T) // 10) :].mean()
+    eighths = torch.stack([part.mean() for part in losses_T.chunk(8)])
+    final, on_the_way = ((x / losses_T[0]).clamp(min=FLOOR).log() for x in (last, eighths))
+    return min(1.0, float(0.75 * final + 0.25 * on_the_way.mean()))
 
-    Losses below a hundredth of the first count as that.
-    """
-    least, smooth, weights = losses_T[0] / 100, losses_T[0], []
-    for t, loss in enumerate(losses_T, 1):
-        smooth += 0.05 * (loss - smooth)
-        weights.append(2 * t / horizon**2 / max(smooth, least))
-    return weights[-n:]
+
+class Job(NamedTuple):
+    """One training for a worker: φ as a vector, the rule's configuration, the task's seed."""
+
+    phi: Tensor
+    rule: GeneralConfig
+    seed: int
+    family: TaskConfig
+    validate: bool = False
+    """give log(last / first held-out loss) instead of :func:`outcome`"""
+
+
+def work(job: Job) -> float:
+    """Train and judge; runs in a worker."""
+    torch.set_num_threads(1)  # such small networks lose by threads
+    rule, task = General(job.rule), sample_task(job.seed, job.family)
+    vector_to_parameters(job.phi, rule.parameters())
+    first = task.validate() if job.validate else 0.0
+    rollout = train_task(rule, task, job.seed)
+    if not job.validate:
+        return outcome(rollout)
+    last = math.nan if rollout.diverged else task.validate()
+    return max(math.log(max(last, 1e-30) / first), math.log(FLOOR)) if math.isfinite(last) else 1.0
 
 
 class GeneralTrainer:
-    """φ, its optimizer, and how far they are."""
+    """φ, its optimizer, and how far they are. ``best`` is the lowest :meth:`validate` so far."""
 
-    def __init__(self, rule: Rule, config: GeneralMetaConfig) -> None:
+    def __init__(self, rule: General, config: GeneralMetaConfig) -> None:
         self.rule, self.config = rule, config
-        self.phi = [p for p in rule.parameters() if p.requires_grad and p.numel()]
-        self.optimizer = torch.optim.Adam(self.phi, lr=config.lr, betas=(0.9, 0.98))
-        self.replay = Replay(rule)
-        self.done = 0
+        self.phi = parameters_to_vector(p.detach() for p in rule.parameters()).requires_grad_()
+        moving = [not any(fnmatchcase(name, glob) for glob in config.fixed) for name, _ in rule.named_parameters()]
+        parts = zip(rule.parameters(), moving, strict=True)
+        self.sigma = torch.cat([torch.full((p.numel(),), config.sigma * moves) for p, moves in parts])
+        self.optimizer = torch.optim.Adam([self.phi], lr=config.lr, betas=(0.9, 0.95))
+        self.progress = MetaProgress()
+        context = multiprocessing.get_context("fork")  # tasks share what their data is made of
+        self.pool = ProcessPoolExecutor(config.workers, context) if config.workers > 1 else None
 
     def step(self) -> float:
-        """Train the step's tasks and update φ; returns their mean log ratio of last to first loss."""
-        config, total, ratios = self.config, [torch.zeros_like(p) for p in self.phi], []
-        for i in range(config.tasks):
-            seed = (config.seed * config.steps + self.done) * config.tasks + i
-            rollout = train_task(self.rule, sample_task(seed, config.family), seed, self.replay, config)
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.phi]
-            norm = float(torch.cat([g.flatten() for g in grads]).norm())
-            self.optimizer.zero_grad(set_to_none=True)
-            if math.isfinite(norm):
-                for sum_, g in zip(total, grads, strict=True):
-                    sum_ += g * (min(1.0, config.clip / (norm + 1e-12)) / config.tasks)
-            tail = rollout.losses_T[-max(1, len(rollout.losses_T) // 10) :]
-            ratios.append(math.log(max(sum(tail) / len(tail), 1e-3 * rollout.losses_T[0]) / rollout.losses_T[0]))
-        for p, g in zip(self.phi, total, strict=True):
-            p.grad = g
-        warmup, fraction = min(1.0, (self.done + 1) / 10), self.done / config.steps
+        """Train the step's tasks and update φ; returns their mean outcome."""
+        config, step = self.config, self.progress.step
+        generator = torch.Generator().manual_seed(config.seed * config.steps + step)
+        seeds = [(config.seed * config.steps + step) * config.pairs + i for i in range(config.pairs)]
+        noise = self.sigma * torch.randn(config.pairs, len(self.sigma), generator=generator)
+        phi = self.phi.detach()
+        jobs = [self._job(phi + sign * e, seed) for e, seed in zip(noise, seeds, strict=True) for sign in (1, -1)]
+        plus, minus = torch.tensor(self._run(jobs)).view(-1, 2).unbind(1)
+        difference = (plus - minus).clamp(-0.5, 0.5)  # no task speaks louder than the others
+        direction = noise / self.sigma.square().clamp(min=1e-12)
+        self.phi.grad = (difference[:, None] * direction).mean(0) / 2
+        warmup, fraction = min(1.0, (step + 1) / 10), step / config.steps
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * warmup * math.cos(math.pi / 2 * fraction) ** 2
         self.optimizer.step()
-        self.done += 1
-        return sum(ratios) / len(ratios)
+        vector_to_parameters(self.phi.detach(), self.rule.parameters())
+        self.progress = self.progress._replace(step=step + 1)
+        return float(plus.mean() + minus.mean()) / 2
 
     def validate(self) -> float:
-        """Mean over fixed tasks of log(last / first held-out loss); a divergence counts as no gain."""
-        ratios = []
-        for i in range(self.config.validation_tasks):
-            task = sample_task(VALIDATION_SEED + i, self.config.family)
-            first = task.validate()
-            rollout = train_task(self.rule, task, VALIDATION_SEED + i)
-            last = math.nan if rollout.diverged else task.validate()
-            ratios.append(math.log(max(last, 1e-3 * first) / first) if math.isfinite(last) else 0.0)
-        return sum(ratios) / len(ratios)
+        """Mean over fixed tasks of log(last / first held-out loss)."""
+        seeds = range(VALIDATION_SEED, VALIDATION_SEED + self.config.validation_tasks)
+        results = self._run([self._job(self.phi.detach(), seed)._replace(validate=True) for seed in seeds])
+        return sum(results) / len(results)
+
+    def _job(self, phi: Tensor, seed: int) -> Job:
+        return Job(phi, self.rule.config, seed, self.config.family)
+
+    def _run(self, jobs: Sequence[Job]) -> list[float]:
+        return list(self.pool.map(work, jobs) if self.pool else map(work, jobs))
 
     def state(self) -> tuple[dict[str, Tensor], runs.Json]:
-        tensors: dict[str, Tensor] = {f"phi.{name}": p for name, p in self.rule.named_parameters()}
-        for index, slots in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items()}
-        return tensors, {"done": self.done}
+        slots = self.optimizer.state_dict()["state"].get(0, {})
+        tensors = {"phi": self.phi, **{f"optimizer.{name}": value for name, value in slots.items()}}
+        return tensors, {"progress": self.progress._asdict(), "config": self._settings()}
+
+    def _settings(self) -> runs.Json:
+        settings: runs.Json = json.loads(json.dumps(asdict(self.config)))  # as JSON gives them back: tuples are lists
+        return settings
+
+    def load(self, tensors: dict[str, Tensor], meta: runs.Json) -> None:
+        if meta.get("config") != self._settings():
+            raise InputError("the checkpoint was made with other [general] settings: resume with those, or --overwrite")
+        with torch.no_grad():
+            self.phi.copy_(tensors["phi"])
+        slots = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": {0: slots} if slots else {}})
+        vector_to_parameters(self.phi.detach(), self.rule.parameters())
+        self.progress = MetaProgress(**meta["progress"])
 
 
-def meta_train_general(trainer: GeneralTrainer, log: Any, checkpoint: Any) -> None:
-    started = time.perf_counter()
-    print("start", trainer.validate(), flush=True)
-    while trainer.done < trainer.config.steps:
-        ratio = trainer.step()
-        record = {"step": trainer.done, "train": ratio, "seconds": time.perf_counter() - started}
-        if trainer.done % trainer.config.validate_every == 0:
-            record["valid"] = trainer.validate()
-            runs.write_tensors(checkpoint(trainer.done), *trainer.state())
-        runs.append_log(log, record)
-        print(record, flush=True)
+def meta_train_general(
+    trainer: GeneralTrainer, run: runs.Run, save_best: Callable[[Rule, MetaProgress], None], resume: bool = False
+) -> MetaProgress:
+    """Train φ until the steps are done; ``save_best`` gets each rule that is best on the meta-validation tasks."""
+    config, path = trainer.config, run.checkpoint("learn-optimizer")
+    if resume:
+        trainer.load(*runs.read_tensors(path))
+    started, outcomes = time.perf_counter() - trainer.progress.seconds, list[float]()
+    with tqdm(total=config.steps, initial=trainer.progress.step, desc="learn-optimizer", unit="step") as bar:
+        while True:
+            step = trainer.progress.step
+            if step % config.validate_every == 0 or step == config.steps:
+                valid, best = trainer.validate(), trainer.progress.best
+                trainer.progress = MetaProgress(step, min(valid, best), 0, time.perf_counter() - started)
+                if valid < best:
+                    save_best(trainer.rule, trainer.progress)
+                runs.write_tensors(path, *trainer.state())
+                mean = sum(outcomes) / len(outcomes) if outcomes else None
+                record = {"step": step, "train": mean, "valid": valid, "seconds": round(trainer.progress.seconds, 1)}
+                runs.append_log(run.log("learn-optimizer"), record)
+                bar.write(f"step {step}: mean log(last / first held-out loss) {valid:.4f}")
+                outcomes = []
+            if step == config.steps:
+                return trainer.progress
+            outcomes.append(trainer.step())
+            bar.set_postfix_str(f"training {outcomes[-1]:.3f}")
+            bar.update()

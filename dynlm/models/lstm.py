@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from dynlm.models.recurrence import lstm_layer, one_stream
+from dynlm.models.tied import Link, embed, read_out
 from dynlm.types import InputError
 
 Hidden = tuple[tuple[Tensor, Tensor], ...]
@@ -179,24 +180,30 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> LSTMOutput:
         """``input_ids`` (B, T); extra arguments that ``generate`` passes to every model are ignored."""
         config = self.config
-        raw, new_hidden = self._run(input_ids, hidden or self.initial_hidden(input_ids.shape[0]))
+        link = self._link(input_ids)
+        raw, new_hidden = self._run(input_ids, hidden or self.initial_hidden(input_ids.shape[0]), link)
         dropped = locked_dropout(raw, config.output_dropout, self.training)
-        logits = self.lm_head(dropped)
+        head = self.lm_head
+        logits = read_out(dropped[0], head.weight, head.bias, link)[None] if link else head(dropped)
         penalty = self._activation_penalty(dropped, raw)
         loss = None
         if labels is not None:
             loss = penalty + F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         return LSTMOutput(loss=loss, logits=logits, hidden=new_hidden, penalty=penalty)
 
-    def _run(self, input_ids: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
+    def _link(self, input_ids: Tensor) -> Link | None:
+        """For reading with tied weights: embedding and read-out share the buffer of their gradient."""
+        tied = self.embedding.weight is self.lm_head.weight
+        return Link() if tied and not self.training and torch.is_grad_enabled() and one_stream(input_ids) else None
+
+    def _run(self, input_ids: Tensor, hidden: Hidden, link: Link | None) -> tuple[Tensor, Hidden]:
         config = self.config
         weight = self.embedding.weight
         if self.training and config.embedding_dropout:
             keep = torch.empty_like(weight[:, :1]).bernoulli_(1 - config.embedding_dropout)
             weight = weight * (keep / (1 - config.embedding_dropout))  # whole words are dropped
-        # tied, the gradient of a few rows joins the head's dense one in place: no second matrix to fill and add
-        sparse = not self.training and weight is self.lm_head.weight and one_stream(input_ids)
-        x = locked_dropout(F.embedding(input_ids, weight, sparse=sparse), config.input_dropout, self.training)
+        embedded = embed(input_ids[0], weight, link)[None] if link else F.embedding(input_ids, weight)
+        x = locked_dropout(embedded, config.input_dropout, self.training)
         new_hidden = []
         for i, (layer, state) in enumerate(zip(self.layers, hidden, strict=True)):
             if i:

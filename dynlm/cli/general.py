@@ -1,0 +1,31 @@
+"""The stage ``learn-optimizer``: meta-train the general-purpose rule on small training tasks."""
+
+from __future__ import annotations
+
+import torch
+
+from dynlm.cli.recipe import Recipe
+from dynlm.meta.tasks import GeneralTrainer, meta_train_general
+from dynlm.meta.train import MetaProgress
+from dynlm.optim.base import Rule
+from dynlm.optim.general import General
+from dynlm.optim.library import save_rule
+from dynlm.runs import Run
+from dynlm.types import InputError
+
+
+def learn_optimizer(recipe: Recipe) -> None:
+    """Writes the best rule to the run's rules; every validation leaves a checkpoint to resume from."""
+    run, config = Run(recipe.run), recipe.general
+    path = run.rule(General.name)
+    if path.exists() and not (recipe.overwrite or recipe.resume):
+        raise InputError(f"{path} exists: add --overwrite to replace it, or choose another --run")
+    torch.set_num_threads(1)  # such small networks lose by threads
+    trainer = GeneralTrainer(General(seed=config.seed), config)
+
+    def save(rule: Rule, progress: MetaProgress) -> None:
+        made = {"step": progress.step, "meta_validation": progress.best, "seconds": round(progress.seconds)}
+        save_rule(rule, path, {**made, "settings": trainer.state()[1]["config"]})
+
+    progress = meta_train_general(trainer, run, save, recipe.resume)
+    print(f"rule: {path} (mean log(last / first held-out loss) {progress.best:.4f})")

@@ -30,14 +30,14 @@ FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-ffast-math", "-fno-finit
 
 
 def find_compiler() -> str | None:
-    """The C compiler of this machine (``$CC``, gcc, clang or cc), or None; ``DYNLM_KERNEL=eager`` says None."""
+    """The C compiler of this machine (``$CC``, gcc, clang or cc); None with ``DYNLM_KERNEL=eager`` or ``torch``."""
     return _find_compiler(*(os.environ.get(name) for name in ("DYNLM_KERNEL", "CC", "PATH")))
 
 
 @functools.cache
 def _find_compiler(kernel: str | None, cc: str | None, path: str | None) -> str | None:
     """Searching the path takes longer than a small kernel runs, so it is done once for each environment."""
-    if kernel == "eager":
+    if kernel in ("eager", "torch"):
         return None
     return next((found for name in (cc, "gcc", "clang", "cc") if name and (found := shutil.which(name))), None)
 

@@ -8,7 +8,7 @@ import torch
 
 from dynlm.cli.main import COMMANDS
 from dynlm.meta.replay import Replay
-from dynlm.optim.base import Rule
+from dynlm.optim.base import Rule, columns
 from dynlm.optim.handmade import scalar
 from lab import make_lab
 from meta.test_replay import RULES, gradients, read_window
@@ -19,7 +19,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_rule_of_the_readme_reads_and_gets_a_meta_gradient():
-    names = {"Rule": Rule, "scalar": scalar}
+    names = {"Rule": Rule, "scalar": scalar, "columns": columns}
     exec(BLOCKS[0], names)
     rule = names["SignDescent"](1e-2)
     recording, *_ = read_window(make_lab(), rule, 30)

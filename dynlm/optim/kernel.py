@@ -1,13 +1,15 @@
 """The fused step and the fused replay: one pass over memory, in C traced from ``Rule.step``.
 
-The plain references are ``Rule.update`` and ``Replay._plain_block``. Without a compiler, on other devices and dtypes,
-or with ``DYNLM_KERNEL=eager``, everything runs in torch with the same results.
+The plain references are ``Rule.update`` and ``Replay._plain_block``. Without a compiler, for other dtypes, or with
+``DYNLM_KERNEL=eager``, everything runs in torch with the same results; on a GPU with Triton, ``torch.compile`` fuses it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Hashable, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +57,7 @@ class FusedStep:
         self.compiled = find_compiler() is not None if compiled is None else compiled
         self.functions = TracedFunctions(rule, update_source, "step")
         self.own: dict[Hashable, Any] = {}
+        self.torch_compiled: Callable[..., None] | None = None
 
     @torch.no_grad()
     def __call__(
@@ -81,7 +84,11 @@ class FusedStep:
         if fused and self.rule.traceable:
             self.fused(ws, state.slots, context_nN, scale)
             return seen
-        one_step = self._own_step if fused and self.rule.step_source(0, 0) else self._plain_step
+        one_step = self._plain_step
+        if fused and self.rule.step_source(0, 0):
+            one_step = self._own_step
+        elif self.rule.traceable and _torch_compiles(thetas[0]):
+            one_step = self._torch_step
         for w, slots, context_N in zip(ws, state.slots, context_nN, strict=True):
             before = None if scale in (None, Scale()) else w.theta.clone()
             one_step(w, slots, context_N)
@@ -124,11 +131,30 @@ class FusedStep:
         threads = ctypes.c_int(torch.get_num_threads())
         self.own[shape](rows, columns, threads, pointer(context_N.contiguous()), pointers(fields))
 
+    def _torch_step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> None:
+        """By ``torch.compile``, which makes one kernel of the scalar code: Triton on a GPU."""
+        if self.torch_compiled is None:
+
+            def step(w: Coordinates, slots: Slots, context: Slots) -> None:
+                theta, new_slots = self.rule.step(w, slots, context, expand=True)
+                w.theta.copy_(theta)
+                for slot, new in zip(slots, new_slots, strict=True):
+                    slot.copy_(new)
+
+            self.torch_compiled = torch.compile(step, dynamic=True)
+        self.torch_compiled(w, slots, self.rule.split(context_N))
+
     def _plain_step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> None:
         theta, new_slots = self.rule.flat_step(w, tuple(slot.to(w.theta.dtype) for slot in slots), context_N)
         w.theta.copy_(theta)
         for slot, new in zip(slots, new_slots, strict=True):
             slot.copy_(new)
+
+
+def _torch_compiles(like: Tensor) -> bool:
+    """On a GPU with Triton; anywhere with ``DYNLM_KERNEL=torch``."""
+    chosen = os.environ.get("DYNLM_KERNEL")
+    return chosen == "torch" or (chosen != "eager" and like.is_cuda and find_spec("triton") is not None)
 
 
 class ReplayWork(NamedTuple):

@@ -204,6 +204,19 @@ def test_a_nan_gradient_stays_visible_in_the_compiled_step():
         assert thetas[0][2, 2].isnan()
 
 
+@pytest.mark.slow
+@needs_compiler
+def test_torch_compiles_the_same_step(monkeypatch):
+    """What a GPU with Triton runs, here by torch's C++ code."""
+    monkeypatch.setenv("DYNLM_KERNEL", "torch")
+    rule, priors = rules(torch.float32)["adam"], make_priors(torch.float32)
+    with torch.no_grad():
+        plain, _ = run_plain(rule, priors, 3)
+    compiled, _ = run_fused(rule, priors, 3, None)
+    for a, b in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(b, a, rtol=2e-5, atol=2e-5)
+
+
 def test_compiled_kernel_without_a_compiler_is_an_error(monkeypatch):
     monkeypatch.setenv("DYNLM_KERNEL", "eager")
     with pytest.raises(InputError, match="no C compiler was found"):

@@ -195,11 +195,17 @@ def measure_priors(
 
 
 def make_priors(adapted: Sequence[Adapted], rms: Sequence[Tensor]) -> list[Prior]:
-    """Priors from the model's present weights and given RMS matrices."""
+    """Priors from the model's present weights and given RMS matrices.
+
+    A tensor without any gradient, as LoRA's A while B is 0, gets the mean RMS of the others: rules divide by it.
+    """
     means = [float(r.mean()) for r in rms]
-    mean = sum(means) / len(means)
+    known = [m for m in means if m != 0]
+    mean = sum(known) / max(1, len(known))
     if not math.isfinite(mean) or mean <= 0:
         raise InputError(f"the static RMS of the gradient averages {mean}: the model learns nothing from this text")
+    rms = [r if m else torch.full_like(r, mean) for r, m in zip(rms, means, strict=True)]
+    means = [m or mean for m in means]
     return [
         Prior(a.name, a.matrix_RC.clone(), r.to(a.matrix_RC), m, 1 / mean)
         for a, r, m in zip(adapted, rms, means, strict=True)

@@ -143,6 +143,24 @@ class Rule(nn.Module, abc.ABC):
         """
         return Seen(((),) * len(grads), ((),) * len(grads), grads[0].new_empty(len(grads), 0)), state.memory
 
+    def split_memory(self, memory: Any, n: int) -> list[Slots]:
+        """What ``observe`` remembers, as plain tensors of each of the n tensors.
+
+        Fits None, an (n, …) tensor, and a list with a (named) tuple of tensors for each.
+        """
+        if memory is None:
+            return [()] * n
+        return [(m,) if isinstance(m, Tensor) else tuple(m) for m in memory]
+
+    def join_memory(self, parts: Sequence[Slots], like: Any) -> Any:
+        """The inverse of ``split_memory``; ``like`` is a memory of any tensors, for its kind."""
+        if not parts[0]:
+            return None
+        if isinstance(like, Tensor):
+            return torch.stack([m for (m,) in parts])
+        make = getattr(like[0], "_make", type(like[0]))  # as named tuples want it
+        return [make(part) for part in parts]
+
     def shared(self, priors: Sequence[Prior], scalars: Tensor, steps: Sequence[int]) -> Shared:
         """What the context reads; with (W, n, S) statistics and W steps, or with (n, S) and one."""
         step = torch.tensor(steps, dtype=torch.float64, device=scalars.device)

@@ -1,7 +1,7 @@
 """The fused step and the fused replay: one pass over memory, in C traced from ``Rule.step``.
 
 The plain references are ``Rule.update`` and ``Replay._plain_block``. Without a compiler, for other dtypes, or with
-``DYNLM_KERNEL=eager``, everything runs in torch with the same results; on a GPU with Triton, ``torch.compile`` fuses it.
+``DYNLM_KERNEL=eager``, torch does everything with the same results; on a GPU with Triton ``torch.compile`` fuses it.
 """
 
 from __future__ import annotations

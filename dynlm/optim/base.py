@@ -123,10 +123,13 @@ class Rule(nn.Module, abc.ABC):
     context_shapes: tuple[tuple[int, ...], ...] = ()
     """of the tensors that ``step`` gets as its context, which ``context`` gives as one vector"""
     reads_gradient: bool = True
-    uses_prior: bool = True
-    """``step`` needs θ0 or the static RMS"""
     traceable: bool = True
     """``step`` is short and uses only what dynlm.optim.trace knows, so it can become one fused loop"""
+
+    @property
+    def uses_prior(self) -> bool:
+        """Whether ``step`` needs θ0 or the static RMS: an optimizer keeps them only then."""
+        return True
 
     def init(self, priors: Sequence[Prior]) -> RuleState:
         """The state at θ0: all zeros."""

@@ -54,7 +54,6 @@ class General(Rule):
 
     name = "general"
     n_slots = 3
-    uses_prior = False
     config_class = GeneralConfig
 
     def __init__(self, config: GeneralConfig | None = None, seed: int = 0) -> None:
@@ -71,6 +70,10 @@ class General(Rule):
         self.input_weight = normal(hidden, N_FEATURES, std=N_FEATURES**-0.5)
         self.output_weight = nn.Parameter(torch.zeros(N_OUTPUTS, hidden))
         self.context_shapes = ((hidden, N_FEATURES), (N_OUTPUTS, hidden), (3,), (hidden,), (N_OUTPUTS,), (5,))
+
+    @property
+    def uses_prior(self) -> bool:
+        return False
 
     def observe(
         self, thetas: Sequence[Tensor], grads: Sequence[Tensor], state: RuleState, priors: Sequence[Prior]

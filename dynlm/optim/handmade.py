@@ -43,6 +43,10 @@ class SGD(Rule):
         super().__init__()
         self.lr, self.decay = scalar(lr), scalar(decay)
 
+    @property
+    def uses_prior(self) -> bool:
+        return bool(self.decay != 0)
+
     def context(self, shared: Shared) -> Tensor:
         return columns(shared, self.lr, self.decay)
 
@@ -83,6 +87,10 @@ class Adam(Rule):
         super().__init__()
         self.lr, self.eps, self.decay = scalar(lr), scalar(eps), scalar(decay)
         self.beta1, self.beta2 = scalar(beta1), scalar(beta2)
+
+    @property
+    def uses_prior(self) -> bool:
+        return bool(self.decay != 0)
 
     def context(self, shared: Shared) -> Tensor:
         lr = self.lr / (1 - self.beta1**shared.step)

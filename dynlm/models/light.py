@@ -1,0 +1,95 @@
+"""The LSTM of dynlm.models.lstm for reading only, without transformers: ``dynlm read`` starts in half the time.
+
+Same parameter names, same functions in the same order, so losses and gradients are the same bit for bit
+(tests/models/test_light.py). No dropout, no batch, no generation. A model is its own scorer.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dynlm.models.recurrence import lstm_layer, one_stream
+from dynlm.models.tied import Link, embed, read_out
+from dynlm.runs import Json, read_json, read_tensors
+from dynlm.types import InputError
+
+MODEL_TYPE = "dynlm_lstm"
+State = tuple[tuple[Tensor, Tensor], ...]
+
+
+class LightLayer(nn.Module):
+    """Weights of one LSTM layer."""
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, input_size))
+        self.weight_hh = nn.Parameter(torch.empty(4 * hidden_size, hidden_size))
+        self.bias = nn.Parameter(torch.empty(4 * hidden_size))
+
+
+class LightEnds(nn.Module):
+    """The embedding, or the read-out with its bias."""
+
+    def __init__(self, weight_VD: nn.Parameter, bias: bool) -> None:
+        super().__init__()
+        self.weight = weight_VD
+        if bias:
+            self.bias = nn.Parameter(torch.empty(weight_VD.shape[0]))
+
+
+class LightLSTM(nn.Module):
+    """Scores segments of one text: (inputs_S, targets_S, hidden) to (losses_S in nats, hidden)."""
+
+    def __init__(self, config: Json) -> None:
+        super().__init__()
+        width, vocab_size = config["embedding_size"], config["vocab_size"]
+        widths = [width, *[config["hidden_size"]] * (config["num_hidden_layers"] - 1), width]
+        self.tied: bool = config.get("tie_word_embeddings", True)
+        self.embedding = LightEnds(nn.Parameter(torch.empty(vocab_size, width)), bias=False)
+        self.layers = nn.ModuleList(LightLayer(a, b) for a, b in pairwise(widths))
+        head = self.embedding.weight if self.tied else nn.Parameter(torch.empty(vocab_size, width))
+        self.lm_head = LightEnds(head, bias=True)
+
+    def forward(self, inputs_S: Tensor, targets_S: Tensor, hidden: State | None) -> tuple[Tensor, State]:
+        ids, weight, head = inputs_S[None], self.embedding.weight, self.lm_head
+        link = Link() if self.tied and torch.is_grad_enabled() and one_stream(ids) else None
+        x = embed(inputs_S, weight, link)[None] if link else F.embedding(ids, weight)
+        new_hidden = []
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, LightLayer)
+            state = hidden[i] if hidden else (x.new_zeros(1, layer.weight_hh.shape[1]),) * 2
+            x, state = lstm_layer(x, state, layer.weight_ih, layer.weight_hh, layer.bias)
+            new_hidden.append(state)
+        logits_SV = read_out(x[0], head.weight, head.bias, link) if link else F.linear(x[0], head.weight, head.bias)
+        return F.cross_entropy(logits_SV, targets_S, reduction="none"), tuple(new_hidden)
+
+
+def is_light(folder: Path) -> bool:
+    """Whether ``folder`` holds an LSTM that ``dynlm train`` wrote."""
+    return (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type") == MODEL_TYPE
+
+
+def load_light(folder: Path) -> LightLSTM:
+    """The LSTM in ``folder``, float32 on the CPU; its file may hold half precision.
+
+    Raises:
+        InputError: a missing, truncated or foreign model folder.
+    """
+    config: dict[str, Any] = read_json(folder / "config.json")
+    tensors, _ = read_tensors(folder / "model.safetensors")
+    try:
+        model = LightLSTM(config)
+        given = {name: tensor.float() for name, tensor in tensors.items()}
+        if model.tied:
+            given["lm_head.weight"] = given["embedding.weight"]
+        model.load_state_dict(given)
+    except (KeyError, RuntimeError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        raise InputError(f"{folder} is not a whole model ({reason}): train it again") from None
+    return model.eval()

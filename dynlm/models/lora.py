@@ -1,0 +1,82 @@
+"""Low-rank fast weights (LoRA, Hu et al. 2021, arXiv:2106.09685): W + (α / r) B A with B = 0 at the start."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dynlm.types import InputError
+
+LORA_PARAMS = ("*.lora_A.*", "*.lora_B.*")
+"""globs of the low-rank weights, for ``read.params``"""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Which layers get low-rank weights, and how large these are."""
+
+    rank: int = 8
+    """columns of B and rows of A"""
+    alpha: float = 16.0
+    """B A is scaled by alpha / rank"""
+    targets: tuple[str, ...] = ("*",)
+    """globs on the names of linear layers; the output head is never one"""
+    seed: int = 0
+    """of A"""
+
+
+def add_lora(model: PreTrainedModel, settings: LoraSettings | None = None) -> tuple[str, ...]:
+    """Put low-rank weights beside the linear layers of ``model``, in place; its scores do not change yet.
+
+    The trained weights are frozen. Returns the globs of the new weights, for ``read.params``.
+
+    Raises:
+        InputError: peft is not installed, a rank below 1, a glob that matches no linear layer, or a second call.
+    """
+    settings = settings or LoraSettings()
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise InputError("low-rank weights need peft: install dynlm[lora]") from None
+    if settings.rank < 1:
+        raise InputError(f"lora.rank is {settings.rank}: expected 1 or more")
+    if any(".lora_A." in name for name, _ in model.named_parameters()):
+        raise InputError(f"{type(model).__name__} has low-rank weights already: load it again")
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a scale, used as it is
+        target_modules=linear_layers(model, settings.targets),
+    )
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns that it transposes GPT-2's layers as they need
+        torch.manual_seed(settings.seed)
+        try:
+            inject_adapter_in_model(config, model)
+        except ValueError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"peft refuses lora.targets {settings.targets} ({reason}): load it again") from None
+    return LORA_PARAMS
+
+
+def linear_layers(model: PreTrainedModel, globs: tuple[str, ...]) -> list[str]:
+    """Names of the linear layers that match any glob, the output head left out."""
+    head = model.get_output_embeddings()
+    names = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]
+    if not names:
+        raise InputError(f"{type(model).__name__} has no linear layer beside its head: it takes no low-rank weights")
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            close = difflib.get_close_matches(glob, names, n=1, cutoff=0.0)
+            raise InputError(
+                f"lora.targets {glob!r} matches no linear layer of {type(model).__name__}: did you mean {close[0]!r}?"
+            )
+    return [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]

@@ -1,0 +1,330 @@
+"""A rule as a ``torch.optim.Optimizer``: for training loops, schedulers, accelerate and the transformers Trainer.
+
+The rules and the fused step are those of reading and meta-training (dynlm.optim.kernel); this module keeps their state
+by parameter instead of by list of tensors. A step gathers the parameters of one device, computing dtype and number of
+past steps, updates them in one call and hands their state back, so each has the bias corrections of its own age.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from dynlm.models.params import as_matrix
+from dynlm.optim.base import Clock, Prior, Rule, RuleState
+from dynlm.optim.hub import fingerprint, resolve
+from dynlm.optim.kernel import FusedStep, Scale
+from dynlm.types import InputError
+
+RMS_DECAY = 0.999  # of the running RMS, per step
+LEAST = 1e-30  # mean RMS of a tensor that has seen no gradient but zero: cells divide by it
+Priors = Mapping[str, Tensor] | Mapping[Tensor, Tensor] | Sequence[Prior]
+
+
+class Options(TypedDict, total=False):
+    """The rarer arguments of :class:`LearnedOptimizer`."""
+
+    max_grad_norm: float | None
+    """gradients of all groups together are clipped to this norm before the rule sees them; None: not"""
+    maximize: bool
+    state_dtype: torch.dtype
+    """of the slots, float32 or bfloat16; the rest of the state is float32 (float64 for such parameters)"""
+    foreach: bool | None
+    capturable: bool
+    """these two are taken for torch's sake: tensors are always updated together, and the clock is on the host"""
+
+
+DEFAULTS = Options(max_grad_norm=None, maximize=False, state_dtype=torch.float32, foreach=None, capturable=False)
+
+
+class _Active(NamedTuple):
+    """A parameter with a gradient; both (R, C) in the computing dtype, weights in their own memory where possible."""
+
+    parameter: Tensor
+    name: str
+    theta: Tensor
+    grad: Tensor
+    scale: Scale
+    state: dict[str, Any]
+
+
+class LearnedOptimizer(torch.optim.Optimizer):
+    """Trains with an update rule of this package: θ ← (1 − lr weight_decay) θ + lr (rule(θ) − θ).
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups with their own ``lr``, ``weight_decay``, ``maximize``.
+            With names, a rule finds the tensors that it knows.
+        rule: a rule (copied; its φ is not trained here), ``sgd``, ``adam`` or ``rms`` with their defaults, or what
+            :func:`dynlm.optim.load` takes.
+        lr: multiplies the rule's own update, 1 where nothing else is wanted; any scheduler may move it.
+        weight_decay: share of a weight that a step at lr 1 removes, apart from the gradient as in AdamW.
+        priors: static RMS of the gradient for rules that use one, by name or parameter, or the priors of
+            :func:`dynlm.measure_priors`. Without it, it is the running RMS of the gradient, bias-corrected, of decay
+            0.999, taken before each update (learned cells keep the row and column levels of the first step).
+
+    θ0 is a weight at its first step. All arithmetic is float32 (float64 for such parameters): half-precision weights
+    are updated as a float32 copy and rounded. A parameter without a gradient is left out of a step and does not age.
+
+    Raises:
+        InputError: a setting out of bounds, a complex parameter, a prior or rule that is missing or does not fit.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        rule: str | Path | Rule = "general",
+        lr: float | Tensor = 1.0,
+        weight_decay: float = 0.0,
+        *,
+        priors: Priors | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        if unknown := [name for name in options if name not in DEFAULTS]:
+            raise TypeError(f"LearnedOptimizer() got an unexpected keyword argument {unknown[0]!r}")
+        chosen: dict[str, Any] = {**DEFAULTS, **options}
+        self.rule = resolve(rule)
+        self.state_dtype, self.max_grad_norm = chosen["state_dtype"], chosen["max_grad_norm"]
+        if self.state_dtype not in (torch.float32, torch.bfloat16):
+            raise InputError(f"state_dtype is {self.state_dtype}: choose torch.float32 or torch.bfloat16")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise InputError(f"max_grad_norm is {self.max_grad_norm}: give a norm above 0, or None not to clip")
+        self._given = _by_key(priors) if priors is not None and self.rule.uses_prior else None
+        self._static: dict[Tensor, Prior] = {}
+        self._kernels: dict[torch.device, FusedStep] = {}
+        self._memory_kind = _memory_kind(self.rule)
+        defaults = {name: chosen[name] for name in ("maximize", "foreach", "capturable")}
+        own = {"rule": fingerprint(self.rule), "loss": math.nan, "baseline": math.nan}
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **defaults, **own})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; a group may have its own ``lr``, ``weight_decay`` and ``maximize``, but not its own rule."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+            if self._given is not None:
+                self._static |= {p: _find(self._given, p, name) for name, p in _named(group)}
+        except InputError:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for key in ("lr", "weight_decay"):
+            if not 0 <= float(group[key]) < math.inf:
+                raise InputError(f"{key} is {float(group[key])}: give a finite number that is not negative")
+        if group["rule"] != self.defaults["rule"]:
+            raise InputError(f"a group asks for the rule {group['rule']!r}: use one optimizer for each rule")
+        if any(p.is_complex() for p in group["params"]):
+            raise InputError("a parameter is complex: optimize torch.view_as_real of it")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of all parameters that have a gradient.
+
+        ``closure`` evaluates the model with gradients and returns its loss, which is returned here; rules that look at
+        surprise see its value, and see no surprise without it.
+        """
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        value = loss.detach() if isinstance(loss, Tensor) else loss
+        clock = self._tick(math.nan if value is None else float(value))
+        active = self._clipped(self._active())
+        batches: dict[Any, list[tuple[_Active, Prior]]] = {}
+        for a, prior in zip(active, self._priors(active), strict=True):
+            key = (a.theta.device, a.theta.dtype, a.state["step"])
+            batches.setdefault(key, []).append((a, prior))
+        for batch in batches.values():
+            self._update([a for a, _ in batch], [prior for _, prior in batch], clock)
+        for a in active:
+            if a.theta.data_ptr() != a.parameter.data_ptr():
+                a.parameter.copy_(a.theta.view(a.parameter.shape))
+        if active:  # the fused step writes where autograd does not look: an old graph must notice
+            torch.autograd.graph.increment_version([a.parameter for a in active])
+        return loss
+
+    def _tick(self, loss: float) -> Clock:
+        """The losses so far live in the groups, so that they are saved; a baseline that is not finite starts anew."""
+        last = self.param_groups[0]
+        clock = Clock(int(math.isfinite(last["baseline"])), last["loss"], last["baseline"])
+        clock.tick(loss)
+        for group in self.param_groups:
+            group["loss"], group["baseline"] = clock.loss, clock.baseline
+        return clock
+
+    def _active(self) -> list[_Active]:
+        active = []
+        for group in self.param_groups:
+            lr = float(group["lr"])
+            scale = Scale(lr, 1 - lr * float(group["weight_decay"]))
+            for name, p in _named(group):
+                if p.grad is None or p.numel() == 0:
+                    continue
+                if p.is_cuda and torch.cuda.is_current_stream_capturing():
+                    raise InputError("a step cannot be captured in a CUDA graph: capture the model alone")
+                dtype = _computing(p)
+                grad = p.grad if p.grad.layout == torch.strided else p.grad.to_dense()
+                grad = as_matrix(grad.to(dtype).contiguous())
+                theta = as_matrix(p.detach().to(dtype).contiguous())
+                state = self.state[p] = self.state.get(p) or self._initial(p)
+                active.append(_Active(p, name, theta, -grad if group["maximize"] else grad, scale, state))
+        return active
+
+    def _clipped(self, active: list[_Active]) -> list[_Active]:
+        """As ``torch.nn.utils.clip_grad_norm_``, but the parameters' own gradients stay as they are."""
+        if self.max_grad_norm is None or not active:
+            return active
+        norm = torch.stack([a.grad.norm().to(active[0].grad.device) for a in active]).norm()
+        factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        return [a._replace(grad=a.grad * factor.to(a.grad)) for a in active]
+
+    def _layout(self, p: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of a parameter's state from its first step on, those of the rule's memory apart."""
+        rule, shape, dtype = self.rule, tuple(p.shape), _computing(p)
+        width = (rule.slot_width,) * (rule.slot_width > 0)
+        slot = shape + width, torch.bfloat16 if self.state_dtype == torch.bfloat16 else dtype
+        layout = {f"slot{k}": slot for k in range(rule.n_slots)}
+        if rule.uses_prior:
+            layout |= {"theta0": (shape, dtype), "rms": (shape, dtype)}
+        return layout | ({"tensor": ((rule.tensor_width,), dtype)} if rule.tensor_width else {})
+
+    def _initial(self, p: Tensor) -> dict[str, Any]:
+        layout = self._layout(p)
+        state = {key: torch.zeros(shape, dtype=dtype, device=p.device) for key, (shape, dtype) in layout.items()}
+        if self.rule.uses_prior:
+            state["theta0"].copy_(p)
+            if p in self._static:
+                state["rms"].copy_(self._static[p].rms.view(p.shape))
+        return {"step": 0, **state}
+
+    def _priors(self, active: Sequence[_Active]) -> list[Prior]:
+        """What the rule may know of each tensor; the running RMS takes in this step's gradient."""
+        if not self.rule.uses_prior:
+            return [Prior(a.name, a.theta, a.theta, 1.0, 1.0) for a in active]
+        running = [a for a in active if a.parameter not in self._static]
+        for a in running:
+            past = RMS_DECAY * (1 - RMS_DECAY ** a.state["step"]) / (1 - RMS_DECAY ** (a.state["step"] + 1))
+            grad = a.grad.view(a.parameter.shape)
+            a.state["rms"].square_().mul_(past).addcmul_(grad, grad, value=1 - past).sqrt_()
+        means = [a.state["rms"].mean() for a in running]
+        numbers: list[float] = torch.stack([mean.to(means[0]) for mean in means]).tolist() if means else []
+        relative = _inverse(numbers)
+        of = {a.parameter: (max(number, LEAST), relative) for a, number in zip(running, numbers, strict=True)}
+        of |= {p: (prior.mean_rms, prior.relative_rms) for p, prior in self._static.items()}
+        return [
+            Prior(a.name, as_matrix(a.state["theta0"]), as_matrix(a.state["rms"]), *of[a.parameter]) for a in active
+        ]
+
+    def _update(self, batch: Sequence[_Active], priors: Sequence[Prior], clock: Clock) -> None:
+        """One step of tensors of the same age, device and dtype, in place."""
+        rule, thetas, states = self.rule, [a.theta for a in batch], [a.state for a in batch]
+        width = (rule.slot_width,) * (rule.slot_width > 0)
+        slots = [tuple(a.state[f"slot{k}"].view(a.theta.shape + width) for k in range(rule.n_slots)) for a in batch]
+        parts = [tuple(s[key] for key in sorted(s) if key.startswith("memory")) for s in states]
+        tensors = [s["tensor"] for s in states] if rule.tensor_width else [t.new_empty(0) for t in thetas]
+        now = Clock(states[0]["step"] + 1, clock.loss, clock.baseline)
+        state = RuleState(slots, rule.join_memory(parts, self._memory_kind), torch.stack(tensors), now)
+        scales = [a.scale for a in batch]
+        one = scales[0] if len(set(scales)) == 1 else None
+        old = [theta.clone() for theta in thetas] if one is None else []
+        self._kernel(thetas[0].device)(thetas, [a.grad for a in batch], state, priors, one)
+        # groups of several rates: the rule sees all tensors together, and each is scaled afterwards
+        for theta, before, scale in zip(thetas, old, scales, strict=False):
+            theta.sub_(before).mul_(scale.lr).add_(before, alpha=scale.keep)
+        parts = rule.split_memory(state.memory, len(batch))
+        for own, part, tensor in zip(states, parts, state.tensors, strict=True):
+            own |= {"step": now.step} | {f"memory{k}": m for k, m in enumerate(part)}
+            if rule.tensor_width:
+                own["tensor"] = tensor
+
+    def _kernel(self, device: torch.device) -> FusedStep:
+        if device not in self._kernels:
+            self._kernels[device] = FusedStep(copy.deepcopy(self.rule).to(device))
+        return self._kernels[device]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but the state keeps its own precision under half-precision parameters, and is copied.
+
+        Raises:
+            InputError: the state of another rule, or of parameters of other shapes.
+        """
+        own: dict[Tensor, dict[str, Any]] = {}
+
+        def take(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
+            found = incoming["param_groups"][0].get("rule", "another optimizer")
+            if found != self.defaults["rule"]:
+                raise InputError(f"this state is of {found}, not of {self.defaults['rule']}: load the rule's own")
+            places = [place for group in incoming["param_groups"] for place in group["params"]]
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            for place, p in zip(places, parameters, strict=False):  # torch compares their numbers
+                if incoming["state"].get(place):
+                    own[p] = self._own(p, incoming["state"][place])
+            return {**incoming, "state": {}}  # torch would cast it to the parameters' dtype
+
+        # after the hooks of others that change the incoming state, and before those that look at the result
+        before = self.register_load_state_dict_pre_hook(take)
+        with before, self.register_load_state_dict_post_hook(lambda _: self.state.update(own), prepend=True):
+            super().load_state_dict(state_dict)
+
+    def _own(self, p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+        """A copy of one parameter's saved state on its device, in the dtypes of this optimizer."""
+        for key, (shape, _) in (layout := self._layout(p)).items():
+            found = tuple(saved[key].shape) if key in saved else "missing"
+            if found != shape:
+                raise InputError(f"saved {key!r} is {found}, not {shape}: give the same parameters in the same order")
+        dtypes = {key: layout[key][1] if key in layout else _computing(p) for key in saved if key != "step"}
+        own = {key: saved[key].detach().to(p.device, dtype, copy=True) for key, dtype in dtypes.items()}
+        return {"step": int(saved["step"]), **own}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Compiled functions are not pickled: they are built again when needed."""
+        names = ("rule", "state_dtype", "max_grad_norm", "_given", "_static", "_memory_kind")
+        return super().__getstate__() | {name: getattr(self, name) for name in names} | {"_kernels": {}}
+
+
+def _computing(p: Tensor) -> torch.dtype:
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def _named(group: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """(name, parameter) of a group, without what DDP and torch.compile put before a name; "" without names."""
+    names = group.get("param_names") or [""] * len(group["params"])
+    names = [name.replace("_orig_mod.", "").removeprefix("module.") for name in names]
+    return list(zip(names, group["params"], strict=True))
+
+
+def _memory_kind(rule: Rule) -> Any:
+    """The memory of one weight: shows which structure the saved tensors of a rule's memory are joined to."""
+    blank = torch.zeros(1, 1)
+    prior = Prior("", blank, blank, 1.0, 1.0)
+    state = rule.init([prior])
+    state.clock.tick(math.nan)
+    return rule.observe([blank], [blank], state, [prior])[1]
+
+
+def _inverse(means: Sequence[float]) -> float:
+    return len(means) / sum(means) if sum(means) > 0 else 0.0
+
+
+def _by_key(priors: Priors) -> dict[Any, Prior]:
+    if not isinstance(priors, Mapping):
+        return {prior.name: prior for prior in priors}
+    means = {key: float(rms.double().mean()) for key, rms in priors.items()}
+    relative = _inverse(list(means.values()))
+    return {key: Prior("", rms, rms, max(means[key], LEAST), relative) for key, rms in priors.items()}
+
+
+def _find(given: dict[Any, Prior], p: Tensor, name: str) -> Prior:
+    prior = given.get(p) or given.get(name)
+    called = f"parameter {name!r}" if name else f"a parameter of shape {tuple(p.shape)} without a name"
+    if prior is None:
+        raise InputError(f"no prior for {called}: key by parameter or pass named_parameters(), or give no priors")
+    if prior.rms.numel() != p.numel():
+        raise InputError(f"the prior of {called} is {tuple(prior.rms.shape)}, not {tuple(p.shape)}: measure it again")
+    return prior

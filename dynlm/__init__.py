@@ -15,7 +15,7 @@ _HOME = {
     "ReadConfig": "dynlm.adapt",
     "measure_priors": "dynlm.adapt",
     "LSTMForCausalLM": "dynlm.models.lstm",
-    "LSTMScorer": "dynlm.models.causal",
+    "scorer_for": "dynlm.models.causal",
     "load_model": "dynlm.models.causal",
     "Rule": "dynlm.optim.base",
     "SGD": "dynlm.optim.handmade",

@@ -39,9 +39,9 @@ def make_lab(dtype=torch.float64, layers=1):
     return model, score, measure_priors(model, score, pieces)
 
 
-def make_transformer_lab(dtype=torch.float64):
-    """(model, scorer, priors) of a random GPT-2 with tied embeddings and 16 positions."""
-    size = {"vocab_size": VOCAB, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}
+def make_transformer_lab(dtype=torch.float64, positions=16):
+    """(model, scorer, priors) of a random GPT-2 with tied embeddings."""
+    size = {"vocab_size": VOCAB, "n_positions": positions, "n_embd": 8, "n_layer": 1, "n_head": 2}
     words = {"bos_token_id": START, "eos_token_id": START}
     config = GPT2Config(**size, **words, initializer_range=0.1, attn_implementation="sdpa")
     torch.manual_seed(1)

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from dynlm.cli.main import COMMANDS
+from dynlm.data.segments import article_segments
 from dynlm.meta.replay import Replay
 from dynlm.optim.base import Rule, columns
 from dynlm.optim.handmade import scalar
-from lab import make_lab
+from lab import START, make_article, make_lab, make_transformer_lab
 from meta.test_replay import RULES, gradients, read_window
 
 ROOT = Path(__file__).parents[1]
@@ -36,9 +37,40 @@ def test_the_unroll_of_the_readme_differentiates():
     assert all(g.abs().max() > 0 for g in gradients(rule).values())
 
 
-def test_public_names_of_the_readme_exist():
-    line = next(line for line in BLOCKS[1].splitlines() if line.startswith("from dynlm import"))
-    exec(line, {})
+def test_the_reader_of_the_readme_reads_with_a_transformer(tmp_path):
+    model, *_ = make_transformer_lab(torch.float32, positions=64)
+    model.save_pretrained(tmp_path)
+    code = BLOCKS[1].replace("runs/wikitext2-cpu/model", str(tmp_path)).replace("lr=2e-3", "lr=1e-4")
+    article = make_article(40)
+    pieces = article_segments(make_article(80, seed=9).ids_T, START, 8)
+    names = {"training_pieces": pieces, "article": article, "start_id": START}
+    exec(code, names)
+    assert names["losses_T"].shape == (40,)
+    assert torch.isfinite(names["losses_T"]).all()
+
+
+def test_the_training_loop_of_the_readme_learns():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(40, 32, 64, generator=generator)
+    batches = [(x, x[:, :10].argmax(1)) for x in inputs]
+    names = {"batches": batches}
+    torch.manual_seed(0)
+    exec(BLOCKS[3], names)
+    with torch.no_grad():
+        logits = names["model"](inputs[-1])
+    assert torch.nn.functional.cross_entropy(logits, batches[-1][1]) < 1.5  # from ln 10 = 2.3
+
+
+def test_the_trainer_of_the_readme_trains(tmp_path):
+    model, *_ = make_transformer_lab(torch.float32)
+    before = [p.detach().clone() for p in model.parameters()]
+    ids = make_article(16 * 16).ids_T.view(16, 16)
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    names = {"model": model, "folder": str(tmp_path), "train_dataset": rows}
+    exec(BLOCKS[4].replace("report_to=[]", 'report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True'), names)
+    losses = [record["train_loss"] for record in names["trainer"].state.log_history if "train_loss" in record]
+    assert losses[0] < 3.1  # from ln 23
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("line", re.findall(r"^    dynlm (\S+) +(\S+\.toml)", README, re.MULTILINE))

@@ -43,6 +43,7 @@ def test_results_hold_every_figure_of_the_schema(reading, tmp_path):
     assert saved["methods"]["static"]["gain_nats_per_token"] == 0
     (comparison,) = saved["comparisons"]
     assert (comparison["better"], comparison["worse"]) == ("sgd", "static")
+    assert comparison["p"] == comparison["p_holm"] == 2 / 8  # all three articles gain
     assert comparison["word_ppl_ratio"] == pytest.approx(sgd["word_ppl"] / saved["methods"]["static"]["word_ppl"])
 
 

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from dynlm.evaluate.metrics import bootstrap_ratio, count, gain_by_position, paired_gain, perplexities
+from dynlm.evaluate.metrics import (
+    bootstrap_ratio,
+    count,
+    gain_by_position,
+    holm,
+    paired_gain,
+    perplexities,
+    sign_flip_p,
+)
 from lab import make_article
 
 
@@ -45,3 +53,20 @@ def test_gain_by_position_covers_every_token_once():
     assert [b["from"] for b in bins] == [0, 32, 64, 128, 256, 512]
     assert [b["articles"] for b in bins] == [3, 2, 1, 1, 1, 1]
     assert all(b["gain"] == pytest.approx(0.5) for b in bins)
+
+
+def test_sign_flips_are_exact_for_few_articles_and_close_for_many():
+    assert sign_flip_p(torch.tensor([1.0, 2.0, 3.0])) == 2 / 8
+    assert sign_flip_p(torch.tensor([3.0, -1.0, 0.5])) == 6 / 8
+    assert sign_flip_p(torch.zeros(4)) == 1.0
+    gains = torch.randn(16, generator=torch.Generator().manual_seed(0)).double() + 0.5
+    signs = (torch.arange(2**16)[:, None] >> torch.arange(16)) % 2 * 2.0 - 1
+    exact = float(((signs.double() @ gains).abs() >= float(gains.sum().abs()) - 1e-9).double().mean())
+    assert sign_flip_p(gains) == pytest.approx(exact, abs=0.01)
+    assert sign_flip_p(torch.ones(60)) == 1 / 10_001
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []

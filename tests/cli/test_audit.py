@@ -1,0 +1,86 @@
+"""`dynlm audit`, tuned caches and breakdowns on a real run."""
+
+import json
+
+import torch
+
+from dynlm.cli.main import main
+from dynlm.models.causal import LSTMScorer
+from dynlm.optim.library import load_rule, save_rule
+from dynlm.runs import Run, read_tensors, write_tensors
+
+
+def test_a_sound_run_passes_and_nothing_is_written(copy, capsys):
+    recipe, run = copy
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert main(["audit", str(recipe), "--run", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not any("FAILED" in line for line in lines)
+    assert sum("causality" in line for line in lines) == 4  # the methods of results.json
+    assert any("words and bytes add up" in line and "3 articles" in line for line in lines)
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_a_leak_is_named_and_ends_in_code_2(copy, capsys, monkeypatch):
+    _, run = copy
+    honest = LSTMScorer.__call__
+
+    def peeking(self, inputs_S, targets_S, hidden):
+        losses_S, hidden = honest(self, inputs_S, targets_S, hidden)
+        return losses_S + 1e-3 * (targets_S.roll(-1) % 7), hidden
+
+    monkeypatch.setattr(LSTMScorer, "__call__", peeking)
+    Run(run).results.unlink()
+    assert main(["audit", "--run", str(run), "--evaluate.methods", "static", "rms"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.strip().endswith("failed: its figures cannot be trusted")
+    failing = [line for line in captured.out.splitlines() if "FAILED" in line]
+    assert sum("causality" in line for line in failing) == 2
+    assert "moves with the tokens from" in captured.out
+
+
+def test_caches_are_tuned_and_read_beside_rules(copy, capsys):
+    recipe, run = copy
+    base = [str(recipe), "--run", str(run)]
+    wanted = ["--evaluate.methods", "static", "cache", "rms", "rms+cache"]
+    assert main(["evaluate", *base, "--overwrite", *wanted]) == 2
+    assert "run `dynlm tune --tune.rules cache`" in capsys.readouterr().err
+    assert main(["tune", *base, "--tune.rules", "cache", "rms+cache"]) == 0
+    assert main(["tune", *base, "--tune.rules", "cache"]) == 2
+    assert main(["evaluate", *base, "--overwrite", *wanted]) == 0
+    results = json.loads(Run(run).results.read_text())
+    assert set(results["methods"]) == {"static", "cache", "rms", "rms+cache"}
+    assert results["methods"]["cache"]["nats"] < results["methods"]["static"]["nats"]
+    settings = results["methods"]["rms+cache"]["settings"]
+    assert {"lr", "eps", "decay", "cache.weight", "cache.theta", "cache.window"} == set(settings)
+    found = results["breakdowns"]
+    assert set(found) == {"relative_position", "occurrence", "train_frequency", "vocabulary", "calibration"}
+    assert sum(row["tokens"] for row in found["relative_position"]) == results["tokens"]
+    assert set(found["calibration"]) == set(results["methods"])
+    assert all(0 < row["p"] <= row["p_holm"] <= 1 for row in results["comparisons"])
+    assert "rms+cache" in Run(run).report.read_text()
+    assert main(["audit", *base]) == 0
+    tensors, _ = read_tensors(Run(run).losses)
+    assert tensors["losses/rms+cache"].isfinite().all()
+
+
+def test_a_stream_tells_of_boundaries_and_interference(copy):
+    _, run = copy
+    arguments = ["--run", str(run), "--overwrite", "--read.reset", "never", "--evaluate.methods", "static", "rms"]
+    assert main(["evaluate", *arguments]) == 0
+    found = json.loads(Run(run).results.read_text())["breakdowns"]
+    assert set(found["boundaries"]["recovery_segments"]) == {"static", "rms"}
+    assert set(found["interference"]["methods"]) == {"rms"}
+
+
+def test_a_rule_in_the_place_of_a_cache_is_told_apart(copy, capsys):
+    _, run = copy
+    rule, made = load_rule(Run(run).rule("rms"))
+    save_rule(rule, Run(run).rule("cache"), made)
+    base = ["evaluate", "--run", str(run), "--overwrite", "--evaluate.methods", "static", "cache"]
+    assert main(base) == 2
+    assert "holds no settings of a cache" in capsys.readouterr().err
+    tensors = {name: torch.tensor(9.0) for name in ("weight", "theta", "window")}
+    write_tensors(Run(run).rule("cache"), tensors, {"kind": "cache"})
+    assert main(base) == 2
+    assert "expected 0 or more and below 1" in capsys.readouterr().err

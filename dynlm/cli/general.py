@@ -15,7 +15,7 @@ from dynlm.types import InputError
 
 
 def learn_optimizer(recipe: Recipe) -> None:
-    """Writes the best rule to the run's rules; every validation leaves a checkpoint to resume from."""
+    """Writes the rule to the run's rules; every validation leaves a checkpoint to resume from."""
     run, config = Run(recipe.run), recipe.general
     path = run.rule(General.name)
     if path.exists() and not (recipe.overwrite or recipe.resume):
@@ -24,8 +24,8 @@ def learn_optimizer(recipe: Recipe) -> None:
     trainer = GeneralTrainer(General(seed=config.seed), config)
 
     def save(rule: Rule, progress: MetaProgress) -> None:
-        made = {"step": progress.step, "meta_validation": progress.best, "seconds": round(progress.seconds)}
+        made = {"step": progress.step, "best_meta_validation": progress.best, "seconds": round(progress.seconds)}
         save_rule(rule, path, {**made, "settings": trainer.state()[1]["config"]})
 
     progress = meta_train_general(trainer, run, save, recipe.resume)
-    print(f"rule: {path} (mean log(last / first held-out loss) {progress.best:.4f})")
+    print(f"rule: {path} (lowest mean log(last / first held-out loss) {progress.best:.4f})")

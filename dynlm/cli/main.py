@@ -6,30 +6,33 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from importlib import resources
+from collections.abc import Sequence
+from importlib import import_module, resources
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import tyro
-
-from dynlm.cli import fewshot, general, stages, start
-from dynlm.cli import plan as planning
-from dynlm.cli.recipe import Recipe, load_recipe, recipe_of_run
 from dynlm.runs import Run
 from dynlm.types import InputError
 
-COMMANDS: dict[str, tuple[Callable[[Recipe], None], str]] = {
-    "train": (stages.train, "train the tokenizer and the base language model"),
-    "tune": (stages.tune, "tune the hand-made rules on the meta split"),
-    "plan": (planning.plan, "predict memory and time of meta-training; needs no data"),
-    "meta-train": (stages.meta_training, "train a learned rule, from a tuned hand-made one"),
-    "learn-optimizer": (general.learn_optimizer, "meta-train the general-purpose optimizer on small training tasks"),
-    "learn-start": (start.learn_start_stage, "learn a start θ0 of the base model for reading with a rule"),
-    "evaluate": (stages.evaluate, "read held-out articles with every method and write the report"),
-    "report": (stages.report, "write the report of an evaluation again"),
-    "few-shot": (fewshot.few_shot, "learn a start for few-shot tasks with several methods and compare them"),
+if TYPE_CHECKING:
+    from dynlm.cli.recipe import Recipe
+
+# MODULE.FUNCTION, imported when its command runs: `dynlm read` needs no transformers, which takes seconds.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "read": ("read.main", "read your own texts and see, token by token, what learning while reading gains"),
+    "train": ("stages.train", "train the tokenizer and the base language model"),
+    "tune": ("stages.tune", "tune the hand-made rules on the meta split"),
+    "plan": ("plan.plan", "predict memory and time of meta-training; needs no data"),
+    "meta-train": ("stages.meta_training", "train a learned rule, from a tuned hand-made one"),
+    "learn-optimizer": ("general.learn_optimizer", "meta-train the general-purpose optimizer on small training tasks"),
+    "learn-start": ("start.learn_start_stage", "learn a start θ0 of the base model for reading with a rule"),
+    "evaluate": ("stages.evaluate", "read held-out articles with every method and write the report"),
+    "audit": ("audit.audit_stage", "check that every method of a run reads without leaks and adds up"),
+    "report": ("stages.report", "write the report of an evaluation again"),
+    "few-shot": ("fewshot.few_shot", "learn a start for few-shot tasks with several methods and compare them"),
 }
 USAGE = """usage: dynlm COMMAND [RECIPE.toml] [--run DIR] [--section.setting VALUE ...]
+       dynlm read FILE... [--html FILE]
 
 commands:
   demo            the whole chain on the documentation that Python carries, no download
@@ -68,13 +71,26 @@ def _run(command: str, arguments: list[str]) -> None:
         return
     if command not in COMMANDS:
         raise InputError(f"unknown command {command!r}: choose one of demo, {', '.join(COMMANDS)}")
+    if command == "read":  # has settings of its own
+        stage(command)(arguments)
+        return
     recipe = parse(command, arguments)
     print(f"run directory: {recipe.run}")
-    COMMANDS[command][0](recipe)
+    stage(command)(recipe)
+
+
+def stage(command: str) -> Any:
+    """The function of a command."""
+    module, _, name = COMMANDS[command][0].partition(".")
+    return getattr(import_module(f"dynlm.cli.{module}"), name)
 
 
 def parse(command: str, arguments: Sequence[str]) -> Recipe:
     """Defaults, then the recipe file (or the run's own settings), then flags."""
+    import tyro
+
+    from dynlm.cli.recipe import Recipe, load_recipe, recipe_of_run
+
     flags = list(arguments)
     default = Recipe()
     if flags and not flags[0].startswith("-"):
@@ -99,7 +115,7 @@ def demo(recipe: Recipe) -> None:
         recipe = dataclasses.replace(recipe, overwrite=True)  # the demo's own directory, made to be made again
     for name in ("train", "tune", "meta-train", "evaluate"):
         print(f"\n── {name}: {COMMANDS[name][1]} ({time.perf_counter() - started:.0f} s)", flush=True)
-        COMMANDS[name][0](recipe)
+        stage(name)(recipe)
     print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes on {os.cpu_count()} cores")
 
 

@@ -38,7 +38,8 @@ class EvaluateConfig:
     """Reading held-out articles with several methods."""
 
     methods: tuple[str, ...] = ("static", "sgd", "rms", "adam", "gated")
-    """static is the baseline of every gain; others are taken from the run's rules, RULE@METHOD from a learned start"""
+    """static is the baseline of every gain; others are taken from the run's rules, RULE@METHOD from a learned start;
+    cache is static with a neural cache, RULE+cache another method with one (tune.rules takes these names)"""
     split: str = "valid"
     """split to read"""
     max_articles: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import shutil
+from collections import Counter
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +21,13 @@ from dynlm.cli.recipe import Recipe, recipe_of_run, require_same
 from dynlm.data.articles import Corpus, load_corpus
 from dynlm.data.segments import article_segments
 from dynlm.data.tokenizers import load_tokenizer, tokenize, train_tokenizer
+from dynlm.evaluate.breakdowns import Reading, break_down
+from dynlm.evaluate.cache import CachedReader, cached_name, load_cache, save_cache
+from dynlm.evaluate.cache_search import tune_cache
 from dynlm.evaluate.compare import summarize, write_results
 from dynlm.evaluate.metrics import count
-from dynlm.evaluate.stream import Scores, read_articles
+from dynlm.evaluate.stream import Scores, read_and_watch, read_articles
+from dynlm.evaluate.tap import TappedReader
 from dynlm.meta.train import MetaProgress, MetaTrainer, divide_meta_split, meta_train
 from dynlm.meta.tune import tune_rule
 from dynlm.models.causal import CausalScorer, load_model, scorer_for
@@ -83,7 +88,14 @@ class Bench:
         return Reader(self.model, self.score, rule, self.priors, config or self.recipe.read)
 
     def method(self, name: str) -> Reader:
-        """The reader of a method of ``evaluate.methods``: RULE, or RULE@START with a start of ``learn-start``."""
+        """The reader of a method of ``evaluate.methods``: RULE, or RULE@START with a start of ``learn-start``.
+
+        ``cache`` and METHOD+cache put a neural cache beside static reading or beside METHOD.
+        """
+        beside = cached_name(name)
+        if beside is not None:
+            made_by = f"tune --tune.rules {name}"
+            return CachedReader.beside(self.method(beside), load_cache(self.run.require(self.run.rule(name), made_by)))
         kind, _, start = name.partition("@")
         rule = self.load_rule(kind)
         if not start:
@@ -170,6 +182,9 @@ def tune(recipe: Recipe) -> None:
         free(bench.run.rule(kind), recipe)
     articles, _ = divide_meta_split(bench.articles("meta"), recipe.meta)
     for kind in recipe.tune.rules:
+        if cached_name(kind) is not None:
+            _tune_cache(bench, kind, articles)
+            continue
         with tqdm(total=recipe.tune.trials, desc=f"tune {kind}", unit="trial") as bar:
             tuned = tune_rule(kind, bench.reader, articles, bench.tokenizer.eos_id, recipe.tune, bar.update)
         made = {"nats_per_token": tuned.nats_per_token, "trials": tuned.trials, "config": asdict(recipe.tune)}
@@ -178,6 +193,22 @@ def tune(recipe: Recipe) -> None:
         print(f"{kind}: {tuned.nats_per_token:.4f} nats/token with {numbers}")
         if tuned.at_bound:
             print(f"{kind}: {', '.join(tuned.at_bound)} at the edge of the searched range; more trials may help")
+
+
+def _tune_cache(bench: Bench, name: str, articles: list[TokenizedArticle]) -> None:
+    """Settings of the cache of method ``name``, on what the hand-made rules are tuned on."""
+    config, beside = bench.recipe.tune, cached_name(name)
+    assert beside is not None
+    most = config.max_tokens or None
+    texts = [dataclasses.replace(article, ids_T=article.ids_T[:most]) for article in articles[: config.articles]]
+    with tqdm(desc=f"tune {name}", unit="trial") as bar:
+        tuned = tune_cache(bench.method(beside), texts, bench.tokenizer.eos_id, bar.update)
+    made = {"nats_per_token": tuned.nats_per_token, "trials": tuned.trials, "config": asdict(config)}
+    save_cache(tuned.cache, bench.run.rule(name), made)
+    numbers = ", ".join(f"{key} {value:.4g}" for key, value in asdict(tuned.cache).items())
+    print(f"{name}: {tuned.nats_per_token:.4f} nats/token with {numbers}, {tuned.nats_without:.4f} without the cache")
+    if tuned.at_bound:
+        print(f"{name}: {', '.join(tuned.at_bound)} at the edge of the searched grid")
 
 
 def meta_training(recipe: Recipe) -> None:
@@ -219,7 +250,10 @@ def evaluate(recipe: Recipe) -> None:
     counts = count(articles)
     start_id = bench.tokenizer.eos_id
     scores = {name: _read(name, reader, articles, start_id) for name, reader in readers.items()}
-    summary = summarize(scores, {name: reader.rule.settings() for name, reader in readers.items()}, counts)
+    summary = summarize(scores, {name: _settings(reader) for name, reader in readers.items()}, counts)
+    words = Counter(word for article in bench.corpus.train for word in article.text.split())
+    reading = Reading(articles, bench.tokenizer, words, recipe.read.segment, recipe.read.reset)
+    summary["breakdowns"] = break_down(scores, reading)
     write_results(bench.run, scores, {**_circumstances(bench, articles), **counts._asdict(), **summary})
     for name, method in sorted(summary["methods"].items(), key=lambda item: -item[1]["nats"]):
         low, high = method["gain_ci95"]
@@ -231,12 +265,19 @@ def evaluate(recipe: Recipe) -> None:
     report(recipe)
 
 
+def _settings(reader: Reader) -> dict[str, float]:
+    """The rule's, and the cache's where there is one."""
+    of_cache = asdict(reader.cache) if isinstance(reader, CachedReader) else {}
+    return {**reader.rule.settings(), **{f"cache.{name}": value for name, value in of_cache.items()}}
+
+
 def _read(name: str, reader: Reader, articles: list[TokenizedArticle], start_id: int) -> Scores:
-    if reader.rule.reads_gradient:
-        with reader:  # kernels are built outside the timed pass
-            reader.read(dataclasses.replace(articles[0], ids_T=articles[0].ids_T[:128]), start_id)
+    tapped = reader if isinstance(reader, TappedReader) else TappedReader.of(reader)
+    if tapped.rule.reads_gradient:
+        with tapped:  # kernels are built outside the timed pass
+            tapped.read(dataclasses.replace(articles[0], ids_T=articles[0].ids_T[:128]), start_id)
     with tqdm(total=sum(map(len, articles)), desc=f"read {name}", unit="token", unit_scale=True) as bar:
-        return read_articles(reader, articles, start_id, bar.update)
+        return read_and_watch(tapped, articles, start_id, bar.update)
 
 
 def _circumstances(bench: Bench, articles: list[TokenizedArticle]) -> runs.Json:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dynlm.evaluate.metrics import Counts, gain_by_position, paired_gain, perplexities
+from dynlm.evaluate.metrics import Counts, gain_by_position, holm, paired_gain, perplexities, sign_flip_p
 from dynlm.evaluate.stream import Scores
 from dynlm.runs import Json, Run, write_json, write_tensors
 from dynlm.types import InputError
@@ -36,7 +36,7 @@ def summarize(scores: Mapping[str, Scores], settings: Mapping[str, Json], counts
 
 
 def _comparisons(scores: Mapping[str, Scores], methods: Json) -> list[Json]:
-    """Each method against the next worse one, paired over articles."""
+    """Each method against the next worse one, paired over articles; p-values also as Holm corrects them."""
     order = sorted(methods, key=lambda name: methods[name]["nats"])
     rows = []
     for better, worse in pairwise(order):
@@ -49,8 +49,11 @@ def _comparisons(scores: Mapping[str, Scores], methods: Json) -> list[Json]:
                 "gain_nats_per_token": gain,
                 "ci95": list(interval),
                 "word_ppl_ratio": ratio,
+                "p": sign_flip_p(scores[worse].nats_per_article - scores[better].nats_per_article),
             }
         )
+    for row, corrected in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row["p_holm"] = corrected
     return rows
 
 

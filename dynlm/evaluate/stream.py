@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from dynlm.adapt import Reader
+from dynlm.data.segments import article_segments
+from dynlm.evaluate.calibration import Calibration
+from dynlm.evaluate.tap import TappedReader
+from dynlm.runs import Json
 from dynlm.types import InputError, TokenizedArticle
 
 
@@ -18,6 +22,10 @@ class Scores(NamedTuple):
 
     losses: list[Tensor]
     seconds: float
+    calibration: Json | None = None
+    """of a tapped reader"""
+    again: Tensor | None = None
+    """(T,) nats of the first article with the weights that the stream has left, without learning (reset never)"""
 
     @property
     def nats_per_article(self) -> Tensor:
@@ -40,3 +48,41 @@ def read_articles(
         started = time.perf_counter()
         losses = [reader.read(article, start_id, progress).float().cpu() for article in articles]
         return Scores(losses, time.perf_counter() - started)
+
+
+def read_and_watch(
+    reader: TappedReader,
+    articles: Sequence[TokenizedArticle],
+    start_id: int,
+    progress: Callable[[int], Any] | None = None,
+) -> Scores:
+    """As :func:`read_articles`, with calibration and, where nothing is reset, the first article read again."""
+    if not articles:
+        raise InputError("no article to read: the chosen split is empty")
+    calibration, losses, again = Calibration(), [], None
+    reader.watch, reader.watch_seconds = calibration.add, 0.0
+    try:
+        with reader:
+            reader.begin()
+            started = time.perf_counter()
+            for article in articles:
+                calibration.begin_article()
+                losses.append(reader.read(article, start_id, progress).float().cpu())
+            seconds = time.perf_counter() - started - reader.watch_seconds
+            if reader.config.reset == "never":
+                again = score_only(reader, articles[0], start_id).float().cpu()
+    finally:
+        reader.watch = None
+    return Scores(losses, seconds, calibration.summary(), again)
+
+
+def score_only(reader: Reader, article: TokenizedArticle, start_id: int) -> Tensor:
+    """(T,) nats of the model alone under the present weights, from an empty hidden state; nothing learns or moves."""
+    hidden: Any = None
+    losses = []
+    ids_T = article.ids_T.to(reader.parameters[0].device)
+    with torch.no_grad():
+        for inputs_S, targets_S in article_segments(ids_T, start_id, reader.config.segment):
+            losses_S, hidden = reader.score(inputs_S, targets_S, hidden)
+            losses.append(losses_S)
+    return torch.cat(losses)

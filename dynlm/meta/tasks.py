@@ -187,9 +187,12 @@ class GeneralTrainer:
 
 
 def meta_train_general(
-    trainer: GeneralTrainer, run: runs.Run, save_best: Callable[[Rule, MetaProgress], None], resume: bool = False
+    trainer: GeneralTrainer, run: runs.Run, save: Callable[[Rule, MetaProgress], None], resume: bool = False
 ) -> MetaProgress:
-    """Train φ until the steps are done; ``save_best`` gets each rule that is best on the meta-validation tasks."""
+    """Train φ until the steps are done; ``save`` gets the rule at each validation.
+
+    The last rule counts, not the one that validates best: a few dozen tasks cannot tell them apart (docs/LOG.md).
+    """
     config, path = trainer.config, run.checkpoint("learn-optimizer")
     if resume:
         trainer.load(*runs.read_tensors(path))
@@ -200,8 +203,7 @@ def meta_train_general(
             if step % config.validate_every == 0 or step == config.steps:
                 valid, best = trainer.validate(), trainer.progress.best
                 trainer.progress = MetaProgress(step, min(valid, best), 0, time.perf_counter() - started)
-                if valid < best:
-                    save_best(trainer.rule, trainer.progress)
+                save(trainer.rule, trainer.progress)
                 runs.write_tensors(path, *trainer.state())
                 mean = sum(outcomes) / len(outcomes) if outcomes else None
                 record = {"step": step, "train": mean, "valid": valid, "seconds": round(trainer.progress.seconds, 1)}

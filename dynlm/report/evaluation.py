@@ -50,7 +50,7 @@ class Evaluation:
         """``baseline``, ``hand-made`` or ``learned``, by the method's name."""
         if name == STATIC:
             return "baseline"
-        return "hand-made" if name in HAND_MADE else "learned"
+        return "hand-made" if name.removesuffix("+cache") in HAND_MADE else "learned"
 
     def best(self, kind: str) -> str | None:
         """The method of this kind with the lowest word perplexity, if there is one."""

@@ -21,7 +21,7 @@ def test_it_leaves_a_rule_that_loads_and_does_not_replace_it_unasked(tmp_path, c
     rule, made = load_rule(Run(tmp_path / "run").rule("general"))
     assert isinstance(rule, General)
     assert made["settings"]["family"]["families"] == ["linear"]
-    assert made["meta_validation"] < 0
+    assert made["best_meta_validation"] < 0
     before = Run(tmp_path / "run").rule("general").read_bytes()
     assert main(command) == 2
     assert "add --overwrite" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from dynlm.evaluate.breakdowns import Reading, break_down, gains, recovery
 from dynlm.evaluate.calibration import Calibration
 from dynlm.evaluate.stream import Scores, read_and_watch, read_articles
 from dynlm.evaluate.tap import TappedReader
-from dynlm.evaluate.words import KINDS, find_words, kind
+from dynlm.evaluate.words import KINDS, find_words, kind, token_texts
 from dynlm.optim.handmade import SGD, Static
 from dynlm.types import Article, TokenizedArticle
 from lab import START, VOCAB, make_article, make_lab
@@ -151,3 +151,19 @@ def test_calibration_error_by_hand():
     bins = [(b["from"], b["tokens"], b["accuracy"]) for b in found["bins"]]
     assert bins == [(0.5, 1, 1.0), (0.7, 2, 0.5), (0.9, 1, 1.0)]
     assert found["ci95"] == pytest.approx([found["ece"]] * 2)
+
+
+def test_tokens_of_a_hub_tokenizer_keep_their_spaces(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<s>", "▁a", "▁The", "▁cat", "▁s", "at", "."]  # as Llama's: the decoder drops a text's first space
+    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<s>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>").save_pretrained(tmp_path)
+    tokenizer = train_tokenizer(TokenizerConfig(kind="huggingface", name=str(tmp_path)), [])
+    tokenizer.encode = lambda text: [1]  # "a"
+    ids = [2, 3, 4, 5, 6]
+    assert token_texts(tokenizer, ids) == [" The", " cat", " s", "at", "."]
+    found = find_words(tokenizer, torch.tensor(ids))
+    assert (found.words, found.word_T) == (["The", "cat", "sat."], [0, 1, 2, 2, 2])

@@ -1,0 +1,116 @@
+"""What ``dynlm read`` reads with: a base model, its tokenizer, prior and rule, from a run directory or as shipped.
+
+The shipped folder ``dynlm/shipped/wikitext2`` is laid out as a run directory; ``scripts/ship`` makes it from one. An
+LSTM of ``dynlm train`` is loaded without transformers, which alone takes seconds to import; any other model the run's
+``model`` folder holds goes through :mod:`dynlm.models.causal`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dynlm.adapt import ReadConfig, Reader, Scorer, make_priors
+from dynlm.data.tokenizers import Tokenizer, load_tokenizer
+from dynlm.models.light import LightLSTM, is_light, load_light
+from dynlm.models.params import adapted_parameters
+from dynlm.optim.base import Prior, Rule
+from dynlm.optim.handmade import Static
+from dynlm.optim.hub import fingerprint
+from dynlm.optim.library import LEARNED, load_rule
+from dynlm.runs import Json, Run, read_json, read_tensors
+from dynlm.types import InputError
+
+SHIPPED = Path(__file__).parents[1] / "shipped"
+DEFAULT_MODEL = "wikitext2"
+RULES = ("gated", "rms")  # the first that the run holds
+
+
+@dataclass(frozen=True)
+class Kit:
+    """Model, rule and what belongs to them. ``scorer`` makes a scorer of a model or of its copy."""
+
+    model: nn.Module
+    scorer: Callable[[Any], Scorer]
+    tokenizer: Tokenizer
+    rule: Rule
+    priors: Sequence[Prior]
+    config: ReadConfig
+    source: str
+
+    def readers(self) -> tuple[Reader, Reader]:
+        """(static, adapted): the frozen one reads with a copy of the model."""
+        frozen = copy.deepcopy(self.model)
+        static = Reader(frozen, self.scorer(frozen), Static(), self.priors, self.config)
+        return static, Reader(self.model, self.scorer(self.model), self.rule, self.priors, self.config)
+
+    def fingerprints(self) -> Json:
+        """Of θ0 and of the rule: what a saved memory belongs to."""
+        return {"model": model_fingerprint(self.priors), "rule": fingerprint(self.rule)}
+
+
+def model_fingerprint(priors: Sequence[Prior]) -> str:
+    """SHA-256, 16 digits, over names, shapes and values of the adapted weights θ0."""
+    digest = hashlib.sha256()
+    for prior in priors:
+        digest.update(f"{prior.name}\0{tuple(prior.theta0.shape)}\0{prior.theta0.dtype}\0".encode())
+        digest.update(prior.theta0.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_kit(run_path: str, rule_name: str, reset: Any) -> Kit:
+    """The kit of a run directory, or of the shipped model where ``run_path`` is empty.
+
+    Raises:
+        InputError: a directory that is no finished run, a rule that it does not hold, files that do not fit together.
+    """
+    run = Run(run_path or SHIPPED / DEFAULT_MODEL)
+    if not run.path.is_dir():
+        raise InputError(f"run directory {run.path} does not exist: `dynlm train` makes one, or leave --run out")
+    settings = read_json(run.require(run.recipe, "train"))
+    model, scorer = _load_model(run, settings)
+    read = settings.get("read", {})
+    config = ReadConfig(read.get("segment", 32), reset, tuple(read.get("params", ("*",))), read.get("kernel", "auto"))
+    adapted = adapted_parameters(model, config.params)
+    tensors, _ = read_tensors(run.require(run.prior, "tune"))
+    if {a.name: a.matrix_RC.shape for a in adapted} != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise InputError(f"{run.prior} belongs to another model or other read.params: run `dynlm tune` again")
+    priors = make_priors(adapted, [tensors[a.name].float() for a in adapted])
+    tokenizer, rule = load_tokenizer(run.require(run.tokenizer, "train")), _load_rule(run, rule_name)
+    name = run_path or f"shipped {DEFAULT_MODEL}"
+    return Kit(model, scorer, tokenizer, rule.requires_grad_(False), priors, config, name)
+
+
+def _load_model(run: Run, settings: Json) -> tuple[nn.Module, Callable[[Any], Scorer]]:
+    """A model and what makes it a scorer. Another source of models belongs here."""
+    folder = run.require(run.model, "train")
+    if is_light(folder):
+        return load_light(folder), _itself
+    from dynlm.models.causal import load_model, scorer_for  # seconds of imports
+    from dynlm.models.context import ContextConfig
+
+    context = ContextConfig(**settings.get("context", {}))
+    return load_model(folder), lambda model: scorer_for(model, context)
+
+
+def _itself(model: LightLSTM) -> Scorer:
+    return model
+
+
+def _load_rule(run: Run, name: str) -> Rule:
+    held = sorted(p.name for p in run.rule("x").parent.glob("*"))
+    chosen = name or next((rule for rule in RULES if rule in held), "")
+    if chosen == "static":
+        return Static()
+    if chosen not in held:
+        made_by = "meta-train" if chosen in LEARNED else "tune"
+        there = f"it holds {', '.join(held)}" if held else f"run `dynlm {made_by}` with it first"
+        raise InputError(f"{run.path} has no rule {chosen or RULES[-1]!r}: {there}")
+    return load_rule(run.rule(chosen))[0]

@@ -1,0 +1,183 @@
+"""Where reading gains: the paired gain over static, broken down. ``breakdowns`` in results.json:
+
+    relative_position   tenths of the article
+    occurrence          "first" and "later" occurrence of a word in its article, all tokens of the word
+    train_frequency     words by how often the training text holds them: 0, then powers of ten
+    vocabulary          names, numbers, function words, punctuation, others (dynlm.evaluate.words)
+        each a list of {"bin", "tokens", "articles", "static": nats a token of static reading,
+        "gain": {METHOD: {"mean": nats a token, "ci95": [low, high]}}}; bins without tokens are left out, and tokens
+        of no word (ends of line) are in relative_position alone
+    boundaries          read.reset never only; the second article and all after it:
+        {"segments": [{"segment": 1…, "tokens", "articles", "static", "gain"}], as above,
+         "recovery_segments": {METHOD: {"mean", "ci95"}}}: segments until the mean loss since the switch is within 2 %
+        of the article's; static, which remembers nothing but its hidden state, tells what is due to the text
+    interference        read.reset never only; the first article read again, without learning or cache, with the weights
+        that the whole stream has left: {"article": title, "segments", "static": nats a token with θ0,
+        "methods": {METHOD: {"first_reading", "again": nats a token, "gain": static − again, "ci95"}}}; the interval
+        is over segments, as there is one article
+    calibration         {METHOD: {"ece", "ci95", "bins"}} (dynlm.evaluate.calibration)
+
+Intervals are 95 % percentile bootstrap over articles. A gain is of that share of the tokens: gains of bins, weighted
+with their tokens, sum to the gain of all.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynlm.data.tokenizers import Tokenizer
+from dynlm.evaluate.metrics import bootstrap_ratio
+from dynlm.evaluate.stream import Scores
+from dynlm.evaluate.words import KINDS, Words, find_words, kind
+from dynlm.runs import Json
+from dynlm.types import TokenizedArticle
+
+TENTHS = 10
+FREQUENCIES = ("0", "1-9", "10-99", "100-999", "1,000-9,999", "10,000-99,999", "100,000 and more")
+OCCURRENCES = ("first", "later")
+FIRST_SEGMENTS = 8
+TOLERANCE = 1.02
+
+
+class Reading(NamedTuple):
+    """What the breakdowns know of the text beside the losses."""
+
+    articles: Sequence[TokenizedArticle]
+    tokenizer: Tokenizer
+    train_counts: Counter[str]
+    """occurrences of each word in the training text"""
+    segment: int
+    reset: str
+
+
+def break_down(scores: Mapping[str, Scores], reading: Reading) -> Json:
+    """All breakdowns; ``scores`` must hold ``static``."""
+    texts = [find_words(reading.tokenizer, article.ids_T) for article in reading.articles]
+    classes: dict[str, tuple[list[Tensor], Sequence[str]]] = {
+        "relative_position": (
+            [torch.arange(len(a)) * TENTHS // len(a) for a in reading.articles],
+            [f"{10 * k}-{10 * k + 10} %" for k in range(TENTHS)],
+        ),
+        "occurrence": ([_spread(text, _occurrences(text)) for text in texts], OCCURRENCES),
+        "train_frequency": (
+            [_spread(text, [_frequency(reading.train_counts[w]) for w in text.words]) for text in texts],
+            FREQUENCIES,
+        ),
+        "vocabulary": ([_spread(text, _kinds(text)) for text in texts], KINDS),
+    }
+    result: Json = {name: gains(scores, class_T, labels) for name, (class_T, labels) in classes.items()}
+    result["calibration"] = {name: s.calibration for name, s in scores.items() if s.calibration is not None}
+    if reading.reset == "never":
+        result["boundaries"] = _boundaries(scores, reading.segment)
+        result["interference"] = _interference(scores, reading)
+    return result
+
+
+def gains(scores: Mapping[str, Scores], classes: Sequence[Tensor], labels: Sequence[str]) -> list[Json]:
+    """Rows of the paired gain by class; ``classes`` holds one (T,) tensor an article, −1 for tokens left out."""
+    sizes_AC = _sums([torch.ones(c.shape, dtype=torch.float64) for c in classes], classes, len(labels))
+    sums = {name: _sums(score.losses, classes, len(labels)) for name, score in scores.items()}
+    rows: list[Json] = []
+    for c, label in enumerate(labels):
+        there = sizes_AC[:, c] > 0
+        if not there.any():
+            continue
+        sizes, static = sizes_AC[there, c], sums["static"][there, c]
+        gain = {name: _ratio(static - sums[name][there, c], sizes) for name in scores if name != "static"}
+        total = float(sizes.sum())
+        rows.append(
+            {
+                "bin": label,
+                "tokens": int(total),
+                "articles": int(there.sum()),
+                "static": float(static.sum()) / total,
+                "gain": gain,
+            }
+        )
+    return rows
+
+
+def _sums(values: Sequence[Tensor], classes: Sequence[Tensor], n: int) -> Tensor:
+    """(articles, n) sums of per-token values by class."""
+    sums_AC = torch.zeros(len(values), n + 1, dtype=torch.float64)
+    for sums_C, value_T, class_T in zip(sums_AC, values, classes, strict=True):
+        sums_C.index_add_(0, torch.where(class_T < 0, n, class_T), value_T.double())
+    return sums_AC[:, :n]
+
+
+def _ratio(sums: Tensor, sizes: Tensor) -> Json:
+    return {"mean": float(sums.sum() / sizes.sum()), "ci95": list(bootstrap_ratio(sums, sizes))}
+
+
+def _spread(text: Words, of_word: Sequence[int]) -> Tensor:
+    """From words to their tokens; −1 for tokens of no word."""
+    return torch.tensor([of_word[word] if word >= 0 else -1 for word in text.word_T])
+
+
+def _occurrences(text: Words) -> list[int]:
+    seen: set[str] = set()
+    later = []
+    for word in text.words:
+        later.append(int(word in seen))
+        seen.add(word)
+    return later
+
+
+def _frequency(count: int) -> int:
+    return 0 if count == 0 else min(len(str(count)), len(FREQUENCIES) - 1)
+
+
+def _kinds(text: Words) -> list[int]:
+    return [KINDS.index(kind(word, first)) for word, first in zip(text.words, text.first, strict=True)]
+
+
+def _boundaries(scores: Mapping[str, Scores], segment: int) -> Json:
+    """Losses after a switch from one article to the next, and how fast they come down."""
+    after = {name: score._replace(losses=score.losses[1:]) for name, score in scores.items()}
+    if not after["static"].losses:
+        return {"segments": [], "recovery_segments": {}}
+    number_T = [torch.arange(losses_T.numel()) // segment for losses_T in after["static"].losses]
+    classes = [torch.where(n_T < FIRST_SEGMENTS, n_T, -1) for n_T in number_T]
+    rows = gains(after, classes, [str(k + 1) for k in range(FIRST_SEGMENTS)])
+    times = {name: torch.tensor([recovery(x, segment) for x in score.losses]) for name, score in after.items()}
+    return {
+        "segments": [{"segment": int(row.pop("bin")), **row} for row in rows],
+        "recovery_segments": {name: _ratio(t.double(), torch.ones(t.shape)) for name, t in times.items()},
+    }
+
+
+def recovery(losses_T: Tensor, segment: int) -> int:
+    """Segments until the mean loss from the article's start is at most 2 % above that of the whole article."""
+    mean_T = losses_T.double().cumsum(0) / torch.arange(1, losses_T.numel() + 1)
+    ends = [min(end, losses_T.numel()) for end in range(segment, losses_T.numel() + segment, segment)]
+    within = (mean_T[torch.tensor(ends) - 1] <= TOLERANCE * mean_T[-1]).nonzero()
+    return int(within[0]) + 1  # the whole article is within
+
+
+def _interference(scores: Mapping[str, Scores], reading: Reading) -> Json:
+    """What the end of the stream has done to its beginning."""
+    static_T, segment = scores["static"].losses[0].double(), reading.segment
+    methods: Json = {}
+    for name, score in scores.items():
+        if name == "static" or score.again is None:
+            continue
+        gain_T = static_T - score.again.double()
+        sizes = torch.tensor([part.numel() for part in gain_T.split(segment)])
+        interval = bootstrap_ratio(torch.stack([part.sum() for part in gain_T.split(segment)]), sizes)
+        methods[name] = {
+            "first_reading": float(score.losses[0].double().mean()),
+            "again": float(score.again.double().mean()),
+            "gain": float(gain_T.mean()),
+            "ci95": list(interval),
+        }
+    return {
+        "article": reading.articles[0].title,
+        "segments": -(-static_T.numel() // segment),
+        "static": float(static_T.mean()),
+        "methods": methods,
+    }

@@ -1,0 +1,233 @@
+"""``dynlm read``: what is shown and summed, memories, and one clear line for everything that is wrong."""
+
+import io
+import json
+import re
+import sys
+
+import pytest
+import torch
+
+from cli.test_main import fails
+from dynlm.cli import read as command
+from dynlm.cli.kit import SHIPPED, load_kit
+from dynlm.cli.main import COMMANDS, main, stage
+from dynlm.cli.read import ReadSettings, read
+from dynlm.cli.terminal import Screen, color_depth
+from dynlm.data.tokenizers import tokenize
+from dynlm.runs import read_tensors, write_tensors
+from dynlm.types import Article
+
+A = "The cat sat on the mat .\nThe cat sat on the mat again , and the cat liked the mat .\n" * 12
+B = "The dog saw the cat on the mat .\nThe dog liked the cat , and the cat sat on the mat .\n" * 12
+TOLERANCE = 1e-4  # nats a token between reading on and reading on from a saved memory; dynlm.cli.memory
+
+
+@pytest.fixture
+def texts(tmp_path):
+    (tmp_path / "a.txt").write_text(A)
+    (tmp_path / "b.txt").write_text(B)
+    return str(tmp_path / "a.txt"), str(tmp_path / "b.txt")
+
+
+def quiet(*files, **settings):
+    return read(ReadSettings(files, quiet=True, **settings))
+
+
+def test_every_command_exists():
+    assert all(callable(stage(name)) for name in COMMANDS)
+
+
+def test_the_shipped_model_is_small_and_learns(texts):
+    files = [path for path in SHIPPED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 8_000_000
+    assert "CC BY-SA 3.0" in (SHIPPED / "wikitext2" / "LICENSE.md").read_text()
+    totals = quiet(texts[0])
+    assert totals.gain > 0.5
+    assert totals.tokens > 300
+
+
+@pytest.mark.parametrize("reset", ["article", "never"])
+def test_totals_are_those_of_the_reader(texts, reset):
+    totals = quiet(*texts, rule="rms", reset=reset)
+    kit = load_kit("", "rms", reset)
+    articles = tokenize(kit.tokenizer, [Article("a", "a", A), Article("b", "b", B)])
+    for reader, nats in zip(kit.readers(), (totals.static, totals.adapted), strict=True):
+        with reader:
+            expected = sum(float(reader.read(a, kit.tokenizer.eos_id).double().sum()) for a in articles)
+        assert nats == pytest.approx(expected, abs=1e-9 * expected)
+    assert totals.tokens == sum(map(len, articles))
+    assert totals.words == sum(a.n_words for a in articles)
+    assert totals.bytes == sum(a.n_bytes for a in articles)
+
+
+def test_a_run_s_own_model_and_rules_are_read_with(finished, texts):
+    run = str(finished[1])
+    assert quiet(texts[0], run=run).gain != quiet(texts[0], run=run, rule="sgd").gain
+    assert quiet(texts[0], run=run, rule="static").gain == 0
+
+
+def test_standard_input_equals_the_file_and_words_count_across_chunks(texts):
+    source = ("word " * 8000).strip()
+    (a, b) = (
+        read(ReadSettings(("-",), quiet=True, rule="static"), io.BytesIO(data))
+        for data in (source.encode(), A.encode())
+    )
+    assert a.words == 8001
+    assert b.static == quiet(texts[0], rule="static").static
+
+
+def test_plain_output_is_the_text_and_the_totals(texts, capsys):
+    assert main(["read", texts[0], "--rule", "rms"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(A)
+    assert "\x1b" not in out
+    for part in ("words", "tokens/s", "static", "rms", "word perplexity", "gain +"):
+        assert part in out.removeprefix(A)
+    assert "read: " in err
+
+
+@pytest.mark.parametrize(("term", "pattern"), [("truecolor", r"48;2;\d+;\d+;\d+m"), ("", r"48;5;\d+m")])
+def test_colours_cover_the_text_and_leave_it_whole(texts, capsys, monkeypatch, term, pattern):
+    monkeypatch.setenv("COLORTERM", term)
+    assert main(["read", texts[0], "--rule", "rms", "--color", "always"]) == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(pattern, out)) > 50
+    assert A in re.sub(r"\x1b\[[\d;]*m", "", out)
+    assert not re.search(r"m[^\x1b]*\n[^\x1b]*\x1b\[0m", out)  # no background over an end of line
+
+
+def test_a_hyphen_is_standard_input(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(B.encode())))
+    assert main(["read", "-", "--rule", "static"]) == 0
+    assert capsys.readouterr().out.startswith(B)
+
+
+def test_colours_are_chosen_by_flag_terminal_and_environment():
+    plain, rich = {"TERM": "xterm"}, {"TERM": "xterm", "COLORTERM": "truecolor"}
+    assert [color_depth("auto", t, e) for t, e in ((True, plain), (True, rich), (False, rich))] == [8, 24, 0]
+    assert color_depth("auto", True, rich | {"NO_COLOR": "1"}) == 0
+    assert color_depth("auto", True, {"TERM": "dumb"}) == 0
+    assert color_depth("always", False, rich | {"NO_COLOR": "1"}) == 24
+    assert color_depth("never", True, rich) == 0
+
+
+def test_control_sequences_of_a_text_do_not_reach_a_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for color in ("never", "always"):
+        screen = Screen(out := Terminal(), color)
+        screen.tokens(["\x1b[2J", "fine\n"], [3.0, 0.0])
+        assert "\x1b[2J" not in out.getvalue()
+        assert "fine\n" in out.getvalue()
+
+
+def test_the_page_holds_every_token_and_the_same_totals(texts, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert main(["read", *texts, "--rule", "rms", "--html", str(page), "--quiet"]) == 0
+    source, totals = page.read_text(), quiet(*texts, rule="rms")
+    tokens = re.findall(r'<span[^>]* data-s="([\d.]+)" data-a="([\d.]+)">([^<]*)</span>', source)
+    assert "".join(text for *_, text in tokens) == A + B
+    assert sum(float(s) for s, *_ in tokens) == pytest.approx(totals.static, abs=1e-3 * totals.tokens)
+    assert sum(float(a) for _, a, _ in tokens) == pytest.approx(totals.adapted, abs=1e-3 * totals.tokens)
+    assert load_kit("", "rms", "article").fingerprints()["model"] in source
+    assert f"page: {page}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rule", ["rms", "gated"])
+def test_reading_on_from_a_memory_is_reading_on(texts, tmp_path, rule):
+    memory = str(tmp_path / "memory.safetensors")
+    whole, first = quiet(*texts, rule=rule, reset="never"), quiet(texts[0], rule=rule, save_memory=memory)
+    second = quiet(texts[1], rule=rule, load_memory=memory)
+    assert first.static + second.static == pytest.approx(whole.static, abs=1e-3)
+    assert abs(first.adapted + second.adapted - whole.adapted) < TOLERANCE * second.tokens
+    assert second.adapted < quiet(texts[1], rule=rule).adapted - 10 * TOLERANCE * second.tokens  # it did remember
+    assert (tmp_path / "memory.safetensors").stat().st_size < 10e6
+
+
+def test_a_memory_of_another_model_or_rule_is_refused(finished, texts, tmp_path, capsys):
+    memory, run = tmp_path / "memory.safetensors", str(finished[1])
+    quiet(texts[0], run=run, save_memory=str(memory))
+    load = ["read", texts[0], "--load-memory", memory]
+    fails(capsys, load, "belongs to another model")
+    fails(capsys, [*load, "--run", run, "--rule", "sgd"], "belongs to another rule")
+    fails(capsys, ["read", texts[0], "--load-memory", tmp_path / "no"], "does not exist")
+    tensors, meta = read_tensors(memory)
+    write_tensors(memory, {name: t for name, t in tensors.items() if "delta" not in name}, meta)
+    fails(capsys, [*load, "--run", run], "not a whole memory")
+    write_tensors(memory, tensors, {})
+    fails(capsys, [*load, "--run", run], "is no memory")
+    memory.write_bytes(memory.read_bytes()[:99])
+    fails(capsys, [*load, "--run", run], "truncated")
+
+
+def test_bad_input_is_one_line(texts, tmp_path, capsys, finished):
+    (tmp_path / "binary").write_bytes(b"\0\1\2")
+    (tmp_path / "empty.txt").write_text("")
+    fails(capsys, ["read"], "no text to read")
+    fails(capsys, ["read", tmp_path / "nope.txt"], "does not exist")
+    fails(capsys, ["read", tmp_path / "binary"], "is binary")
+    fails(capsys, ["read", tmp_path / "empty.txt"], "is empty")
+    fails(capsys, ["read", texts[0], "--run", tmp_path / "nope"], "does not exist")
+    fails(capsys, ["read", texts[0], "--run", tmp_path], "recipe.json does not exist")
+    fails(capsys, ["read", texts[0], "--rule", "nope"], "has no rule 'nope'", "gated")
+    fails(capsys, ["read", texts[0], "--html", tmp_path / "no" / "page.html"], "cannot write")
+    fails(capsys, ["read", texts[0], "--save-memory", tmp_path], "cannot write")
+    with pytest.raises(SystemExit) as end:
+        main(["read", texts[0], "--color", "maybe"])
+    assert end.value.code == 2
+
+
+def test_notes_and_titles_are_told(tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
+    rows = [{"text": "one two", "title": "First"}, {"text": "three", "title": "Second"}]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = [str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl"), "--rule", "static"]
+    assert main(["read", *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert all(f"── {title}\n" in out for title in ("a.txt", "First", "Second"))
+    assert "1 byte not UTF-8" in err
+
+
+def test_transformers_are_not_imported_to_read():
+    """They take seconds; a fresh process says what `dynlm read` imports."""
+    import subprocess
+
+    code = "import sys, dynlm.cli.main, dynlm.cli.read; print([m for m in sys.modules if m == 'transformers'])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_a_stream_keeps_no_tokens(monkeypatch):
+    """Without a page nothing is recorded, so that a stream may be endless."""
+    monkeypatch.setattr(command, "Record", lambda: pytest.fail("tokens were kept"))
+    assert read(ReadSettings(("-",), quiet=True, rule="static"), io.BytesIO(A.encode())).tokens
+
+
+@pytest.mark.slow
+def test_a_long_stream_stays_flat_and_finite():
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1])
+
+    class Stream(io.RawIOBase):
+        """Lines without end; notes the memory in use after a warm-up and at the end."""
+
+        def __init__(self, lines):
+            self.lines, self.left, self.seen = lines, lines, []
+
+        def read1(self, size=-1):
+            self.left -= 1
+            if self.left in (self.lines * 3 // 4, 0):
+                self.seen.append(resident())
+            return A.split("\n")[self.left % 2].encode() + b"\n" if self.left > 0 else b""
+
+    if sys.platform != "linux":
+        pytest.skip("reads /proc")
+    stream = Stream(1200)
+    totals = read(ReadSettings(("-",), quiet=True, reset="never"), stream)
+    assert totals.tokens > 10_000
+    assert torch.isfinite(torch.tensor(totals.adapted))
+    before, after = stream.seen
+    assert after < 1.02 * before

@@ -1,0 +1,138 @@
+"""The page of tokens: complete, self-contained, every token once and in order."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from dynlm.report.shades import THRESHOLDS, label, shade
+from dynlm.report.tokenmap import TokenMap, render, write_token_map
+
+VOID = {"meta", "link", "br", "img"}
+ARTICLES = [("One & <two>", 0), ("Second", 4)]
+TEXTS = ["A <b>", " tail &amp;", "\r", "\n", " \u65e5", "", "\u200b", "\n"]
+
+
+def make_map(texts=TEXTS, articles=ARTICLES):
+    static_T = torch.linspace(0, 6, len(texts)).tolist()
+    adapted_T = torch.linspace(3, 3, len(texts)).tolist()
+    totals = {"articles": len(articles), "tokens": len(texts), "words": 4, "bytes": 99, "seconds": 1.0}
+    totals |= {"static": sum(static_T), "adapted": sum(adapted_T)}
+    totals |= {"static_word_ppl": float("inf"), "adapted_word_ppl": 12.5}
+    settings = {"model": "runs/x", "fingerprint of the model": "0123abcd", "rule: lr": 0.002}
+    return TokenMap("gated", articles, texts, static_T, adapted_T, totals, settings)
+
+
+class Page(HTMLParser):
+    """Tags, attributes, and the tokens with their texts."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.open: list[str] = []
+        self.tokens: list[tuple[str, dict[str, str | None]]] = []
+        self.inside = False
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(key, value or "") for key, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+        self.inside = "data-s" in dict(attrs)
+        if self.inside:
+            self.tokens.append(("", dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        self.inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            text, attributes = self.tokens[-1]
+            self.tokens[-1] = (text + data, attributes)
+
+
+def test_the_page_is_well_formed_and_loads_nothing():
+    source = render(make_map())
+    page = Page(source)
+    assert source.startswith("<!DOCTYPE html>")
+    assert page.open == []
+    assert not {"img", "iframe", "object", "embed", "base", "form"} & set(page.tags)
+    assert page.tags.count("script") == 1
+    loads = {value for key, value in page.attributes if key in ("src", "href", "xlink:href", "srcset", "data")}
+    assert all(value.startswith("#") or value == "data:," for value in loads)
+    assert not re.search(r"https?://|@import|url\((?!#)", source)
+    assert not any(key.startswith("on") for key, _ in page.attributes)
+    ids = [value for key, value in page.attributes if key == "id"]
+    assert len(ids) == len(set(ids))
+
+
+def test_only_the_page_s_own_script_may_run():
+    source = render(make_map())
+    script = re.search(r"<script>(.*?)</script>", source, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in source.replace(
+        "&#39;", "'"
+    )
+
+
+def test_every_token_is_there_once_in_order_with_its_losses():
+    shown = make_map()
+    page = Page(render(shown))
+    assert [text for text, _ in page.tokens] == TEXTS
+    for (_, attributes), static, adapted in zip(page.tokens, shown.static_T, shown.adapted_T, strict=True):
+        assert float(attributes["data-s"]) == pytest.approx(static, abs=6e-4)
+        assert float(attributes["data-a"]) == pytest.approx(adapted, abs=6e-4)
+    kinds = [(attributes.get("class") or "").split() for _, attributes in page.tokens]
+    assert kinds[0] == ["w4"]
+    assert kinds[-1] == ["b4", "n"]
+    assert kinds[5][-1] == "e"
+
+
+def test_totals_titles_and_settings_are_told():
+    source = render(make_map())
+    for part in ("One &amp; &lt;two&gt;", "Second", "12.50", "beyond 10⁹", "0123abcd", "rule: lr", "0.002", "gated"):
+        assert part in source
+
+
+def test_equal_numbers_give_equal_bytes(tmp_path):
+    for name in "ab":
+        write_token_map(tmp_path / name, make_map())
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_hundred_thousand_tokens_stay_below_15_megabytes():
+    source = render(make_map([" token"] * 100_000, [("long", 0)]))
+    assert len(source.encode()) < 15e6
+
+
+def test_shades_rise_with_the_gain():
+    assert [shade(g) for g in (-9, -1.5, -0.7, -0.2, 0, 0.05, 0.2, 0.7, 1.5, 9)] == [-4, -3, -2, -1, 0, 0, 1, 2, 3, 4]
+    assert label(0) == f"within {THRESHOLDS[0]:g}"
+    assert label(1) == "+0.1 to +0.5"
+    assert label(-4) == "beyond \N{MINUS SIGN}2"
+
+
+def test_a_browser_shows_it_and_its_script_runs(tmp_path):
+    browser = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("no chromium on PATH: the page was not tried in a browser")
+    write_token_map(tmp_path / "page.html", make_map())
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    command = [browser, *flags, (tmp_path / "page.html").as_uri()]
+    try:
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    except subprocess.TimeoutExpired:
+        pytest.skip("chromium did not start within two minutes")
+    assert 'class="map js"' in dom  # the script ran, so its hash in the policy is right
+    assert len(Page(dom).tokens) == len(TEXTS)

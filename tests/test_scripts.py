@@ -26,6 +26,34 @@ def test_bench_reading_times_every_rule_against_static(tmp_path):
     assert "× static" in printed
 
 
+def test_bench_step_times_learned_rules_against_adamw(tmp_path):
+    files = ["--json", tmp_path / "bench.json", "--plot", tmp_path / "bench.svg"]
+    methods = ["copy", "adamw-fused", "gated", "gated-eager", "gated-bf16", "general"]
+    printed = run("bench_step", "--quick", "--threads", "1", "--methods", *methods, *files).stdout
+    rows = {row["method"]: row for row in json.loads((tmp_path / "bench.json").read_text())["rows"]}
+    assert list(rows) == methods
+    assert rows["adamw-fused"]["times_adamw"] == 1
+    assert rows["gated"]["ms"] < rows["gated-eager"]["ms"]
+    assert rows["adamw-fused"]["state_bytes"] == pytest.approx(8, rel=0.01)
+    assert rows["general"]["state_bytes"] == pytest.approx(12, rel=0.01)
+    assert rows["gated-bf16"]["state_bytes"] == pytest.approx(12, rel=0.01)
+    assert "bytes of state" in printed
+    assert (tmp_path / "bench.svg").read_text().startswith('<svg xmlns="http://www.w3.org/2000/svg"')
+
+
+@pytest.mark.slow
+def test_bench_general_compares_with_adamw_and_goes_on_where_it_was(tmp_path):
+    some = ["--tasks", "mixer-letters", "--optimizers", "adamw", "general", "--seeds", "1", "--horizon", "10"]
+    files = ["--json", tmp_path / "bench.json", "--resume", tmp_path / "runs.jsonl"]
+    run("bench_general", *some, *files)
+    finished = (tmp_path / "runs.jsonl").read_text()
+    records = [json.loads(line) for line in finished.splitlines()]
+    assert [r["optimizer"] for r in records] == ["adamw"] * 7 + ["general"]
+    assert not any(r["diverged"] for r in records if r["lr"] <= 1e-2)
+    assert "× best AdamW" in run("bench_general", *some, *files).stdout
+    assert (tmp_path / "runs.jsonl").read_text() == finished
+
+
 @pytest.mark.slow
 def test_bench_meta_measures_each_case_and_stops_at_the_memory_limit(tmp_path):
     files = ["--json", tmp_path / "bench.json", "--plot", tmp_path / "bench.svg"]

@@ -5,7 +5,7 @@ earlier file whole. Tensors are safetensors, everything else JSON; nothing is pi
 
     RUN/recipe.json            the settings in force        RUN/rules/NAME/      tuned and learned rules
     RUN/tokenizer/  RUN/model/ the base language model      RUN/evaluate/        results.json, losses.safetensors
-    RUN/prior.safetensors      static RMS of the gradient   RUN/report.html      the report
+    RUN/prior.safetensors      static RMS of the gradient   RUN/report.html, RUN/figures/  the report
     RUN/checkpoints/           unfinished work, for --resume
     RUN/few-shot.json          few-shot comparison        RUN/few-shot/          its learned starts θ0
 """
@@ -18,6 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Run:
         self.results = self.evaluation / "results.json"
         self.losses = self.evaluation / "losses.safetensors"
         self.report = self.path / "report.html"
+        self.figures = self.path / "figures"
         self.few_shot = self.path / "few-shot.json"
 
     def rule(self, name: str) -> Path:
@@ -127,6 +129,40 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], Json]:
             return tensors, json.loads((file.metadata() or {}).get("meta", "{}"))
     except (SafetensorError, ValueError, OSError) as error:
         raise InputError(f"{path} is truncated or not safetensors ({error}): delete it and make it again") from error
+
+
+def settings_of(config: Any) -> Json:
+    """A configuration as JSON gives it back: tuples are lists."""
+    settings: Json = json.loads(json.dumps(asdict(config)))
+    return settings
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The state of an optimizer for a checkpoint: ``optimizer.PARAMETER.NAME``."""
+    slots = optimizer.state_dict()["state"].items()
+    return {f"optimizer.{index}.{name}": value for index, of_one in slots for name, value in of_one.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """The counterpart of :func:`optimizer_tensors`; ``optimizer.NAME`` is of the only parameter."""
+    slots: dict[int, dict[str, torch.Tensor]] = {}
+    for key in (k for k in tensors if k.startswith("optimizer.")):
+        _, *index, name = key.split(".")
+        slots.setdefault(int(index[0]) if index else 0, {})[name] = tensors[key]
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+
+
+@contextmanager
+def resuming(meta: Json, config: Any, table: str, owner: str = "run") -> Iterator[None]:
+    """Inside, a checkpoint is taken over: that it has other settings, or does not fit, is one clear line."""
+    if meta.get("config") != settings_of(config):
+        raise InputError(
+            f"the checkpoint was made with other [{table}] settings: resume with those, or use --overwrite"
+        )
+    try:
+        yield
+    except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"the checkpoint does not fit this {owner} ({error}): use --overwrite to start anew") from None
 
 
 def append_log(path: Path, record: Json) -> None:

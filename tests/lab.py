@@ -1,5 +1,8 @@
 """Small real pieces that many tests share: a text to read, a tied LSTM and a transformer, their scorers and priors."""
 
+import shutil
+
+import pytest
 import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -11,6 +14,7 @@ from dynlm.models.lstm import ModelConfig
 from dynlm.types import TokenizedArticle
 
 VOCAB, START = 23, 0
+needs_compiler = pytest.mark.skipif(not (shutil.which("gcc") or shutil.which("clang")), reason="no C compiler")
 
 
 def make_article(n_tokens, seed=0, id="a"):

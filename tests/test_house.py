@@ -58,6 +58,7 @@ def plant(root: Path, files: dict[str, str]) -> Path:
 
 OFFENDERS = [
     ("check_file_sizes", {"dynlm/long.py": DOC + "x = 1\n" * 400}, "dynlm/long.py: 401 lines, at most 400"),
+    ("check_file_sizes", {"tests/test_long.py": "x = 1\n" * 401}, "tests/test_long.py: 401 lines, at most 400"),
     (
         "check_file_sizes",
         {f"dynlm/{name}.py": DOC + "x = 1\n" * 160 for name in "abcdef"},
@@ -108,6 +109,7 @@ def test_every_check_has_a_planted_offender() -> None:
 
 INNOCENT = [
     ("check_file_sizes", {"dynlm/long.py": DOC + "x = 1\n" * 399}),
+    ("check_file_sizes", {f"tests/test_{name}.py": "x = 1\n" * 160 for name in "abcdef"}),
     ("check_function_lengths", {"tests/long.py": function(61) + "def g(): pass\n" * 19}),
     ("check_parameters", {"tests/wide.py": parameters("self, a, b, c, d, e, f", "    ")}),
     ("check_parameters", {"tests/wide.py": parameters("a, b, c, d, e, f")}),

@@ -46,7 +46,7 @@ def font_characters(side: int, variants: int, seed: int) -> dict[str, Tensor]:
     """Character to its (fonts · variants, side, side) instances, in the order of code points."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        character: _vary(glyphs.repeat_interleave(variants, 0), side, generator)
+        character: vary_glyphs(glyphs.repeat_interleave(variants, 0), side, generator)
         for character, glyphs in _classes().items()
     }
 
@@ -54,7 +54,7 @@ def font_characters(side: int, variants: int, seed: int) -> dict[str, Tensor]:
 @cache
 def _classes() -> dict[str, Tensor]:
     """Character to its (fonts, CANVAS, CANVAS) glyphs: those that are told apart."""
-    glyphs = {code: _stack(found) for code, found in _glyphs().items() if len(found) >= MIN_FONTS}
+    glyphs = {code: stack_glyphs(found) for code, found in draw_glyphs().items() if len(found) >= MIN_FONTS}
     return {chr(code): glyphs[code] for code in _distinct(glyphs)}
 
 
@@ -67,7 +67,7 @@ def _fonts() -> Iterator[Path]:
             yield folder / f"{family}{style}.ttf"
 
 
-def _glyphs() -> dict[int, list[Tensor]]:
+def draw_glyphs() -> dict[int, list[Tensor]]:
     """Code point to its drawing in each font that has it: ink cropped to its bounding box."""
     from matplotlib.ft2font import FT2Font
 
@@ -101,7 +101,7 @@ def _crop(ink: Any) -> Tensor:
     return torch.from_numpy(box.astype("float32") / 255)
 
 
-def _stack(drawn: list[Tensor]) -> Tensor:
+def stack_glyphs(drawn: list[Tensor]) -> Tensor:
     """(fonts, CANVAS, CANVAS): each glyph centred, the longer side of its bounding box scaled to half the canvas."""
     canvas = torch.zeros(len(drawn), 1, CANVAS, CANVAS)
     zoom = torch.ones(len(drawn))
@@ -133,7 +133,7 @@ def _distinct(glyphs: dict[int, Tensor]) -> list[int]:
     return [codes[i] for i in kept]
 
 
-def _vary(glyphs: Tensor, side: int, generator: torch.Generator) -> Tensor:
+def vary_glyphs(glyphs: Tensor, side: int, generator: torch.Generator) -> Tensor:
     """Rotation within ±10°, shear within ±0.1, scale within ±7 %, shift within ±7.5 % of the side."""
     n = len(glyphs)
     angle, shear, scale, *shift = (2 * torch.rand(5, n, generator=generator) - 1).unbind()

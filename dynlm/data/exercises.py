@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from dynlm.data.characters import _glyphs, _stack, _vary
+from dynlm.data.characters import draw_glyphs, stack_glyphs, vary_glyphs
 from dynlm.data.stdlib import load_articles
 from dynlm.types import InputError, Piece
 
@@ -46,7 +46,7 @@ def generator_of(*seeds: int) -> Generator:
 
 @cache
 def _drawn() -> dict[int, list[Tensor]]:
-    return _glyphs()
+    return draw_glyphs()
 
 
 @cache
@@ -55,7 +55,7 @@ def glyph_images(symbols: str, side: int, variants: int = 12) -> list[Tensor]:
     generator = generator_of(side)
     images = []
     for symbol in symbols:
-        instances = _vary(_stack(_drawn()[ord(symbol)]).repeat_interleave(variants, 0), side, generator)
+        instances = vary_glyphs(stack_glyphs(_drawn()[ord(symbol)]).repeat_interleave(variants, 0), side, generator)
         images.append(instances[torch.randperm(len(instances), generator=generator), None])
     return images
 

@@ -10,19 +10,20 @@ import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from dynlm.adapt import Reader, Snapshot, detach
 from dynlm.allocator import MIB
-from dynlm.meta.forward import Forward, Tangents
+from dynlm.meta.forward import Forward, Tangents, add_gradient
 from dynlm.meta.recording import RecordConfig, Recording
 from dynlm.meta.replay import Replay, ReplayConfig
 from dynlm.meta.sampling import Stratum, sample_coordinates
 from dynlm.meta.slices import SliceCost, choose_slices
 from dynlm.meta.unroll import Unroll, UnrollConfig
+from dynlm.models.params import split_like
 from dynlm.optim.base import RuleState
 from dynlm.optim.features import N_COL, N_ROW, N_SCALARS
 from dynlm.types import InputError, Piece
@@ -55,6 +56,12 @@ class Window(NamedTuple):
     nats: float
     tokens: int
     position: Any
+
+    @classmethod
+    def of(cls, losses: Sequence[Tensor], position: Any) -> Self:
+        """From the losses of each segment."""
+        nats = sum(float(losses_S.double().sum()) for losses_S in losses)
+        return cls(nats, sum(losses_S.numel() for losses_S in losses), position)
 
 
 class Estimator(abc.ABC):
@@ -114,13 +121,13 @@ class ReplayEstimator(Estimator):
         reader.resume(position)
         coordinates = affordable(self.config, len(pieces), reader)
         recording = Recording(reader, self.sample(coordinates), len(pieces), self.config.record)
-        nats, tokens = 0.0, 0
+        losses = []
         for piece, weight in zip(pieces, weights, strict=True):
             step = reader.segment(*piece)
             recording.add(step, reader.state.clock.step, weight)
-            nats, tokens = nats + float(step.losses_S.double().sum()), tokens + step.losses_S.numel()
+            losses.append(step.losses_S)
         self.replay(recording)
-        return Window(nats, tokens, reader.snapshot())
+        return Window.of(losses, reader.snapshot())
 
     def footprint(self, window: int) -> int:
         """Recorded gradients, what was observed, and the sampled coordinates' weights and state."""
@@ -255,14 +262,13 @@ class ForwardEstimator(Estimator):
         return ForwardPosition(start, tangents)
 
     def window(self, position: ForwardPosition, pieces: Sequence[Piece], weights: Sequence[float]) -> Window:
-        reader, tangents = self.reader, position.tangents
+        reader, tangents, losses = self.reader, position.tangents, []
         reader.resume(position.snapshot)
-        nats, tokens = 0.0, 0
         for piece, weight in zip(pieces, weights, strict=True):
             step = reader.segment(*piece)
             tangents = self.forward.segment(tangents, step, reader.state.clock, reader.priors, weight)
-            nats, tokens = nats + float(step.losses_S.double().sum()), tokens + step.losses_S.numel()
-        return Window(nats, tokens, ForwardPosition(reader.snapshot(), tangents))
+            losses.append(step.losses_S)
+        return Window.of(losses, ForwardPosition(reader.snapshot(), tangents))
 
     def footprint(self, window: int) -> int:
         """P tangents of every sampled weight and state, old and new: the window's length does not matter."""
@@ -323,9 +329,7 @@ class PESEstimator(Estimator):
                 pairs.append(Pair(plus.position, minus.position, summed))
         finally:
             self._set(phi)
-        for p, part in zip(self.phi, (estimate / len(pairs)).split([p.numel() for p in self.phi]), strict=True):
-            of_p = part.view(p.shape).to(p)
-            p.grad = of_p if p.grad is None else p.grad + of_p
+        add_gradient(self.phi, estimate / len(pairs))
         nats = sum(w.nats for w in windows) / len(windows)
         return Window(nats, windows[0].tokens, PESPosition(pairs, sigma))
 
@@ -335,20 +339,18 @@ class PESEstimator(Estimator):
 
     @torch.no_grad()
     def _set(self, phi: Tensor) -> None:
-        for p, part in zip(self.phi, phi.split([p.numel() for p in self.phi]), strict=True):
-            p.copy_(part.view(p.shape))
+        for p, part in zip(self.phi, split_like(phi, self.phi), strict=True):
+            p.copy_(part)
 
     def _read(
         self, phi: Tensor, start: Snapshot, pieces: Sequence[Piece], weights: Sequence[float]
     ) -> tuple[Window, float]:
         self._set(phi)
         self.reader.resume(start)
-        loss, nats, tokens = 0.0, 0.0, 0
-        for piece, weight in zip(pieces, weights, strict=True):
-            losses_S = self.reader.segment(*piece).losses_S
-            total = float(losses_S.double().sum())
-            loss, nats, tokens = loss + weight * total / losses_S.numel(), nats + total, tokens + losses_S.numel()
-        return Window(nats, tokens, self.reader.snapshot()), loss
+        losses = [self.reader.segment(*piece).losses_S for piece in pieces]
+        weighted = zip(weights, losses, strict=True)
+        loss = sum(weight * float(losses_S.double().sum()) / losses_S.numel() for weight, losses_S in weighted)
+        return Window.of(losses, self.reader.snapshot()), loss
 
 
 ESTIMATORS: dict[str, type[Estimator]] = {

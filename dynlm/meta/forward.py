@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dynlm.adapt import Step
 from dynlm.meta.sampling import Stratum
+from dynlm.models.params import split_like
 from dynlm.optim.base import Clock, Coordinates, Prior, Rule, RuleState, Shared, Slots
 
 
@@ -92,9 +93,7 @@ class Forward:
             take = of_tensor.stratum.take
             fixed = Coordinates(of_tensor.theta, take(prior.theta0), take(prior.rms), grad_K, row, col)
             new.append(self._advance(of_tensor, fixed, shared))
-        for p, part in zip(self.phi.values(), total.split([p.numel() for p in self.phi.values()]), strict=True):
-            of_p = part.view(p.shape).to(p)
-            p.grad = of_p if p.grad is None else p.grad + of_p
+        add_gradient(list(self.phi.values()), total)
         return new
 
     @torch.no_grad()
@@ -111,6 +110,13 @@ class Forward:
         chunk = max(1, 2**22 // max(1, 64 * t.theta.numel()))  # directions at once: bounds what a step holds
         dots = torch.func.vmap(tangent, chunk_size=chunk)(self.basis, (t.dtheta, t.dslots, t.dmemory))
         return Tangents(t.stratum, *update(phi, moved), *dots)
+
+
+def add_gradient(phi: Sequence[nn.Parameter], gradient_P: Tensor) -> None:
+    """Add a gradient that is flat over ``phi`` to each parameter's own."""
+    for p, part in zip(phi, split_like(gradient_P, phi), strict=True):
+        of_p = part.to(p)
+        p.grad = of_p if p.grad is None else p.grad + of_p
 
 
 def _places(stratum: Stratum, prior: Prior) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dynlm.adapt import Reader, Snapshot, detach
 from dynlm.meta.unroll import Unroll, UnrollConfig
-from dynlm.models.params import as_matrix
+from dynlm.models.params import as_matrix, split_like
 from dynlm.models.recurrence import differentiable_twice
 from dynlm.optim.handmade import SGD
 from dynlm.types import InputError, Piece
@@ -152,7 +152,7 @@ def _implicit(reader: Reader, task: Task, cg_steps: int) -> OuterGradient:
     strength = float((rule.decay / rule.lr).detach())
     g_N = torch.cat([g.flatten() for g in grads])
     x_N = conjugate_gradients(lambda v_N: v_N + hessian(v_N) / strength, g_N, cg_steps)
-    return OuterGradient(loss, [part.view_as(g) for part, g in zip(_parts(x_N, grads), grads, strict=True)])
+    return OuterGradient(loss, split_like(x_N, grads))
 
 
 def _hessian(reader: Reader, pieces: Sequence[Piece]) -> Callable[[Tensor], Tensor]:
@@ -163,17 +163,12 @@ def _hessian(reader: Reader, pieces: Sequence[Piece]) -> Callable[[Tensor], Tens
     reached = [slope for slope in slopes if slope.requires_grad]
 
     def product(v_N: Tensor) -> Tensor:
-        pairs = zip(_parts(v_N, slopes), slopes, strict=True)
-        directions = [part.view_as(slope) for part, slope in pairs if slope.requires_grad]
+        pairs = zip(split_like(v_N, slopes), slopes, strict=True)
+        directions = [part for part, slope in pairs if slope.requires_grad]
         hv = torch.autograd.grad(reached, reader.parameters, directions, retain_graph=True, materialize_grads=True)
         return torch.cat([h.flatten() for h in hv])
 
     return product
-
-
-def _parts(v_N: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    parts: tuple[Tensor, ...] = v_N.split([tensor.numel() for tensor in like])
-    return parts
 
 
 def conjugate_gradients(product: Callable[[Tensor], Tensor], b_N: Tensor, steps: int) -> Tensor:

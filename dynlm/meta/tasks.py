@@ -8,13 +8,12 @@ the gradients that follow; on whole trainings it drives the momentum up until th
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from dynlm import runs
 from dynlm.adapt import Reader
-from dynlm.meta.train import MetaProgress
+from dynlm.meta.train import MetaProgress, set_rate
 from dynlm.models.params import adapted_parameters
 from dynlm.models.tasks import TaskConfig, TrainingTask, sample_task
 from dynlm.optim.base import Prior, Rule
@@ -146,9 +145,7 @@ class GeneralTrainer:
         difference = (plus - minus).clamp(-0.5, 0.5)  # no task speaks louder than the others
         direction = noise / self.sigma.square().clamp(min=1e-12)
         self.phi.grad = (difference[:, None] * direction).mean(0) / 2
-        warmup, fraction = min(1.0, (step + 1) / 10), step / config.steps
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * warmup * math.cos(math.pi / 2 * fraction) ** 2
+        set_rate(self.optimizer, config.lr, step, config.steps)
         self.optimizer.step()
         vector_to_parameters(self.phi.detach(), self.rule.parameters())
         self.progress = self.progress._replace(step=step + 1)
@@ -167,23 +164,16 @@ class GeneralTrainer:
         return list(self.pool.map(work, jobs) if self.pool else map(work, jobs))
 
     def state(self) -> tuple[dict[str, Tensor], runs.Json]:
-        slots = self.optimizer.state_dict()["state"].get(0, {})
-        tensors = {"phi": self.phi, **{f"optimizer.{name}": value for name, value in slots.items()}}
-        return tensors, {"progress": self.progress._asdict(), "config": self._settings()}
-
-    def _settings(self) -> runs.Json:
-        settings: runs.Json = json.loads(json.dumps(asdict(self.config)))  # as JSON gives them back: tuples are lists
-        return settings
+        tensors = {"phi": self.phi, **runs.optimizer_tensors(self.optimizer)}
+        return tensors, {"progress": self.progress._asdict(), "config": runs.settings_of(self.config)}
 
     def load(self, tensors: dict[str, Tensor], meta: runs.Json) -> None:
-        if meta.get("config") != self._settings():
-            raise InputError("the checkpoint was made with other [general] settings: resume with those, or --overwrite")
-        with torch.no_grad():
-            self.phi.copy_(tensors["phi"])
-        slots = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": {0: slots} if slots else {}})
-        vector_to_parameters(self.phi.detach(), self.rule.parameters())
-        self.progress = MetaProgress(**meta["progress"])
+        with runs.resuming(meta, self.config, "general"):
+            with torch.no_grad():
+                self.phi.copy_(tensors["phi"])
+            runs.load_optimizer(self.optimizer, tensors)
+            vector_to_parameters(self.phi.detach(), self.rule.parameters())
+            self.progress = MetaProgress(**meta["progress"])
 
 
 def meta_train_general(

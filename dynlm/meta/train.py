@@ -8,11 +8,10 @@ window, the graph does not. A part of the meta split is kept aside to choose the
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -75,6 +74,12 @@ class MetaProgress(NamedTuple):
     seconds: float = 0.0
 
 
+def set_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:
+    """A warm-up over ten steps under a cosine to zero."""
+    for group in optimizer.param_groups:
+        group["lr"] = peak * min(1.0, (step + 1) / 10) * math.cos(math.pi / 2 * (step / steps)) ** 2
+
+
 class Stream:
     """One article being read: its remaining segments and the reader's position in it."""
 
@@ -111,11 +116,7 @@ class MetaTrainer:
         norm = torch.nn.utils.clip_grad_norm_([p for p in self.phi if p.grad is not None], self.config.clip)
         if not torch.isfinite(norm):
             raise InputError(f"meta-gradient is {float(norm)} at step {self.progress.step}: lower meta.lr")
-        for group in self.optimizer.param_groups:
-            fraction = self.progress.step / self.config.steps
-            group["lr"] = (
-                self.config.lr * min(1.0, (self.progress.step + 1) / 10) * math.cos(math.pi / 2 * fraction) ** 2
-            )
+        set_rate(self.optimizer, self.config.lr, self.progress.step, self.config.steps)
         self.optimizer.step()
         self.progress = self.progress._replace(step=self.progress.step + 1)
         return nats / tokens
@@ -144,42 +145,25 @@ class MetaTrainer:
 
     def state(self) -> tuple[dict[str, Tensor], runs.Json]:
         tensors: dict[str, Tensor] = {f"phi.{name}": p for name, p in self.rule.named_parameters()}
-        for index, slots in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items()}
+        tensors |= runs.optimizer_tensors(self.optimizer)
         tensors["rng"] = self.generator.get_state()
         streams = [
             {"article": s.article, "done": s.done, "position": pack(s.position, f"stream.{i}", tensors)}
             for i, s in enumerate(self.streams)
         ]
-        meta = {"progress": self.progress._asdict(), "config": self._settings(), "streams": streams}
-        return tensors, meta
-
-    def _settings(self) -> runs.Json:
-        """As JSON gives them back: tuples are lists."""
-        settings: runs.Json = json.loads(json.dumps(asdict(self.config)))
-        return settings
+        settings = runs.settings_of(self.config)
+        return tensors, {"progress": self.progress._asdict(), "config": settings, "streams": streams}
 
     def load(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        if meta.get("config") != self._settings():
-            raise InputError(
-                "the checkpoint was made with other [meta] settings: resume with those, or use --overwrite"
-            )
-        try:
+        with runs.resuming(meta, self.config, "meta"):
             self.rule.load_state_dict({k.removeprefix("phi."): v for k, v in tensors.items() if k.startswith("phi.")})
-            slots: dict[int, dict[str, Tensor]] = {}
-            for key in (k for k in tensors if k.startswith("optimizer.")):
-                _, index, name = key.split(".")
-                slots.setdefault(int(index), {})[name] = tensors[key]
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+            runs.load_optimizer(self.optimizer, tensors)
             self.generator.set_state(tensors["rng"])
             for i, record in enumerate(meta["streams"]):
                 self.streams[i] = stream = self._stream(record["article"])
                 stream.done = record["done"]
                 stream.position = unpack(record["position"], tensors, self.reader.parameters[0].device)
             self.progress = MetaProgress(**meta["progress"])
-        except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"the checkpoint does not fit this run ({error}): use --overwrite to start anew") from None
 
 
 def meta_train(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from dynlm.models.params import matching
 from dynlm.types import InputError
 
 LORA_PARAMS = ("*.lora_A.*", "*.lora_B.*")
@@ -23,7 +22,7 @@ class LoraSettings:
     """Which layers get low-rank weights, and how large these are."""
 
     rank: int = 8
-    """columns of B and rows of A"""
+    """columns of B and rows of A; in a recipe 0, the default there, is none"""
     alpha: float = 16.0
     """B A is scaled by alpha / rank"""
     targets: tuple[str, ...] = ("*",)
@@ -73,10 +72,4 @@ def linear_layers(model: PreTrainedModel, globs: tuple[str, ...]) -> list[str]:
     ]
     if not names:
         raise InputError(f"{type(model).__name__} has no linear layer beside its head: it takes no low-rank weights")
-    for glob in globs:
-        if not any(fnmatchcase(name, glob) for name in names):
-            close = difflib.get_close_matches(glob, names, n=1, cutoff=0.0)
-            raise InputError(
-                f"lora.targets {glob!r} matches no linear layer of {type(model).__name__}: did you mean {close[0]!r}?"
-            )
-    return [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
+    return matching(names, globs, "lora.targets", f"linear layer of {type(model).__name__}")

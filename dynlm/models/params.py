@@ -108,15 +108,10 @@ def adapted_parameters(model: nn.Module, globs: Sequence[str] = ("*",)) -> list[
     names = [name for aliases, _ in every for name in aliases]
     if not names:
         raise InputError(f"{type(model).__name__} has no parameter: nothing to adapt")
-    for glob in globs:
-        if not any(fnmatchcase(name, glob) for name in names):
-            close = difflib.get_close_matches(glob, names, n=1, cutoff=0.0)
-            raise InputError(
-                f"glob {glob!r} matches no parameter of {type(model).__name__}: did you mean {close[0]!r}?"
-            )
+    wanted = set(matching(names, globs, "glob", f"parameter of {type(model).__name__}"))
     chosen = []
     for aliases, adapted in every:
-        name = next((alias for alias in aliases if any(fnmatchcase(alias, glob) for glob in globs)), None)
+        name = next((alias for alias in aliases if alias in wanted), None)
         if name is None:
             continue
         if not adapted.parameter.is_floating_point() or not adapted.parameter.is_contiguous():
@@ -124,6 +119,25 @@ def adapted_parameters(model: nn.Module, globs: Sequence[str] = ("*",)) -> list[
             raise InputError(f"parameter {name!r} ({dtype}) is not contiguous floating point: leave it out")
         chosen.append(adapted._replace(name=name))
     return chosen
+
+
+def matching(names: Sequence[str], globs: Sequence[str], setting: str, kind: str) -> list[str]:
+    """The names that match any glob, in their order.
+
+    Raises:
+        InputError: a glob that matches none: "``setting`` GLOB matches no ``kind``", and the nearest name.
+    """
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            (close,) = difflib.get_close_matches(glob, names, n=1, cutoff=0.0)
+            raise InputError(f"{setting} {glob!r} matches no {kind}: did you mean {close!r}?")
+    return [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
+
+
+def split_like(flat_N: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """A vector as views in the shapes of ``like``, one after the other."""
+    parts = flat_N.split([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
 def flat_view(adapted: Sequence[Adapted]) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -186,30 +186,20 @@ class _Trainer:
 
     def state(self) -> tuple[dict[str, Tensor], runs.Json]:
         tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.bare_model.named_parameters()}
-        for index, slots in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items()}
+        tensors |= runs.optimizer_tensors(self.optimizer)
         for layer, (h, c) in enumerate(self.hidden or ()):
             tensors |= {f"hidden.{layer}.h": h, f"hidden.{layer}.c": c}
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
-        return tensors, {"progress": self.progress._asdict(), "config": asdict(self.config)}
+        return tensors, {"progress": self.progress._asdict(), "config": runs.settings_of(self.config)}
 
     def load(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        if meta.get("config") != asdict(self.config):
-            raise InputError(
-                "the checkpoint was made with other [train] settings: resume with those, or use --overwrite"
-            )
-        try:
+        with runs.resuming(meta, self.config, "train", "model"):
             with torch.no_grad():
                 for name, parameter in self.bare_model.named_parameters():
                     parameter.copy_(tensors[f"model.{name}"])
-            slots: dict[int, dict[str, Tensor]] = {}
-            for key in (k for k in tensors if k.startswith("optimizer.")):
-                _, index, name = key.split(".")
-                slots.setdefault(int(index), {})[name] = tensors[key]
-            state = self.optimizer.state_dict()
-            self.optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
+            runs.load_optimizer(self.optimizer, tensors)
             layers = sum(key.endswith(".h") for key in tensors if key.startswith("hidden."))
             device = self.accelerator.device
             self.hidden = tuple(
@@ -219,10 +209,6 @@ class _Trainer:
             if torch.cuda.is_available() and "rng.cuda" in tensors:
                 torch.cuda.set_rng_state(tensors["rng.cuda"])
             self.progress = Progress(**meta["progress"])
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(
-                f"the checkpoint does not fit this model ({error}): use --overwrite to start anew"
-            ) from None
 
 
 def cycle(fraction: float, warmup: float = 0.1) -> float:

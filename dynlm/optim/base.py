@@ -115,6 +115,8 @@ class Rule(nn.Module, abc.ABC):
     """Base of all rules. Subclasses give ``step``; ``observe`` and ``context`` where they need them."""
 
     name: str
+    config: Any = None
+    """the dataclass that the rule is made from; hand-made rules have none"""
     n_slots: int = 0
     slot_width: int = 0
     """0: a slot is one number a weight; H: a vector (R, C, H)"""

@@ -52,7 +52,7 @@ def start_rule(kind: str, settings: dict[str, float], priors: Sequence[Prior], s
 
 def rule_config(rule: Rule) -> dict[str, Any]:
     """The configuration of a learned cell; hand-made rules need none."""
-    return asdict(rule.config) if isinstance(rule, Learned | Linear | General) else {}
+    return asdict(rule.config) if rule.config else {}
 
 
 def save_rule(rule: Rule, path: Path, made: runs.Json | None = None) -> None:

@@ -1,5 +1,6 @@
 """Meta-training on tasks: outcomes, antithetic pairs, what stays fixed, workers, exact resume."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -92,3 +93,15 @@ def test_it_resumes_exactly_and_saves_at_each_validation(tmp_path):
     other = GeneralTrainer(General(), replace(CONFIG, sigma=0.2))
     with pytest.raises(InputError, match=r"other \[general\] settings"):
         meta_train_general(other, Run(tmp_path / "cut"), lambda *_: None, resume=True)
+
+
+def test_checkpoints_of_earlier_versions_are_read_and_broken_ones_refused():
+    straight, resumed = GeneralTrainer(General(), CONFIG), GeneralTrainer(General(), CONFIG)
+    straight.step()
+    tensors, meta = copy.deepcopy(straight.state())
+    resumed.load({name.replace("optimizer.0.", "optimizer."): tensor for name, tensor in tensors.items()}, meta)
+    assert straight.step() == resumed.step()
+    assert torch.equal(straight.phi, resumed.phi)
+    del tensors["phi"]
+    with pytest.raises(InputError, match="does not fit this run"):
+        GeneralTrainer(General(), CONFIG).load(tensors, meta)

@@ -24,9 +24,7 @@ RULES = {"adam": Adam(0.01), "gated": Gated(GatedConfig(lr=0.003)), "general": G
 for_rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 
 
-@pytest.fixture(autouse=True)
-def eager(monkeypatch):
-    monkeypatch.setenv("DYNLM_KERNEL", "eager")
+pytestmark = pytest.mark.usefixtures("eager")
 
 
 def make_net(seed=0, dtype=torch.float32):

@@ -23,6 +23,9 @@ from dynlm.optim.base import Prior, Rule, RuleState, Seen
 from dynlm.optim.kernel import FusedStep
 from dynlm.types import InputError, TokenizedArticle
 
+UpdateStep = Callable[[Sequence[Tensor], Sequence[Tensor], RuleState, Sequence[Prior]], Seen]
+"""(thetas, grads, state, priors): changes weights and state in place and returns what the rule observed"""
+
 
 class Scorer(Protocol):
     """A base model as the inner loop sees it: losses of one segment under its present weights."""
@@ -77,7 +80,7 @@ class Reader:
             )
         self.parameters = [a.parameter for a in self.adapted]
         self.thetas = [a.matrix_RC for a in self.adapted]
-        self.apply = FusedStep(rule, {"auto": None, "compiled": True, "eager": False}[config.kernel])
+        self.apply: UpdateStep = FusedStep(rule, {"auto": None, "compiled": True, "eager": False}[config.kernel])
         self.begin()
 
     def __enter__(self) -> Reader:

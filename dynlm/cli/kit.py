@@ -12,12 +12,13 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from dynlm.adapt import ReadConfig, Reader, Scorer, make_priors
+from dynlm.data.spacing import Spacing
 from dynlm.data.tokenizers import Tokenizer, load_tokenizer
 from dynlm.models.light import LightLSTM, is_light, load_light
 from dynlm.models.params import adapted_parameters
@@ -30,6 +31,7 @@ from dynlm.types import InputError
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
 DEFAULT_MODEL = "wikitext2"
+KIT = "kit.json"  # beside a shipped run: {"spacing": "wikitext"} where its model was trained on text spaced so
 RULES = ("gated", "rms")  # the first that the run holds
 
 
@@ -44,6 +46,8 @@ class Kit:
     priors: Sequence[Prior]
     config: ReadConfig
     source: str
+    spacing: Spacing = "none"
+    """what the model was trained on"""
 
     def readers(self) -> tuple[Reader, Reader]:
         """(static, adapted): the frozen one reads with a copy of the model."""
@@ -53,15 +57,19 @@ class Kit:
 
     def fingerprints(self) -> Json:
         """Of θ0 and of the rule: what a saved memory belongs to."""
-        return {"model": model_fingerprint(self.priors), "rule": fingerprint(self.rule)}
+        return {"model": model_fingerprint(self.priors, self.model), "rule": fingerprint(self.rule)}
 
 
-def model_fingerprint(priors: Sequence[Prior]) -> str:
-    """SHA-256, 16 digits, over names, shapes and values of the adapted weights θ0."""
+def model_fingerprint(priors: Sequence[Prior], model: nn.Module | None = None) -> str:
+    """SHA-256, 16 digits, over names, shapes and values of the adapted weights θ0, and of ``model``'s other ones."""
+    tensors = [(prior.name, prior.theta0) for prior in priors]
+    if model is not None:
+        adapted = {id(a.parameter) for a in adapted_parameters(model, [prior.name for prior in priors])}
+        tensors += [(name, p) for name, p in model.named_parameters() if id(p) not in adapted]
     digest = hashlib.sha256()
-    for prior in priors:
-        digest.update(f"{prior.name}\0{tuple(prior.theta0.shape)}\0{prior.theta0.dtype}\0".encode())
-        digest.update(prior.theta0.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, tensor in tensors:
+        digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -75,9 +83,9 @@ def load_kit(run_path: str, rule_name: str, reset: Any) -> Kit:
     if not run.path.is_dir():
         raise InputError(f"run directory {run.path} does not exist: `dynlm train` makes one, or leave --run out")
     settings = read_json(run.require(run.recipe, "train"))
-    model, scorer = _load_model(run, settings)
+    model, scorer, params = _load_model(run, settings)
     read = settings.get("read", {})
-    config = ReadConfig(read.get("segment", 32), reset, tuple(read.get("params", ("*",))), read.get("kernel", "auto"))
+    config = ReadConfig(read.get("segment", 32), reset, params, read.get("kernel", "auto"))
     adapted = adapted_parameters(model, config.params)
     tensors, _ = read_tensors(run.require(run.prior, "tune"))
     if {a.name: a.matrix_RC.shape for a in adapted} != {name: tensor.shape for name, tensor in tensors.items()}:
@@ -85,19 +93,25 @@ def load_kit(run_path: str, rule_name: str, reset: Any) -> Kit:
     priors = make_priors(adapted, [tensors[a.name].float() for a in adapted])
     tokenizer, rule = load_tokenizer(run.require(run.tokenizer, "train")), _load_rule(run, rule_name)
     name = run_path or f"shipped {DEFAULT_MODEL}"
-    return Kit(model, scorer, tokenizer, rule.requires_grad_(False), priors, config, name)
+    spacing = read_json(run.path / KIT).get("spacing") if (run.path / KIT).is_file() else "none"
+    if spacing not in ("none", "wikitext"):
+        raise InputError(f"{run.path / KIT}: spacing is {spacing!r}: expected 'none' or 'wikitext'")
+    return Kit(model, scorer, tokenizer, rule.requires_grad_(False), priors, config, name, cast(Spacing, spacing))
 
 
-def _load_model(run: Run, settings: Json) -> tuple[nn.Module, Callable[[Any], Scorer]]:
-    """A model and what makes it a scorer. Another source of models belongs here."""
-    folder = run.require(run.model, "train")
+def _load_model(run: Run, settings: Json) -> tuple[nn.Module, Callable[[Any], Scorer], tuple[str, ...]]:
+    """A run's model, what makes it a scorer, and the globs of what is adapted."""
+    folder, params = run.require(run.model, "train"), tuple(settings.get("read", {}).get("params", ("*",)))
     if is_light(folder):
-        return load_light(folder), _itself
-    from dynlm.models.causal import load_model, scorer_for  # seconds of imports
+        return load_light(folder), _itself, params
+    from dynlm.cli.adopt import load_base  # seconds of imports
+    from dynlm.models.causal import scorer_for
     from dynlm.models.context import ContextConfig
+    from dynlm.models.lora import LoraSettings
 
-    context = ContextConfig(**settings.get("context", {}))
-    return load_model(folder), lambda model: scorer_for(model, context)
+    context, lora = ContextConfig(**settings.get("context", {})), settings.get("lora", {"rank": 0})
+    model, params = load_base(folder, LoraSettings(**lora | {"targets": tuple(lora.get("targets", ("*",)))}), params)
+    return model, lambda model: scorer_for(model, context), params
 
 
 def _itself(model: LightLSTM) -> Scorer:

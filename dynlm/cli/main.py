@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # MODULE.FUNCTION, imported when its command runs: `dynlm read` needs no transformers, which takes seconds.
 COMMANDS: dict[str, tuple[str, str]] = {
     "read": ("read.main", "read your own texts and see, token by token, what learning while reading gains"),
-    "train": ("stages.train", "train the tokenizer and the base language model"),
+    "train": ("stages.train", "train tokenizer and base model, or take up a ready one"),
     "tune": ("stages.tune", "tune the hand-made rules on the meta split"),
     "plan": ("plan.plan", "predict memory and time of meta-training; needs no data"),
     "meta-train": ("stages.meta_training", "train a learned rule, from a tuned hand-made one"),

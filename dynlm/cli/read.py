@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 import os
 import sys
-import time
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal, NamedTuple
+from typing import Annotated, BinaryIO, Literal
 
 import torch
 import tyro
@@ -22,9 +21,10 @@ from tqdm import tqdm
 
 import dynlm
 from dynlm.cli.kit import Kit, load_kit
-from dynlm.cli.memory import copied, load_memory, save_memory
+from dynlm.cli.memory import load_memory, save_memory
+from dynlm.cli.pair import Pair, Stopped, Totals, perplexity
 from dynlm.cli.terminal import Color, Screen
-from dynlm.data.texts import Text, encode_chunk, read_texts, surfaces
+from dynlm.data.texts import Text, read_texts
 from dynlm.runs import Json
 from dynlm.types import InputError
 
@@ -37,8 +37,25 @@ class ReadSettings:
     """.txt, .md, .html, .jsonl (an article a line under "text"), or - for standard input"""
     run: str = ""
     """run directory whose model, tokenizer, prior and rules to read with; without it, those that ship with dynlm"""
+    model: str = ""
+    """read with this causal language model of transformers instead (a folder, or a hub name in the local cache), its
+    prior measured now and its rule untuned; a run with tuned rules gains more: `dynlm train --model.pretrained`, then
+    `dynlm tune`"""
     rule: str = ""
-    """rule of the run; without it gated, or else rms"""
+    """rule of the run; without it gated, or else rms. With --model: rms, sgd, adam or static"""
+    lr: float = 0.0
+    """with --model: learning rate of the rule; 0 is where tuning starts (rms 0.002, sgd 1, adam 0.001)"""
+    lora_rank: int = 0
+    """with --model: adapt low-rank weights of this rank beside the model's own; 0 adapts the model's own"""
+    carry: Literal["cache", "overlap", "none"] = "cache"
+    """with --model: what it sees of the text before a segment, as context.carry of a run; overlap sees it under the
+    present weights, and is slower"""
+    prior_text: tuple[str, ...] = ()
+    """with --model: texts that the usual size of the gradient is measured on; without any, documentation that Python
+    carries"""
+    spacing: Literal["auto", "none", "wikitext"] = "auto"
+    """wikitext: put ordinary text into the spacing of WikiText ("word , word .") before it is read, which the shipped
+    model knows; what is shown and counted stays the text; auto: where the model needs it and the text has it not"""
     reset: Literal["auto", "article", "never"] = "auto"
     """article: weights start anew at each article; never: all texts are one stream; auto: article, or never with a
     memory"""
@@ -60,39 +77,6 @@ class ReadSettings:
         return self.reset
 
 
-class Scored(NamedTuple):
-    """Tokens of one segment: their stretches of the text and their losses in nats under both readers."""
-
-    texts: list[str]
-    static: list[float]
-    adapted: list[float]
-
-
-@dataclass
-class Totals:
-    """Sums over all that was read. ``words`` counts an end-of-line a line, as everywhere in dynlm."""
-
-    articles: int = 0
-    tokens: int = 0
-    words: int = 0
-    bytes: int = 0
-    static: float = 0.0
-    """nats"""
-    adapted: float = 0.0
-    """nats"""
-    seconds: float = 0.0
-
-    @property
-    def gain(self) -> float:
-        """Nats a token."""
-        return (self.static - self.adapted) / max(1, self.tokens)
-
-    def perplexity(self, nats: float) -> float:
-        """By word; infinite where a text has next to no words."""
-        mean = nats / max(1, self.words)
-        return math.exp(mean) if mean < 700 else math.inf
-
-
 @dataclass
 class Record:
     """What the page needs of every token."""
@@ -102,63 +86,6 @@ class Record:
     adapted: array[float] = field(default_factory=lambda: array("f"))
     articles: list[tuple[str, int]] = field(default_factory=list)
     """(title, number of its first token)"""
-
-
-class Pair:
-    """The two readers over one stream of tokens, cut into segments as :class:`dynlm.adapt.Reader` cuts an article."""
-
-    def __init__(self, kit: Kit, settings: ReadSettings) -> None:
-        self.kit, self.resets = kit, settings.resets
-        self.static, self.adapted = kit.readers()
-        self.size, self.start_id = kit.config.segment, kit.tokenizer.eos_id
-        self.start, self.static_hidden = None, None
-        if settings.load_memory:
-            self.start, self.static_hidden = load_memory(Path(settings.load_memory), self.adapted, kit.fingerprints())
-        self._begin()
-
-    def _begin(self) -> None:
-        self.static.begin()
-        self.static.hidden = self.static_hidden
-        if self.start is None:
-            self.adapted.begin()
-        else:
-            self.adapted.resume(copied(self.start))
-
-    def read(self, text: Text, totals: Totals) -> Iterator[Scored]:
-        """One text, segment by segment; ``totals`` grows with it."""
-        if self.resets == "article" and totals.articles:
-            self._begin()
-        totals.articles += 1
-        ids: list[int] = []
-        texts: list[str] = []
-        previous, in_word = self.start_id, False
-        for chunk in text.chunks:
-            new = encode_chunk(self.kit.tokenizer, chunk)
-            texts += surfaces(self.kit.tokenizer.pieces(new), chunk)
-            ids += new
-            totals.bytes += len(chunk.encode())
-            totals.words += len(chunk.split()) + chunk.count("\n") - (in_word and not chunk[0].isspace())
-            in_word = not chunk[-1].isspace()
-            whole = len(ids) - len(ids) % self.size
-            for at in range(0, whole, self.size):
-                yield self._segment(previous, ids[at : at + self.size], texts[at : at + self.size], totals)
-                previous = ids[at + self.size - 1]
-            del ids[:whole], texts[:whole]
-        if ids:
-            yield self._segment(previous, ids, texts, totals)
-
-    def _segment(self, previous: int, ids: list[int], texts: list[str], totals: Totals) -> Scored:
-        started = time.perf_counter()
-        targets_S = torch.tensor(ids)
-        inputs_S = torch.tensor([previous, *ids[:-1]])
-        device = self.adapted.parameters[0].device
-        pieces = inputs_S.to(device), targets_S.to(device)
-        static_S, adapted_S = (r.segment(*pieces).losses_S.double().cpu() for r in (self.static, self.adapted))
-        totals.tokens += len(ids)
-        totals.static += float(static_S.sum())
-        totals.adapted += float(adapted_S.sum())
-        totals.seconds += time.perf_counter() - started
-        return Scored(texts, static_S.tolist(), adapted_S.tolist())
 
 
 def main(arguments: Sequence[str], stdin: BinaryIO | None = None) -> None:
@@ -180,22 +107,47 @@ def read(settings: ReadSettings, stdin: BinaryIO | None = None) -> Totals:
     for target in (settings.html, settings.save_memory):
         if target and (Path(target).is_dir() or not Path(target).absolute().parent.is_dir()):
             raise InputError(f"cannot write {target}: give a file in an existing folder")
-    kit = load_kit(settings.run, settings.rule, settings.resets)
-    pair, totals, record = Pair(kit, settings), Totals(), Record() if settings.html else None
-    screen = Screen(sys.stdout, settings.color)
+    kit = _kit(settings)
+    pair, totals, record = Pair(kit, settings.resets, settings.spacing), Totals(), Record() if settings.html else None
+    if settings.load_memory:
+        position = load_memory(Path(settings.load_memory), pair.adapted, kit.fingerprints())
+        pair.start, pair.static_hidden = position
+        pair.begin()
+    screen, stopped = Screen(sys.stdout, settings.color), False
     with pair.static, pair.adapted:
         try:
             _read_all(pair, texts, screen, (settings, totals, record))
+        except Stopped:
+            stopped = True
         finally:
             if totals.tokens:
                 _print_totals(screen, kit, totals)
-        if settings.save_memory:
+        if settings.save_memory and totals.tokens:
             save_memory(Path(settings.save_memory), pair.static, pair.adapted, kit.fingerprints())
             size = Path(settings.save_memory).stat().st_size / 1e6
             print(f"memory: {settings.save_memory} ({size:.1f} MB)", file=sys.stderr)
-    if record:
+    if settings.model and totals.gain < 0:
+        lr = kit.rule.settings()["lr"]
+        print(f"dynlm: note: learning lost here: lower --lr ({lr:g} now), or tune the rule in a run", file=sys.stderr)
+    if record and record.texts:
         _write_page(Path(settings.html), record, (kit, settings, totals))
+    if stopped:
+        print(f"dynlm: interrupted after {totals.tokens:,} tokens", file=sys.stderr)
+        sys.exit(130)
     return totals
+
+
+def _kit(settings: ReadSettings) -> Kit:
+    if settings.model:
+        from dynlm.cli.bare import load_bare  # transformers, which takes seconds
+
+        if settings.run:
+            raise InputError(f"--model {settings.model} and --run {settings.run}: give one of them")
+        return load_bare(settings)
+    for name in ("lr", "lora_rank", "prior_text"):
+        if getattr(settings, name):
+            raise InputError(f"--{name.replace('_', '-')} is for --model: a run's own is in its settings and rules")
+    return load_kit(settings.run, settings.rule, settings.resets)
 
 
 def _read_all(
@@ -207,7 +159,7 @@ def _read_all(
     if shown:
         screen.legend()
     hidden = screen.terminal and shown
-    with tqdm(desc="read", unit="token", unit_scale=True, disable=hidden, file=sys.stderr) as bar:
+    with pair.stop, tqdm(desc="read", unit="token", unit_scale=True, disable=hidden, file=sys.stderr) as bar:
         for text in texts:
             if several and shown:
                 screen.line(f"── {text.title}")
@@ -232,12 +184,16 @@ def _print_totals(screen: Screen, kit: Kit, totals: Totals) -> None:
     )
     for name, nats in (("static", totals.static), (kit.rule.name, totals.adapted)):
         screen.line(
-            f"{name:>8}  {nats / totals.tokens:.4f} nats/token  word perplexity {totals.perplexity(nats):,.2f}"
-            f"  token perplexity {math.exp(nats / totals.tokens):,.2f}"
+            f"{name:>8}  {nats / totals.tokens:.4f} nats/token  word perplexity {_short(totals.perplexity(nats))}"
+            f"  token perplexity {_short(perplexity(nats, totals.tokens))}"
         )
     before, after = totals.perplexity(totals.static), totals.perplexity(totals.adapted)
     change = f": word perplexity {after / before - 1:+.1%}" if math.isfinite(before) and math.isfinite(after) else ""
     screen.line(f"{'gain':>8} {totals.gain:+.4f} nats/token{change}")
+
+
+def _short(value: float) -> str:
+    return f"{value:,.2f}" if value < 1e9 else f"{value:.2e}"
 
 
 def _write_page(path: Path, record: Record, what: tuple[Kit, ReadSettings, Totals]) -> None:

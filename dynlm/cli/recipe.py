@@ -8,7 +8,9 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_type_hints
+
+import tyro
 
 from dynlm.adapt import ReadConfig
 from dynlm.data.articles import DataConfig
@@ -19,6 +21,7 @@ from dynlm.meta.tasks import GeneralMetaConfig
 from dynlm.meta.train import MetaConfig
 from dynlm.meta.tune import TuneConfig
 from dynlm.models.context import ContextConfig
+from dynlm.models.lora import LoraSettings
 from dynlm.models.lstm import ModelConfig
 from dynlm.models.train import TrainConfig
 from dynlm.runs import read_json
@@ -39,11 +42,22 @@ class EvaluateConfig:
 
     methods: tuple[str, ...] = ("static", "sgd", "rms", "adam", "gated")
     """static is the baseline of every gain; others are taken from the run's rules, RULE@METHOD from a learned start;
-    cache is static with a neural cache, RULE+cache another method with one (tune.rules takes these names)"""
+    cache is static with a neural cache, RULE+cache another method with one (tune.rules takes these names); stateless is
+    static without its hidden state, which is dropped before each segment: what the model knows with no memory at all"""
     split: str = "valid"
     """split to read"""
     max_articles: int = 0
     """read only the first so many; 0 reads all"""
+    gate_articles: int = 8
+    """record what each rule's COPY, UPDATE and FLUSH do while it reads the first so many; 0 records nothing"""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """The report of an evaluation."""
+
+    format: Annotated[str, tyro.conf.arg(aliases=["--format"])] = ""
+    """its figures as files too, for papers: any of png, svg, pdf, as in png,svg"""
 
 
 @dataclass(frozen=True)
@@ -119,6 +133,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraSettings = field(default_factory=lambda: LoraSettings(rank=0))
     train: TrainConfig = field(default_factory=TrainConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
     read: ReadConfig = field(default_factory=ReadConfig)
@@ -128,11 +143,12 @@ class Recipe:
     plan: PlanConfig = field(default_factory=PlanConfig)
     start: StartConfig = field(default_factory=StartConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     fewshot: FewShotConfig = field(default_factory=FewShotConfig)
     general: GeneralMetaConfig = field(default_factory=GeneralMetaConfig)
 
 
-FIXED_BY_TRAINING = ("data", "tokenizer", "model")
+FIXED_BY_TRAINING = ("data", "tokenizer", "model", "lora")
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -150,25 +166,25 @@ def load_recipe(path: Path) -> Recipe:
     return cast(Recipe, build(Recipe, values, str(path)))
 
 
-def build(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:
-    """A (nested) config dataclass from plain values, every key and type checked."""
+def build(kind: type[Any], values: Mapping[str, Any], where: str, default: Any = None) -> Any:
+    """A (nested) config dataclass from plain values, every key and type checked; the rest is ``default``'s."""
     hints = get_type_hints(kind)
     known = [f.name for f in dataclasses.fields(kind)]
-    settings = {}
+    default, settings = default if default is not None else kind(), {}
     for key, value in values.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f": did you mean {close[0]!r}?" if close else f": known are {', '.join(known)}"
             raise InputError(f"{where}: unknown key {key!r}{hint}")
-        settings[key] = _check(hints[key], value, f"{where}: {key}")
-    return kind(**settings)
+        settings[key] = _check(hints[key], value, f"{where}: {key}", getattr(default, key))
+    return dataclasses.replace(default, **settings)
 
 
-def _check(hint: Any, value: Any, where: str) -> Any:
+def _check(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise InputError(f"{where} is {value!r}: expected a [table] of settings")
-        return build(hint, value, where) if isinstance(hint, type) else value
+        return build(hint, value, where, default) if isinstance(hint, type) else value
     arguments: tuple[Any, ...] = getattr(hint, "__args__", ())
     if getattr(hint, "__origin__", None) is tuple:
         if not isinstance(value, list | tuple):
@@ -191,12 +207,12 @@ def recipe_of_run(path: Path) -> Recipe:
 
 
 def require_same(recipe: Recipe, trained: Recipe) -> None:
-    """Data, tokenizer and model are fixed once the base model is trained."""
+    """Data, tokenizer, model and its low-rank weights are fixed once the base model is trained or taken up."""
     for name in FIXED_BY_TRAINING:
         now, then = getattr(recipe, name), getattr(trained, name)
         for f in dataclasses.fields(now):
             a, b = getattr(now, f.name), getattr(then, f.name)
             if a != b:
                 raise InputError(
-                    f"{name}.{f.name} is {a!r}, but this run's model was trained with {b!r}: use another --run"
+                    f"{name}.{f.name} is {a!r}, but this run's model was made with {b!r}: use another --run"
                 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-import shutil
 from collections import Counter
 from dataclasses import asdict
 from functools import cached_property
@@ -17,6 +16,8 @@ from tqdm import tqdm
 import dynlm
 from dynlm import runs
 from dynlm.adapt import ReadConfig, Reader, make_priors, measure_priors
+from dynlm.cli.adopt import adopt, begin_run, load_base
+from dynlm.cli.kit import model_fingerprint
 from dynlm.cli.recipe import Recipe, recipe_of_run, require_same
 from dynlm.data.articles import Corpus, load_corpus
 from dynlm.data.segments import article_segments
@@ -26,16 +27,18 @@ from dynlm.evaluate.cache import CachedReader, cached_name, load_cache, save_cac
 from dynlm.evaluate.cache_search import tune_cache
 from dynlm.evaluate.compare import summarize, write_results
 from dynlm.evaluate.metrics import count
+from dynlm.evaluate.stateless import STATELESS, StatelessScorer
 from dynlm.evaluate.stream import Scores, read_and_watch, read_articles
 from dynlm.evaluate.tap import TappedReader
 from dynlm.meta.train import MetaProgress, MetaTrainer, divide_meta_split, meta_train
 from dynlm.meta.tune import tune_rule
-from dynlm.models.causal import CausalScorer, load_model, scorer_for
+from dynlm.models.causal import CausalScorer, scorer_for
 from dynlm.models.lstm import LSTMForCausalLM
 from dynlm.models.params import adapted_parameters
 from dynlm.models.train import train_base_model
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.handmade import Static
+from dynlm.optim.hub import fingerprint
 from dynlm.optim.library import LEARNED, load_rule, save_rule, start_rule
 from dynlm.report.html import write_report
 from dynlm.types import Article, InputError, TokenizedArticle
@@ -45,11 +48,12 @@ class Bench:
     """What the stages after training work with, loaded when first used."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.run = recipe, runs.Run(recipe.run)
+        self.run = runs.Run(recipe.run)
         trained = recipe_of_run(self.run.require(self.run.recipe, "train"))
         require_same(recipe, trained)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_model(self.run.model, self.device)
+        self.model, params = load_base(self.run.model, recipe.lora, recipe.read.params, self.device)
+        self.recipe = dataclasses.replace(recipe, read=dataclasses.replace(recipe.read, params=params))
         self.score = scorer_for(self.model, recipe.context)
         self.tokenizer = load_tokenizer(self.run.tokenizer)
 
@@ -90,7 +94,8 @@ class Bench:
     def method(self, name: str) -> Reader:
         """The reader of a method of ``evaluate.methods``: RULE, or RULE@START with a start of ``learn-start``.
 
-        ``cache`` and METHOD+cache put a neural cache beside static reading or beside METHOD.
+        ``cache`` and METHOD+cache put a neural cache beside static reading or beside METHOD; ``stateless`` is static
+        reading that carries nothing from segment to segment.
         """
         beside = cached_name(name)
         if beside is not None:
@@ -98,8 +103,9 @@ class Bench:
             return CachedReader.beside(self.method(beside), load_cache(self.run.require(self.run.rule(name), made_by)))
         kind, _, start = name.partition("@")
         rule = self.load_rule(kind)
+        score = StatelessScorer(self.score) if kind == STATELESS else self.score
         if not start:
-            return self.reader(rule)
+            return Reader(self.model, score, rule.to(self.device), self.priors, self.recipe.read)
         tensors, _ = runs.read_tensors(self.run.require(self.run.start(start), "learn-start"))
         missing = [prior.name for prior in self.priors if prior.name not in tensors]
         if missing:
@@ -108,10 +114,10 @@ class Bench:
         if phi and rule.name in LEARNED:  # learned together with this start
             rule.load_state_dict(phi)
         priors = [p._replace(theta0=tensors[p.name].to(p.theta0)) for p in self.priors]
-        return Reader(self.model, self.score, rule.to(self.device), priors, self.recipe.read)
+        return Reader(self.model, score, rule.to(self.device), priors, self.recipe.read)
 
     def load_rule(self, name: str) -> Rule:
-        if name == "static":
+        if name in ("static", STATELESS):
             return Static()
         made_by = "meta-train" if name in LEARNED else "tune"
         return load_rule(self.run.require(self.run.rule(name), made_by))[0]
@@ -139,7 +145,7 @@ def free(path: Path, recipe: Recipe, checkpoint: Path | None = None) -> None:
 
 
 def train(recipe: Recipe) -> None:
-    """Tokenizer and base model from the train split."""
+    """Tokenizer and base model from the train split, or as ``model.pretrained`` holds them."""
     run = runs.Run(recipe.run)
     checkpoint = run.checkpoint("train")
     if recipe.resume:
@@ -147,6 +153,11 @@ def train(recipe: Recipe) -> None:
         require_same(recipe, recipe_of_run(run.recipe))
     free(run.model, recipe, checkpoint)
     corpus = load_corpus(recipe.data)
+    if recipe.model.pretrained:
+        adopt(recipe, run)
+        return
+    if recipe.lora.rank:
+        raise InputError(f"lora.rank is {recipe.lora.rank}, but an LSTM takes no low-rank weights: set it to 0")
     train_texts, valid_texts = corpus.split("train"), corpus.split("valid")
     tokenizer = (
         load_tokenizer(run.tokenizer) if recipe.resume else train_tokenizer(recipe.tokenizer, train_texts + corpus.meta)
@@ -160,12 +171,7 @@ def train(recipe: Recipe) -> None:
     def save_best(best: LSTMForCausalLM) -> None:
         nonlocal fresh
         if fresh:  # only now is there something to put in the place of an earlier run, and of what was made from it
-            for stale in (run.path / "rules", run.evaluation):
-                shutil.rmtree(stale, ignore_errors=True)
-            for stale in (run.prior, run.report, run.log("train"), run.log("meta-train")):
-                stale.unlink(missing_ok=True)
-            tokenizer.save(run.tokenizer)
-            runs.write_json(run.recipe, asdict(dataclasses.replace(recipe, overwrite=False, resume=False)))
+            begin_run(run, tokenizer, recipe)
             fresh = False
         with runs.replacing(run.model) as temporary:
             best.save_pretrained(temporary)
@@ -249,12 +255,14 @@ def evaluate(recipe: Recipe) -> None:
     articles = bench.articles(config.split, config.max_articles)
     counts = count(articles)
     start_id = bench.tokenizer.eos_id
-    scores = {name: _read(name, reader, articles, start_id) for name, reader in readers.items()}
+    scores = {name: _read(name, reader, articles, start_id, config.gate_articles) for name, reader in readers.items()}
     summary = summarize(scores, {name: _settings(reader) for name, reader in readers.items()}, counts)
+    for name, reader in readers.items():
+        summary["methods"][name]["fingerprint"] = fingerprint(reader.rule) if reader.rule.reads_gradient else None
     words = Counter(word for article in bench.corpus.train for word in article.text.split())
     reading = Reading(articles, bench.tokenizer, words, recipe.read.segment, recipe.read.reset)
     summary["breakdowns"] = break_down(scores, reading)
-    write_results(bench.run, scores, {**_circumstances(bench, articles), **counts._asdict(), **summary})
+    write_results(bench.run, scores, articles, {**_circumstances(bench, articles), **counts._asdict(), **summary})
     for name, method in sorted(summary["methods"].items(), key=lambda item: -item[1]["nats"]):
         low, high = method["gain_ci95"]
         print(
@@ -271,13 +279,15 @@ def _settings(reader: Reader) -> dict[str, float]:
     return {**reader.rule.settings(), **{f"cache.{name}": value for name, value in of_cache.items()}}
 
 
-def _read(name: str, reader: Reader, articles: list[TokenizedArticle], start_id: int) -> Scores:
+def _read(name: str, reader: Reader, articles: list[TokenizedArticle], start_id: int, gate_articles: int) -> Scores:
+    """``gate_articles`` counts for nothing with a cache, beside which a rule does what it does alone."""
     tapped = reader if isinstance(reader, TappedReader) else TappedReader.of(reader)
     if tapped.rule.reads_gradient:
         with tapped:  # kernels are built outside the timed pass
             tapped.read(dataclasses.replace(articles[0], ids_T=articles[0].ids_T[:128]), start_id)
     with tqdm(total=sum(map(len, articles)), desc=f"read {name}", unit="token", unit_scale=True) as bar:
-        return read_and_watch(tapped, articles, start_id, bar.update)
+        gate_articles = 0 if cached_name(name) else gate_articles
+        return read_and_watch(tapped, articles, start_id, bar.update, gate_articles)
 
 
 def _circumstances(bench: Bench, articles: list[TokenizedArticle]) -> runs.Json:
@@ -296,7 +306,9 @@ def _circumstances(bench: Bench, articles: list[TokenizedArticle]) -> runs.Json:
             "class": type(bench.model).__name__,
             "parameters": bench.model.num_parameters(),
             "adapted": sum(p.theta0.numel() for p in bench.priors),
+            "fingerprint": model_fingerprint(bench.priors, bench.model),
         },
+        "tokenizer": {"class": type(bench.tokenizer).__name__, "vocab_size": bench.tokenizer.vocab_size},
         "versions": {
             "dynlm": dynlm.__version__,
             "python": platform.python_version(),
@@ -310,4 +322,7 @@ def report(recipe: Recipe) -> None:
     """The report of a finished evaluation."""
     run = runs.Run(recipe.run)
     run.require(run.results, "evaluate")
-    print(f"report: {write_report(run)}")
+    pieces = load_tokenizer(run.tokenizer).pieces if run.tokenizer.is_dir() else None
+    print(f"report: {write_report(run, recipe.report.format, pieces)}")
+    if recipe.report.format:
+        print(f"figures: {run.figures}")

@@ -31,7 +31,7 @@ class TokenizerConfig:
     byte_fallback: bool = True
     """spell unseen characters as bytes (256 entries); off: every character of the training text is an entry"""
     name: str = ""
-    """hub name or folder; huggingface only"""
+    """hub name (read from the local cache) or folder; huggingface only"""
 
 
 class Tokenizer(Protocol):
@@ -163,9 +163,15 @@ class HuggingFaceTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise InputError(f"tokenizer {name!r} cannot be loaded ({str(error).splitlines()[0]})") from None
+            self._tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+            if not self._tokenizer.vocab_size:  # what a folder with a model alone gives
+                raise ValueError("it has no entries")
+        except Exception as error:  # the loader raises many kinds; all mean that there is no whole tokenizer
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"tokenizer {name!r} cannot be loaded ({reason}): give a folder that holds one, or fetch it with "
+                f"`hf download`"
+            ) from None
         self.vocab_size = len(self._tokenizer)
         starts = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, 0)
         self.eos_id = next(token for token in starts if token is not None)

@@ -16,6 +16,9 @@
         "methods": {METHOD: {"first_reading", "again": nats a token, "gain": static − again, "ci95"}}}; the interval
         is over segments, as there is one article
     calibration         {METHOD: {"ece", "ci95", "bins"}} (dynlm.evaluate.calibration)
+    gates               {METHOD: {"tensors": names, "weights": of each tensor, "segments": updates of each of the
+        articles recorded, "mean": {"copy", "update", "flush": means over these updates, one a tensor}}}
+        (dynlm.evaluate.gates; single updates are "gates/METHOD" in losses.safetensors), {} where none were recorded
 
 Intervals are 95 % percentile bootstrap over articles. A gain is of that share of the tokens: gains of bins, weighted
 with their tokens, sum to the gain of all.
@@ -72,6 +75,7 @@ def break_down(scores: Mapping[str, Scores], reading: Reading) -> Json:
     }
     result: Json = {name: gains(scores, class_T, labels) for name, (class_T, labels) in classes.items()}
     result["calibration"] = {name: s.calibration for name, s in scores.items() if s.calibration is not None}
+    result["gates"] = {name: s.gates.summary() for name, s in scores.items() if s.gates is not None}
     if reading.reset == "never":
         result["boundaries"] = _boundaries(scores, reading.segment)
         result["interference"] = _interference(scores, reading)

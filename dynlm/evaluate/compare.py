@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from dynlm.evaluate.metrics import Counts, gain_by_position, holm, paired_gain, perplexities, sign_flip_p
 from dynlm.evaluate.stream import Scores
 from dynlm.runs import Json, Run, write_json, write_tensors
-from dynlm.types import InputError
+from dynlm.types import InputError, TokenizedArticle
 
 SCHEMA = 1
 
@@ -57,10 +57,16 @@ def _comparisons(scores: Mapping[str, Scores], methods: Json) -> list[Json]:
     return rows
 
 
-def write_results(run: Run, scores: Mapping[str, Scores], results: Json) -> None:
-    """results.json and, beside it, the loss of every token under every method."""
-    lengths = [losses_T.numel() for losses_T in scores["static"].losses]
+def write_results(run: Run, scores: Mapping[str, Scores], articles: Sequence[TokenizedArticle], results: Json) -> None:
+    """results.json and, beside it, every token with its loss under every method, and the gates of the first articles.
+
+    losses.safetensors: "losses/METHOD" (T,) in nats; "ids", "article" and "position" in it (T,), int32; and where they
+    were recorded "gates/METHOD" (3, updates, tensors), float32: COPY, UPDATE and FLUSH (dynlm.evaluate.gates).
+    """
+    lengths = [len(article) for article in articles]
     tensors: dict[str, Any] = {f"losses/{name}": torch.cat(score.losses) for name, score in scores.items()}
+    tensors |= {f"gates/{name}": score.gates.values_3Un for name, score in scores.items() if score.gates}
+    tensors["ids"] = torch.cat([article.ids_T for article in articles]).int()
     tensors["article"] = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).int()
     tensors["position"] = torch.cat([torch.arange(n) for n in lengths]).int()
     write_tensors(run.losses, tensors)

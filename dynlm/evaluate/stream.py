@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from dynlm.adapt import Reader
 from dynlm.data.segments import article_segments
 from dynlm.evaluate.calibration import Calibration
+from dynlm.evaluate.gates import GateRecorder, Gates
 from dynlm.evaluate.tap import TappedReader
 from dynlm.runs import Json
 from dynlm.types import InputError, TokenizedArticle
@@ -25,7 +27,10 @@ class Scores(NamedTuple):
     calibration: Json | None = None
     """of a tapped reader"""
     again: Tensor | None = None
-    """(T,) nats of the first article with the weights that the stream has left, without learning (reset never)"""
+    """(T,) nats of the first article with the weights that the stream has left, without learning (reset never); of
+    rules that learn"""
+    gates: Gates | None = None
+    """of the first articles' updates, where they were watched"""
 
     @property
     def nats_per_article(self) -> Tensor:
@@ -55,25 +60,33 @@ def read_and_watch(
     articles: Sequence[TokenizedArticle],
     start_id: int,
     progress: Callable[[int], Any] | None = None,
+    gate_articles: int = 0,
 ) -> Scores:
-    """As :func:`read_articles`, with calibration and, where nothing is reset, the first article read again."""
+    """As :func:`read_articles`, with calibration and, where nothing is reset, the first article read again.
+
+    Rules that leave θ0 as it is do not read again. The gates of all others are recorded while the first
+    ``gate_articles`` articles are read.
+    """
     if not articles:
         raise InputError("no article to read: the chosen split is empty")
     calibration, losses, again = Calibration(), [], None
+    recorder = GateRecorder(reader) if gate_articles and reader.rule.reads_gradient else None
     reader.watch, reader.watch_seconds = calibration.add, 0.0
     try:
         with reader:
             reader.begin()
             started = time.perf_counter()
-            for article in articles:
+            for number, article in enumerate(articles):
                 calibration.begin_article()
-                losses.append(reader.read(article, start_id, progress).float().cpu())
-            seconds = time.perf_counter() - started - reader.watch_seconds
-            if reader.config.reset == "never":
+                with recorder.article() if recorder and number < gate_articles else nullcontext():
+                    losses.append(reader.read(article, start_id, progress).float().cpu())
+            seconds = time.perf_counter() - started - reader.watch_seconds - (recorder.seconds if recorder else 0.0)
+            if reader.config.reset == "never" and reader.rule.reads_gradient:
                 again = score_only(reader, articles[0], start_id).float().cpu()
     finally:
         reader.watch = None
-    return Scores(losses, seconds, calibration.summary(), again)
+    gates = recorder.gates() if recorder else None
+    return Scores(losses, seconds, calibration.summary(), again, gates)
 
 
 def score_only(reader: Reader, article: TokenizedArticle, start_id: int) -> Tensor:

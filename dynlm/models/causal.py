@@ -200,7 +200,8 @@ def load_model(
     folder = Path(source)
     is_hub = isinstance(source, str) and not folder.exists() and HUB_NAME.fullmatch(source) is not None
     if not is_hub and not (folder / "config.json").is_file():
-        raise InputError(f"{folder} holds no model (config.json): run `dynlm train` first")
+        advice = "run `dynlm train` first" if isinstance(source, Path) else "give one of save_pretrained, or a hub name"
+        raise InputError(f"{folder} holds no model (config.json): {advice}")
     local = {"local_files_only": not (is_hub and download)}
     try:
         model, info = cast(Any, AutoModelForCausalLM).from_pretrained(

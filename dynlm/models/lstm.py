@@ -34,8 +34,11 @@ Hidden = tuple[tuple[Tensor, Tensor], ...]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The base model of a recipe: an LSTM with tied embeddings."""
+    """The base model of a recipe: an LSTM with tied embeddings, or any causal language model, trained already."""
 
+    pretrained: str = ""
+    """folder or hub name of a causal language model of transformers, which is taken as it is; without it an LSTM of the
+    sizes below is trained"""
     embedding_size: int = 256
     """width of the embedding and of the last layer's output"""
     hidden_size: int = 256
@@ -61,7 +64,7 @@ class ModelConfig:
         """A fresh model with weights drawn from ``seed``."""
         if not 1 <= self.layers <= 3:
             raise InputError(f"model.layers is {self.layers}: expected 1 to 3")
-        settings = {name: value for name, value in asdict(self).items() if name != "layers"}
+        settings = {name: value for name, value in asdict(self).items() if name not in ("layers", "pretrained")}
         torch.manual_seed(seed)
         return LSTMForCausalLM(
             LSTMConfig(

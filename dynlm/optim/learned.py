@@ -46,6 +46,13 @@ class Learned(Rule):
         self.log2_eps = nn.Parameter(torch.zeros(()))
         self.log2_decay = nn.Parameter(torch.zeros(()))
 
+    holds_gates = False
+    """the network's outputs count as constants: what is left of the step is linear, and its slopes are the gates"""
+
+    def gate(self, output: Tensor) -> Tensor:
+        """An output of the cell's network, on its way into the step."""
+        return output.detach() if self.holds_gates else output
+
     @classmethod
     def started_at(cls, settings: dict[str, float], priors: Sequence[Prior], seed: int = 0, **sizes: Any) -> Self:
         """The rule that starts exactly at a tuned RMS rule, for a model with these tensors."""
@@ -135,7 +142,8 @@ class GatingNetwork(Learned):
         of_row = [h.abs() for h in affine(w.row, row_weight, row_bias, expand)]
         hidden_bias = affine(of_row, row_to_hidden, bias, expand)
         hidden = [h.abs() for h in affine([*features, *w.col], input_weight, hidden_bias, expand)]
-        return affine(hidden, output_weight, affine(of_row, row_to_output, output_bias, expand), expand)
+        outputs = affine(hidden, output_weight, affine(of_row, row_to_output, output_bias, expand), expand)
+        return [self.gate(x) for x in outputs]
 
 
 class Frame(NamedTuple):

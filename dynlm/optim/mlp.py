@@ -88,7 +88,7 @@ class MLP(Learned):
         features += [*(softsign(2 * m) for m in means), *ratios, *w.row, *w.col]
         hidden = [leaky(h) for h in affine(features, first_weight, first_bias, expand)]
         hidden = [leaky(h) for h in affine(hidden, second_weight, second_bias, expand)]
-        direction, size = affine(hidden, output_weight, (direction_bias, size_bias), expand)
+        direction, size = map(self.gate, affine(hidden, output_weight, (direction_bias, size_bias), expand))
         step = power(faster) * f.direction + f.share * direction * power(size)
         return w.theta - lr * step - pull(w, decay, flush) * f.delta, (*means, second)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +18,10 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 SCHEMA = 1
-STATIC = "static"
+STATIC, STATELESS = "static", "stateless"
+BASELINES = (STATIC, STATELESS)
 HAND_MADE = frozenset({"sgd", "rms", "adam", "cache"})
+SHOWN = 5  # methods in a figure: more do not tell apart
 AGAIN = "run `dynlm evaluate` again"
 
 RESULT_KEYS = ("data", "reset", "segment", "model", "versions", "articles", "tokens", "words", "bytes", "methods")
@@ -27,34 +30,76 @@ METHOD_KEYS = ("nats", "token_ppl", "word_ppl", "bits_per_byte", "gain_nats_per_
 COMPARISON_KEYS = ("better", "worse", "gain_nats_per_token", "ci95")
 
 
+class Gates(NamedTuple):
+    """COPY, UPDATE and FLUSH of a rule at each update of the first articles (dynlm.evaluate.gates)."""
+
+    values_3UN: Floats
+    """means over the weights of each of N tensors at each of U updates"""
+    tensors: list[str]
+    weights: list[int]
+    """of each tensor"""
+    updates: list[int]
+    """of each article; U in all"""
+
+
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """``gains``: static loss minus method loss for every method but static, (T,) nats a token."""
+    """``losses``: nats of every token under every method, (T,)."""
 
     results: Json
-    gains: dict[str, Floats]
+    losses: Mapping[str, Floats]
     article_T: Ints
+    ids_T: Ints | None = None
+    gates: Mapping[str, Gates] = field(default_factory=dict)
+
+    @property
+    def gains(self) -> dict[str, Floats]:
+        """Static loss minus method loss for every method but static, (T,) nats a token."""
+        static_T = self.losses[STATIC]
+        return {name: static_T - loss_T for name, loss_T in self.losses.items() if name != STATIC}
 
     @property
     def names(self) -> list[str]:
-        """Static first, then by falling word perplexity: the best method stands last."""
+        """The baselines first, then by falling word perplexity: the best method stands last."""
         methods = self.results["methods"]
-        return [STATIC, *sorted(self.gains, key=lambda name: (-methods[name]["word_ppl"], name))]
+        first = [name for name in BASELINES if name in self.losses]
+        return [*first, *sorted(set(self.losses) - set(first), key=lambda name: (-methods[name]["word_ppl"], name))]
+
+    @property
+    def adaptive(self) -> list[str]:
+        """The methods that are no baselines, the best last."""
+        return [name for name in self.names if name not in BASELINES]
+
+    @property
+    def shown(self) -> list[str]:
+        """Those of the figures, the best last: the best of each kind, then the best of the others."""
+        ranked = self.adaptive[::-1]
+        wanted = [self.best("learned"), self.best("hand-made", cached=False), "cache"]
+        chosen = [name for name in [*wanted, *ranked] if name in ranked]
+        few = set(list(dict.fromkeys(chosen))[:SHOWN])
+        return [name for name in self.adaptive if name in few]
 
     @property
     def titles(self) -> list[str]:
         titles: list[str] = self.results["data"]["titles"]
         return titles
 
+    @property
+    def breakdowns(self) -> Json:
+        """dynlm.evaluate.breakdowns; empty for an evaluation that has none."""
+        breakdowns: Json = self.results.get("breakdowns", {})
+        return breakdowns
+
     def kind(self, name: str) -> str:
         """``baseline``, ``hand-made`` or ``learned``, by the method's name."""
-        if name == STATIC:
+        if name in BASELINES:
             return "baseline"
         return "hand-made" if name.removesuffix("+cache") in HAND_MADE else "learned"
 
-    def best(self, kind: str) -> str | None:
+    def best(self, kind: str, cached: bool = True) -> str | None:
         """The method of this kind with the lowest word perplexity, if there is one."""
-        return next((name for name in reversed(self.names) if self.kind(name) == kind), None)
+        fits = (n for n in reversed(self.names) if self.kind(n) == kind and (cached or not n.endswith("cache")))
+        return next(fits, None)
 
 
 def load_evaluation(run: Run) -> Evaluation:
@@ -67,8 +112,10 @@ def load_evaluation(run: Run) -> Evaluation:
     titles = len(results["data"]["titles"])
     if article_T.min() < 0 or article_T.max() >= titles:
         raise InputError(f"{run.losses} names article {article_T.max()}, {run.results} has {titles} titles: {AGAIN}")
-    gains = {name: losses[STATIC] - loss for name, loss in losses.items() if name != STATIC}
-    return Evaluation(results, gains, article_T)
+    ids_T = None
+    if "ids" in tensors:
+        ids_T = _tokens(run.losses, tensors, "ids", results["tokens"]).numpy().astype(np.int64)
+    return Evaluation(results, losses, article_T, ids_T, _gates(run.losses, tensors, results))
 
 
 def _check_results(path: Path, results: Json) -> None:
@@ -109,3 +156,15 @@ def _losses(path: Path, tensors: dict[str, torch.Tensor], results: Json, name: s
     if not np.isclose(losses.sum(), nats, rtol=1e-3):
         raise InputError(f"{path} sums to {losses.sum():.1f} nats for {name!r}, results.json has {nats:.1f}: {AGAIN}")
     return losses
+
+
+def _gates(path: Path, tensors: dict[str, torch.Tensor], results: Json) -> dict[str, Gates]:
+    gates = {}
+    for name, told in results.get("breakdowns", {}).get("gates", {}).items():
+        values = tensors.get(f"gates/{name}")
+        shape = (3, sum(told["segments"]), len(told["tensors"]))
+        if values is None or values.shape != shape:
+            found = "none" if values is None else tuple(values.shape)
+            raise InputError(f"{path} has gates of {name!r} of shape {found}, results.json says {shape}: {AGAIN}")
+        gates[name] = Gates(values.numpy().astype(np.float64), told["tensors"], told["weights"], told["segments"])
+    return gates

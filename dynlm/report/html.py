@@ -1,54 +1,121 @@
-"""Write the report: one HTML page that needs nothing but itself."""
+"""Write the report of an evaluation: one HTML page that needs nothing but itself, and its figures as files."""
 
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from dynlm.report import plots
-from dynlm.report.evaluation import STATIC, Evaluation, load_evaluation
+from dynlm.report import charts, page, plots
+from dynlm.report.evaluation import STATELESS, STATIC, Evaluation, Floats, load_evaluation
+from dynlm.report.svg import Drawing, formats
+from dynlm.report.tokens import extremes, legend, tokens
 from dynlm.runs import Json, Run, write_text
 
-MINUS = "\N{MINUS SIGN}"
-NONE = "–"
+Pieces = Callable[[Sequence[int]], list[str]]
+"""the text that each token stands for"""
+MAP_TOKENS = 4096  # of an article: more is no pleasure to read, and makes the page slow
 
 
-def write_report(run: Run) -> Path:
+def write_report(run: Run, kinds: str = "", pieces: Pieces | None = None) -> Path:
     """Write ``run.report`` from ``run.results`` and ``run.losses`` and return its path.
 
-    The same evaluation gives the same bytes. :class:`dynlm.types.InputError` where the evaluation is missing or does
-    not fit together; an earlier report is then left as it was.
+    ``kinds`` ("png,svg", "pdf") asks for the figures as files too, in ``run.figures``; ``pieces`` of the run's
+    tokenizer, for the maps of tokens. The same evaluation gives the
+    same bytes. :class:`dynlm.types.InputError` where the evaluation is missing or does not fit together; an earlier
+    report is then left as it was.
     """
-    page = render(load_evaluation(run))
-    write_text(run.report, page)
+    wanted = formats(kinds)
+    evaluation = load_evaluation(run)
+    drawings = draw(evaluation)
+    source = render(evaluation, drawings, _maps(evaluation, pieces))
+    for kind in wanted:
+        for drawing in drawings.values():
+            drawing.save(run.figures / f"{drawing.name}.{kind}")
+    write_text(run.report, source)
     return run.report
 
 
-def render(evaluation: Evaluation) -> str:
+def render(evaluation: Evaluation, drawings: dict[str, Drawing], maps: Json | None) -> str:
     """The page as text."""
-    results, names = evaluation.results, evaluation.names
-    environment = Environment(
-        loader=PackageLoader("dynlm.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(ppl=_ppl, signed=_signed, span=_span, percent=_percent, plain=_plain)
-    return environment.get_template("template.html.j2").render(
+    results, names, shown = evaluation.results, evaluation.names, evaluation.shown
+    return page.render(
+        "template.html.j2",
         results=results,
         methods={name: results["methods"][name] for name in names},
         kinds={name: evaluation.kind(name) for name in names},
         lower={name: _lower(results, name, STATIC) for name in names},
         headline=_headline(evaluation),
-        figures=_figures(evaluation) if evaluation.gains else None,
+        shown=shown,
+        captions=_captions(evaluation) if shown else None,
+        figures={name: drawing.html() for name, drawing in drawings.items()},
+        drawn_gates=_drawn_gates(evaluation),
+        switch_gates=next(iter(_drawn_gates(evaluation)), None),
+        gates=[name for name in evaluation.adaptive[::-1] if name in evaluation.gates],
+        breakdowns=evaluation.breakdowns,
+        word_rows=charts.numbers(evaluation.breakdowns, shown),
         comparisons=[_comparison(results, comparison) for comparison in results.get("comparisons", [])],
+        has_cache=any(name.endswith("cache") for name in names),
+        maps=maps,
+        levels=legend(),
     )
+
+
+def draw(evaluation: Evaluation) -> dict[str, Drawing]:
+    """The figures that this evaluation has data for, by name."""
+    shown, breakdowns, methods = evaluation.shown, evaluation.breakdowns, evaluation.results["methods"]
+    if not shown:
+        return {}
+    bins = {name: methods[name].get("gain_by_position", []) for name in shown}
+    drawings = [
+        plots.headline({name: methods[name] for name in evaluation.adaptive}, shown),
+        plots.stream(_memories(evaluation), evaluation.article_T, shown),
+        plots.by_position(bins, breakdowns.get("relative_position", [])),
+        plots.per_article(_per_article(evaluation)),
+    ]
+    if any(breakdowns.get(key) for key in charts.CLASSES):
+        drawings.append(charts.words(breakdowns, shown))
+    if breakdowns.get("boundaries", {}).get("segments"):
+        gated = next(((name, evaluation.gates[name]) for name in _drawn_gates(evaluation)), None)
+        drawings.append(charts.boundaries(breakdowns["boundaries"], shown, gated))
+    if breakdowns.get("calibration"):
+        drawings.append(charts.calibration(breakdowns["calibration"], shown))
+    for number, name in enumerate(_drawn_gates(evaluation)):
+        drawings.append(charts.gates(name, number, evaluation.gates[name], evaluation.results["segment"]))
+    return {drawing.name: drawing for drawing in drawings}
+
+
+def _drawn_gates(evaluation: Evaluation) -> list[str]:
+    """Learned rules, the best first: the gates of a hand-made one hardly move, and a table tells them."""
+    fits = (name for name in evaluation.adaptive[::-1] if evaluation.kind(name) == "learned")
+    return [name for name in fits if name in evaluation.gates]
+
+
+def _memories(evaluation: Evaluation) -> dict[str, dict[str, Floats]]:
+    """What each level of memory saves: the hidden state against none, the learning weights against fixed ones."""
+    gains = evaluation.gains
+    learned, hand_made = evaluation.best("learned", cached=False), evaluation.best("hand-made", cached=False)
+    rules = [name for name in evaluation.shown if name in (learned, hand_made)] or evaluation.shown[-1:]
+    memories = {"medium-term memory: weights that learn": {name: gains[name] for name in rules}}
+    if STATELESS in gains:
+        memories = {"short-term memory: the hidden state": {"": -gains[STATELESS]}, **memories}
+    if learned and hand_made:
+        memories["a learned memory: " + plots.short(learned) + " instead of " + plots.short(hand_made)] = {
+            "": gains[learned] - gains[hand_made]
+        }
+    return memories
+
+
+def _per_article(evaluation: Evaluation) -> dict[str, Floats]:
+    counts = np.bincount(evaluation.article_T)
+    read = np.flatnonzero(counts)
+    gains = evaluation.gains
+    return {
+        name: np.bincount(evaluation.article_T, weights=gains[name])[read] / counts[read] for name in evaluation.shown
+    }
 
 
 def _headline(evaluation: Evaluation) -> Json:
@@ -62,25 +129,18 @@ def _headline(evaluation: Evaluation) -> Json:
     }
 
 
-def _figures(evaluation: Evaluation) -> Json:
-    """The SVGs and what their captions say. Needs at least one method beside static."""
-    methods, titles, article_T = evaluation.results["methods"], evaluation.titles, evaluation.article_T
-    names = evaluation.names[1:]
-    gains = {name: evaluation.gains[name] for name in names}
-    counts = np.bincount(article_T)
-    read = np.flatnonzero(counts)
-    per_article = {name: np.bincount(article_T, weights=gain)[read] / counts[read] for name, gain in gains.items()}
-    last = per_article[names[-1]]
+def _captions(evaluation: Evaluation) -> Json:
+    """What the captions say. Needs at least one method beside the baselines."""
+    titles, article_T = evaluation.titles, evaluation.article_T
+    means = _per_article(evaluation)
+    read = np.unique(article_T)
+    last = means[evaluation.shown[-1]]
     low, high = int(last.argmin()), int(last.argmax())
-    bins = {name: methods[name].get("gain_by_position", []) for name in names}
     spans = plots.article_spans(article_T)[: len(plots.LETTERS)]
     return {
-        "best": names[-1],
-        "bins": bins,
-        "by_position": plots.gain_by_position(bins),
-        "per_article": plots.gain_per_article(per_article),
-        "running": plots.running_gain(gains, article_T),
-        "helped": {name: int((gain > 0).sum()) for name, gain in per_article.items()},
+        "best": evaluation.shown[-1],
+        "memories": list(_memories(evaluation)),
+        "helped": {name: int((gain > 0).sum()) for name, gain in means.items()},
         "read": len(read),
         "most": (titles[read[high]], float(last[high])),
         "least": (titles[read[low]], float(last[low])),
@@ -92,10 +152,77 @@ def _figures(evaluation: Evaluation) -> Json:
     }
 
 
+class Chosen(NamedTuple):
+    """An article of the token map."""
+
+    why: str
+    article: int
+    start: int
+    stop: int
+    tokens: int
+    """of the whole article, which may be longer than what is shown"""
+
+
+def _maps(evaluation: Evaluation, pieces: Pieces | None) -> Json | None:
+    """The token maps, where the evaluation kept the tokens."""
+    if evaluation.ids_T is None or not evaluation.shown or pieces is None:
+        return None
+    best = _mapped(evaluation)
+    names = [STATIC, *(name for name in evaluation.names if name != STATIC)]
+    articles: list[Json] = []
+    losses: dict[str, list[list[int]]] = {name: [] for name in names}
+    everything: list[tuple[str, float]] = []
+    static_T, best_T = evaluation.losses[STATIC], evaluation.losses[best]
+    for chosen in _choose(evaluation, best):
+        here = slice(chosen.start, chosen.stop)
+        texts = pieces(evaluation.ids_T[here].tolist())
+        everything += list(zip(texts, (static_T[here] - best_T[here]).tolist(), strict=True))
+        articles.append(
+            {
+                "title": evaluation.titles[chosen.article],
+                "why": chosen.why,
+                "tokens": chosen.tokens,
+                "shown": chosen.stop - chosen.start,
+                "gain": float((static_T[here] - best_T[here]).mean()),
+                "html": tokens(texts, static_T[here].tolist(), best_T[here].tolist()),
+            }
+        )
+        for name in names:
+            losses[name].append((1000 * evaluation.losses[name][here]).round().astype(int).tolist())
+    return {
+        "best": best,
+        "names": names,
+        "articles": articles,
+        "losses": json.dumps(losses, separators=(",", ":")).replace("<", "\\u003c"),
+        "extremes": extremes([text for text, _ in everything], [gain for _, gain in everything]),
+    }
+
+
+def _mapped(evaluation: Evaluation) -> str:
+    """The method whose map is shown first. A cache takes a little from every token that it does not hold, which
+    reddens the whole map."""
+    return evaluation.best("learned", cached=False) or evaluation.shown[-1]
+
+
+def _choose(evaluation: Evaluation, method: str) -> list[Chosen]:
+    """The articles where ``method`` gains most, in the middle, and least, among those of a readable length."""
+    spans = plots.article_spans(evaluation.article_T)
+    gain_T = evaluation.gains[method]
+    fit = [span for span in spans if span[1] - span[0] <= MAP_TOKENS] or spans
+    order = sorted(fit, key=lambda span: float(gain_T[slice(*span)].mean()))
+    why = {len(order) - 1: "the most gained", len(order) // 2: "the middle", 0: "the least gained"}
+    return [
+        Chosen(text, int(evaluation.article_T[start]), start, min(stop, start + MAP_TOKENS), stop - start)
+        for place, text in why.items()
+        for start, stop in [order[place]]
+    ]
+
+
 def _comparison(results: Json, comparison: Json) -> Json:
     """A comparison with the drop in word perplexity and whether its interval excludes zero (None: no interval)."""
-    ends = plots.interval(comparison["ci95"])
+    ends = page.interval(comparison["ci95"])
     return {
+        "p_holm": None,
         **comparison,
         "lower": _lower(results, comparison["better"], comparison["worse"]),
         "separate": None if ends is None else not ends[0] <= 0 <= ends[1],
@@ -106,32 +233,3 @@ def _lower(results: Json, name: str, other: str) -> float:
     """By which fraction the word perplexity of ``name`` is below that of ``other``."""
     methods = results["methods"]
     return 1.0 - float(methods[name]["word_ppl"]) / float(methods[other]["word_ppl"])
-
-
-def _ppl(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
-
-
-def _signed(value: float | None, digits: int = 3) -> str:
-    if value is None or not math.isfinite(value):
-        return NONE
-    text = f"{abs(value):.{digits}f}"
-    sign = "" if float(text) == 0 else MINUS if value < 0 else "+"
-    return sign + text
-
-
-def _span(ci95: list[float | None] | None) -> str:
-    ends = plots.interval(ci95)
-    return NONE if ends is None else f"{_signed(ends[0])} to {_signed(ends[1])}"
-
-
-def _percent(fraction: float) -> str:
-    """``0.345`` as "34.5 % lower"; below zero it is higher."""
-    return f"{abs(fraction):.1%} ".replace("%", "\N{NO-BREAK SPACE}%") + ("lower" if fraction >= 0 else "higher")
-
-
-def _plain(value: Any) -> str:
-    """A setting for a reader: text as it is, numbers to four digits unless whole, all else as JSON."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)

@@ -1,116 +1,207 @@
-"""The three figures of the report, as SVG strings. Gains are nats a token against static; above zero is better."""
+"""The figures of the headline, the stream and the position. Gains are nats a token against static: above zero, better.
+
+``gains`` arguments are (T,) a method in reading order, the best method last.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from dynlm.report.evaluation import Floats, Ints
-from dynlm.report.svg import INK, draw_svg
+from dynlm.report.looks import INK, looks
+from dynlm.report.page import interval
+from dynlm.report.svg import Drawing
 from dynlm.runs import Json
 
-# Okabe & Ito's colour-blind safe palette without its yellow (unreadable on white) and with black as the page's ink.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK)
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 GAIN = "gain over static (nats per token)"
 LETTERS = "ABCDEFGH"
-POINTS = 800  # points drawn a line in the running figure: finer than a screen shows
+POINTS = 600  # points drawn a line along the stream: finer than a screen shows
 
 
-def gain_by_position(bins: Mapping[str, Sequence[Json]]) -> str:
-    """Figure 1: mean gain by position in the article; ``bins`` is each method's ``gain_by_position``.
+def headline(methods: Mapping[str, Json], shown: Sequence[str]) -> Drawing:
+    """The gain of every method with its interval; ``methods`` as in results.json, the best last."""
+
+    def paint(figure: Figure, narrow: bool) -> None:
+        axes = figure.add_subplot()
+        axes.grid(visible=False, axis="y")
+        of = looks(shown)
+        for row, (name, method) in enumerate(methods.items()):
+            colour, marker = of.get(name, (INK, "."))
+            point(axes, method["gain_nats_per_token"], row, method["gain_ci95"], (colour, marker))
+        axes.set_yticks(range(len(methods)), [short(name) for name in methods])
+        axes.set_ylim(-0.6, len(methods) - 0.4)
+        axes.axvline(0, color=INK, linewidth=1.0)
+        axes.set_xlabel(GAIN)
+
+    return Drawing("gain", f"Gain over static of {spoken(methods)}", 0.9 + 0.27 * len(methods), paint)
+
+
+def by_position(bins: Mapping[str, Sequence[Json]], tenths: Sequence[Json]) -> Drawing:
+    """Mean gain by tokens read before, and by tenths of the article; ``bins`` is each method's ``gain_by_position``,
+    ``tenths`` the breakdown ``relative_position``.
 
     The bins stand at equal distances, so that an axis of doubling bins reads as a logarithmic one.
     """
     starts = sorted({int(entry["from"]) for entries in bins.values() for entry in entries})
     last = max((int(entry["to"]) for entries in bins.values() for entry in entries), default=0)
+    edges = [*starts, last]
     place = {start: index + 0.5 for index, start in enumerate(starts)}
 
-    def paint(axes: Axes) -> None:
-        for name, (colour, marker) in _looks(bins).items():
-            entries = [entry for entry in bins[name] if entry["gain"] is not None]
-            axes.plot(
-                [place[entry["from"]] for entry in entries],
-                [entry["gain"] for entry in entries],
-                color=colour, marker=marker, markersize=5, linewidth=1.5,
-            )  # fmt: skip
-            known = [(place[entry["from"]], *ci) for entry in entries if (ci := interval(entry["ci95"]))]
-            if known:
-                x, low, high = zip(*known, strict=True)
-                axes.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0)
-        edges = [*starts, last]
-        every = -(-len(edges) // 14)
-        axes.set_xticks(range(len(edges))[::every], [f"{edge:,}" for edge in edges[::every]])
-        axes.set_xlim(0, max(len(starts), 1))
-        axes.set_xlabel("position in the article (tokens read before)")
-        _finish(axes, list(bins))
+    def paint(figure: Figure, narrow: bool) -> None:
+        panels = grid(figure, 2 if tenths else 1, narrow, sharey=not narrow)
+        for name, look in looks(list(bins)).items():
+            known = [(place[int(e["from"])], e["gain"], e["ci95"]) for e in bins[name] if e["gain"] is not None]
+            band(panels[0], known, look)
+            if tenths:
+                of_tenths = [(k + 0.5, row["gain"][name]) for k, row in enumerate(tenths) if name in row["gain"]]
+                band(panels[1], [(x, gain["mean"], gain["ci95"]) for x, gain in of_tenths], look)
+        every = -(-len(edges) // (7 if narrow or tenths else 14))
+        panels[0].set_xticks(range(len(edges))[::every], [_thousands(edge) for edge in edges[::every]])
+        panels[0].set_xlim(0, max(len(starts), 1))
+        panels[0].set_xlabel("tokens of the article read before")
+        if tenths:
+            panels[1].set_xticks(range(0, 11, 2), [f"{10 * k} %" for k in range(0, 11, 2)])
+            panels[1].set_xlim(0, 10)
+            panels[1].set_xlabel("part of the article read before")
+        for axes in panels:
+            axes.axhline(0, color=INK, linewidth=1.0)
+            axes.set_ylabel(GAIN if axes is panels[0] or narrow else "")
+        legend(figure, list(bins), narrow)
 
-    return draw_svg("by-position", f"Gain over static by position in the article for {_spoken(bins)}", 3.9, paint)
+    label = f"Gain over static by position in the article for {spoken(bins)}"
+    return Drawing("by-position", label, 3.7, paint, 6.2 if tenths else 3.7)
 
 
-def gain_per_article(gains: Mapping[str, Floats]) -> str:
-    """Figure 2: each article's mean gain, (A,) a method, all in one order: the last method's, rising."""
+def per_article(gains: Mapping[str, Floats]) -> Drawing:
+    """Each article's mean gain, (A,) a method, all in one order: the last method's, rising."""
     order = np.argsort(list(gains.values())[-1], kind="stable")
-    size = 5.5 if len(order) <= 40 else 3.0
 
-    def paint(axes: Axes) -> None:
+    def paint(figure: Figure, narrow: bool) -> None:
+        axes = figure.add_subplot()
         axes.grid(visible=False, axis="x")
-        for name, (colour, marker) in _looks(gains).items():
+        size = 5.5 if len(order) <= (20 if narrow else 40) else 3.0
+        for name, (colour, marker) in looks(list(gains)).items():
             axes.plot(
                 np.arange(1, len(order) + 1), gains[name][order],
                 color=colour, marker=marker, markersize=size, linestyle="none", alpha=0.85,
             )  # fmt: skip
         axes.set_xlim(0.5, len(order) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.set_xlabel(f"articles, by the gain of {_plain(list(gains)[-1])}")
-        _finish(axes, list(gains), line=False)
+        axes.set_xlabel(f"articles, by the gain of {short(list(gains)[-1])}")
+        axes.axhline(0, color=INK, linewidth=1.0)
+        axes.set_ylabel(GAIN)
+        legend(figure, list(gains), narrow, line=False)
 
-    return draw_svg("per-article", f"Mean gain over static of each article for {_spoken(gains)}", 3.6, paint)
+    return Drawing("per-article", f"Mean gain over static of each article for {spoken(gains)}", 3.6, paint)
 
 
-def running_gain(gains: Mapping[str, Floats], article_T: Ints) -> str:
-    """Figure 3: the smoothed gain along the first articles of the stream; ``gains`` (T,) a method, in reading order."""
+def stream(memories: Mapping[str, Mapping[str, Floats]], article_T: Ints, names: Sequence[str]) -> Drawing:
+    """What each level of memory takes off the loss along the first articles, one panel a level.
+
+    ``memories``: for each panel's title the differences of instantaneous losses, (T,) nats; ``names`` are all methods
+    of the page, which gives them their looks. Curves of no method ("" as name) have the ink's colour.
+    """
     spans = article_spans(article_T)[: len(LETTERS)]
-    total = spans[-1][1]
-    window = smoothing_window(article_T)
+    total, window = spans[-1][1], smoothing_window(article_T)
     every = max(1, total // POINTS)
 
-    def paint(axes: Axes) -> None:
-        for order, (name, (colour, marker)) in enumerate(_looks(gains).items()):
-            x, y = [], []
-            for start, stop in spans:  # NaN lifts the pen between articles: no average mixes two of them
-                chosen = np.unique(np.append(np.arange(0, stop - start, every), stop - start - 1))
-                x += [*(start + chosen), stop]
-                y += [*moving_average(gains[name][start:stop], window)[chosen], np.nan]
-            axes.plot(
-                x, y, color=colour, linewidth=1.3,
-                marker=marker, markersize=4.5, markevery=(0.02 + 0.02 * order, 0.125),
-            )  # fmt: skip
-        axes.grid(visible=False, axis="x")
-        for (start, stop), letter in zip(spans, LETTERS, strict=False):
+    def paint(figure: Figure, narrow: bool) -> None:
+        panels = list(figure.subplots(len(memories), 1, sharex=True, squeeze=False)[:, 0])
+        of = looks(names)
+        for axes, (title, curves) in zip(panels, memories.items(), strict=True):
+            for name, values_T in curves.items():
+                x, y = [], []
+                for start, stop in spans:  # NaN lifts the pen between articles: no average mixes two of them
+                    chosen = np.unique(np.append(np.arange(0, stop - start, every), stop - start - 1))
+                    x += [*(start + chosen), stop]
+                    y += [*moving_average(values_T[start:stop], window)[chosen], np.nan]
+                colour, marker = of.get(name, (INK, ""))
+                axes.plot(x, y, color=colour, linewidth=1.3, marker=marker, markersize=4.5, markevery=(0.02, 0.125))
+            axes.axhline(0, color=INK, linewidth=1.0)
+            axes.grid(visible=False, axis="x")
+            axes.set_title(title, pad=16 if axes is panels[0] else 6)
+            axes.set_ylabel("nats per token")
+        articles(panels, spans, total)
+        legend(figure, [name for curves in memories.values() for name in curves if name in of], narrow, of=of)
+
+    label = f"What each level of memory saves along the first {len(spans)} articles"
+    return Drawing("stream", label, 1.2 + 2.1 * len(memories), paint)
+
+
+def articles(panels: Sequence[Axes], spans: Sequence[tuple[int, int]], total: int) -> None:
+    """Lines where articles start, and their letters above the first panel."""
+    for axes in panels:
+        for start, _ in spans:
             axes.axvline(start, color=INK, linewidth=0.8, alpha=0.45)
-            axes.text(
-                (start + stop) / 2, 1.0, letter,
-                transform=axes.get_xaxis_transform(), ha="center", va="bottom", weight="bold",
-            )  # fmt: skip
-        axes.set_xlim(0, total)
-        axes.set_xlabel("tokens read")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        _finish(axes, list(gains))
-
-    label = f"Running gain over static through the first {len(spans)} articles for {_spoken(gains)}"
-    return draw_svg("running", label, 4.1, paint)
+    for (start, stop), letter in zip(spans, LETTERS, strict=False):
+        panels[0].text(
+            (start + stop) / 2, 1.01, letter,
+            transform=panels[0].get_xaxis_transform(), ha="center", va="bottom", weight="bold",
+        )  # fmt: skip
+    panels[-1].set_xlim(0, total)
+    panels[-1].set_xlabel("tokens read")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(6))
+    panels[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
-def interval(ci95: Sequence[float | None] | None) -> tuple[float, float] | None:
-    """The two ends, or None where there is no spread: a bootstrap over one article knows nothing."""
-    if not ci95 or ci95[0] is None or ci95[1] is None or ci95[0] == ci95[1]:
-        return None
-    return float(ci95[0]), float(ci95[1])
+def grid(figure: Figure, n: int, narrow: bool, **shared: Any) -> list[Axes]:
+    """``n`` panels side by side, or one above the other where it is narrow."""
+    shape = (n, 1) if narrow else (1, n)
+    return list(figure.subplots(*shape, squeeze=False, **shared).flat)
+
+
+def point(axes: Axes, x: float, y: float, ci95: Sequence[float | None], look: tuple[str, str]) -> None:
+    """A mean with the whiskers of its interval, lying."""
+    colour, marker = look
+    ends = interval(ci95)
+    if ends is not None:
+        axes.plot(ends, (y, y), color=colour, linewidth=1.6, solid_capstyle="butt")
+    axes.plot(x, y, color=colour, marker=marker, markersize=5.5, linestyle="none")
+
+
+def band(
+    axes: Axes, points: Sequence[tuple[float, float, Sequence[float | None] | None]], look: tuple[str, str]
+) -> None:
+    """Means (x, y, interval) as a line, with the intervals as a band."""
+    colour, marker = look
+    axes.plot(
+        [x for x, _, _ in points], [y for _, y, _ in points],
+        color=colour, marker=marker, markersize=4.5, linewidth=1.5,
+    )  # fmt: skip
+    known = [(x, *ends) for x, _, ci95 in points if (ends := interval(ci95))]
+    if known:
+        x, low, high = zip(*known, strict=True)
+        axes.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
+
+
+def legend(
+    figure: Figure,
+    names: Sequence[str],
+    narrow: bool,
+    line: bool = True,
+    of: Mapping[str, tuple[str, str]] | None = None,
+) -> None:
+    """Above the axes, in the order of the names, the best first."""
+    of = of or looks(names)
+    names = list(dict.fromkeys(names))[::-1]
+    if not names:
+        return
+    handles = [
+        Line2D([], [], color=of[n][0], marker=of[n][1], markersize=5, linestyle="-" if line else "none") for n in names
+    ]
+    drawn = figure.legend(
+        handles, [str(i) for i in range(len(names))],
+        loc="outside upper left", ncols=min(3 if narrow else 6, len(names)), frameon=False, borderaxespad=0.2,
+    )  # fmt: skip
+    for text, name in zip(drawn.get_texts(), names, strict=True):  # set here: a label with "_" first would be dropped
+        text.set_text(short(name))
 
 
 def article_spans(article_T: Ints) -> list[tuple[int, int]]:
@@ -120,7 +211,7 @@ def article_spans(article_T: Ints) -> list[tuple[int, int]]:
 
 
 def smoothing_window(article_T: Ints) -> int:
-    """Tokens averaged in figure 3: about an eightieth of what it shows, between 16 and 512."""
+    """Tokens averaged along the stream: about an eightieth of what is shown, between 16 and 512."""
     shown = article_spans(article_T)[: len(LETTERS)][-1][1]
     return int(np.clip(shown // 80, 16, 512))
 
@@ -135,31 +226,17 @@ def moving_average(values_T: Floats, window: int) -> Floats:
     return np.asarray((total[high] - total[low]) / (high - low))
 
 
-def _looks(names: Mapping[str, object]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each method: equal order, equal looks, in all figures."""
-    return {name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
-
-
-def _finish(axes: Axes, names: list[str], line: bool = True) -> None:
-    """The zero line, the y label and the legend above the axes."""
-    axes.axhline(0, color=INK, linewidth=1.0)
-    axes.set_ylabel(GAIN)
-    looks = _looks(dict.fromkeys(names)).values()
-    handles = [Line2D([], [], color=c, marker=m, markersize=5, linestyle="-" if line else "none") for c, m in looks]
-    figure = axes.figure
-    legend = figure.legend(
-        handles, [str(i) for i in range(len(names))],
-        loc="outside upper left", ncols=min(6, len(names)), frameon=False, borderaxespad=0.2,
-    )  # fmt: skip
-    for text, name in zip(legend.get_texts(), names, strict=True):  # set here: a label with "_" first would be dropped
-        text.set_text(_plain(name))
-
-
-def _plain(name: str) -> str:
+def short(name: str) -> str:
     """A method's name as a short label; what XML cannot hold becomes a dot."""
     printable = "".join(character if character.isprintable() else "·" for character in name)
     return printable if len(printable) <= 28 else printable[:27] + "…"
 
 
-def _spoken(names: Mapping[str, object]) -> str:
-    return ", ".join(map(_plain, names))
+def spoken(names: Sequence[str] | Mapping[str, object]) -> str:
+    """Names for those who do not see the figure."""
+    return ", ".join(map(short, names))
+
+
+def _thousands(edge: int) -> str:
+    """1024 as "1k": labels of doubling bins have little room."""
+    return f"{edge / 1024:.0f}k" if edge >= 1024 else str(edge)

@@ -1,4 +1,4 @@
-"""Turn a matplotlib figure into an SVG that can stand inside an HTML page, light or dark, beside other SVGs."""
+"""Figures as SVG that stands inside an HTML page, light or dark, wide or on a phone, and as files for papers."""
 
 from __future__ import annotations
 
@@ -6,20 +6,31 @@ import io
 import re
 import warnings
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib.style
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-INK = "#010203"  # stands for the page's own text colour: becomes ``currentColor``
-WIDTH_INCHES = 8.0
+from dynlm.report.looks import INK, METHODS
+from dynlm.runs import replacing
+from dynlm.types import InputError
+
+WIDE, NARROW = 8.0, 4.4  # inches; a phone shows the narrow one at about its size
+FORMATS = ("svg", "png", "pdf")
+DOTS_PER_INCH = 200
 STYLE = {
     "svg.fonttype": "none",  # text stays text: selectable, searchable, in the page's font
+    "pdf.fonttype": 42,
     "text.parse_math": False,  # a "$" in a name is a dollar
     "text.color": INK,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
+    "axes.titlesize": "medium",
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
     "xtick.color": INK,
     "ytick.color": INK,
     "grid.color": INK,
@@ -33,20 +44,59 @@ STYLE = {
 }
 
 
-def draw_svg(name: str, label: str, height_inches: float, paint: Callable[[Axes], None]) -> str:
-    """What ``paint`` draws, as one ``<svg>`` element.
+@dataclass(frozen=True)
+class Drawing:
+    """A figure, drawn when it is needed, at either width."""
 
-    ``name`` prefixes every id, so it must be unique in the page; ``label`` is the text for those who do not see it.
-    The user's own matplotlib settings have no influence: equal data give equal bytes.
-    """
-    buffer = io.StringIO()
-    with matplotlib.style.context(["default", {**STYLE, "svg.hashsalt": name}]), warnings.catch_warnings():
-        # The reader's browser has other fonts than matplotlib: a glyph missing here is not missing there.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
-        paint(figure.add_subplot())
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _inline(buffer.getvalue(), name, label)
+    name: str
+    """prefixes every id, so it must be unique in a page; the file's name where it is exported"""
+    label: str
+    """for those who do not see it"""
+    height: float
+    """inches"""
+    paint: Callable[[Figure, bool], None]
+    """draws on an empty figure; the flag says that it is narrow"""
+    narrow_height: float = 0.0
+    """inches; 0 is as high as wide ones"""
+
+    def svg(self, narrow: bool = False) -> str:
+        """One ``<svg>`` element without background. Equal data give equal bytes, whatever the user's settings."""
+        name = f"{self.name}-narrow" if narrow else self.name
+        buffer = io.StringIO()
+        with self._drawn(name, narrow) as figure:
+            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        return _inline(buffer.getvalue(), name, self.label)
+
+    def html(self) -> str:
+        """Both widths; the style sheet shows the one that fits."""
+        return f'<div class="wide-figure">{self.svg()}</div><div class="narrow-figure">{self.svg(narrow=True)}</div>'
+
+    def save(self, path: Path) -> None:
+        """A file by the ending of ``path``: svg, png or pdf, black on white."""
+        kind = path.suffix.removeprefix(".")
+        dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
+        with self._drawn(self.name, narrow=False) as figure, replacing(path) as temporary:
+            figure.savefig(temporary, format=kind, dpi=DOTS_PER_INCH, facecolor="white", metadata=dates[kind])
+
+    @contextmanager
+    def _drawn(self, salt: str, narrow: bool) -> Iterator[Figure]:
+        style = {**STYLE, "svg.hashsalt": salt}
+        with matplotlib.style.context(["default", style]), warnings.catch_warnings():
+            # The reader's browser has other fonts than matplotlib: a glyph missing here is not missing there.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            height = self.narrow_height or self.height if narrow else self.height
+            figure = Figure(figsize=(NARROW if narrow else WIDE, height), layout="constrained")
+            self.paint(figure, narrow)
+            yield figure
+
+
+def formats(text: str) -> tuple[str, ...]:
+    """``"png,svg"`` as a tuple; :class:`InputError` for others than svg, png and pdf."""
+    wanted = tuple(part.strip() for part in text.split(",") if part.strip())
+    for kind in wanted:
+        if kind not in FORMATS:
+            raise InputError(f"format {kind!r} is unknown: choose from {', '.join(FORMATS)}, as in --format png,svg")
+    return wanted
 
 
 def _inline(svg: str, name: str, label: str) -> str:
@@ -56,11 +106,13 @@ def _inline(svg: str, name: str, label: str) -> str:
             # The metadata name the drawing program; the style sheet would apply to the whole page.
             if _local(child.tag) in ("metadata", "style"):
                 parent.remove(child)
+    # By place: matplotlib's hash the layout's floats, whose last digits are not the same each time.
+    ids = {element.get("id"): f"{name}-{number}" for number, element in enumerate(root.iter()) if element.get("id")}
     for element in root.iter():
         element.tag = _local(element.tag)
         attributes = {_local(key): value for key, value in element.attrib.items()}
         element.attrib.clear()
-        element.attrib.update({key: _rewrite(key, value, name) for key, value in attributes.items()})
+        element.attrib.update({key: _rewrite(key, value, ids) for key, value in attributes.items()})
     for key in ("width", "height", "version"):  # the page sizes it, by its viewBox
         root.attrib.pop(key, None)
     root.attrib.update({"role": "img", "aria-label": label})
@@ -71,10 +123,14 @@ def _local(name: str) -> str:
     return name.rpartition("}")[2]
 
 
-def _rewrite(key: str, value: str, prefix: str) -> str:
+def _rewrite(key: str, value: str, ids: Mapping[str | None, str]) -> str:
     if key == "id":
-        return f"{prefix}-{value}"
+        return ids[value]
     if key == "href":
-        return value.replace("#", f"#{prefix}-", 1)
-    value = re.sub(r"url\(#", f"url(#{prefix}-", value)
-    return value.replace(INK, "currentColor") if key == "style" else value
+        return f"#{ids[value.removeprefix('#')]}"
+    value = re.sub(r"url\(#([^)]*)\)", lambda found: f"url(#{ids[found[1]]})", value)
+    if key == "style":
+        value = value.replace(INK, "currentColor")
+        for number, (colour, _, _) in enumerate(METHODS):  # the page has others in the dark
+            value = value.replace(colour, f"var(--m{number})")
+    return value

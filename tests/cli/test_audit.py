@@ -4,7 +4,9 @@ import json
 
 import torch
 
+from dynlm.cli.kit import load_kit
 from dynlm.cli.main import main
+from dynlm.data.tokenizers import load_tokenizer
 from dynlm.models.causal import LSTMScorer
 from dynlm.optim.library import load_rule, save_rule
 from dynlm.runs import Run, read_tensors, write_tensors
@@ -54,7 +56,8 @@ def test_caches_are_tuned_and_read_beside_rules(copy, capsys):
     settings = results["methods"]["rms+cache"]["settings"]
     assert {"lr", "eps", "decay", "cache.weight", "cache.theta", "cache.window"} == set(settings)
     found = results["breakdowns"]
-    assert set(found) == {"relative_position", "occurrence", "train_frequency", "vocabulary", "calibration"}
+    assert set(found) == {"relative_position", "occurrence", "train_frequency", "vocabulary", "calibration", "gates"}
+    assert set(found["gates"]) == {"rms"}  # beside a cache the rule does what it does alone
     assert sum(row["tokens"] for row in found["relative_position"]) == results["tokens"]
     assert set(found["calibration"]) == set(results["methods"])
     assert all(0 < row["p"] <= row["p_holm"] <= 1 for row in results["comparisons"])
@@ -62,6 +65,7 @@ def test_caches_are_tuned_and_read_beside_rules(copy, capsys):
     assert main(["audit", *base]) == 0
     tensors, _ = read_tensors(Run(run).losses)
     assert tensors["losses/rms+cache"].isfinite().all()
+    assert [name for name in tensors if name.startswith("gates/")] == ["gates/rms"]
 
 
 def test_a_stream_tells_of_boundaries_and_interference(copy):
@@ -71,6 +75,33 @@ def test_a_stream_tells_of_boundaries_and_interference(copy):
     found = json.loads(Run(run).results.read_text())["breakdowns"]
     assert set(found["boundaries"]["recovery_segments"]) == {"static", "rms"}
     assert set(found["interference"]["methods"]) == {"rms"}
+
+
+def test_what_is_known_without_any_memory_and_what_the_figures_belong_to(copy, capsys):
+    _, run = copy
+    wanted = ["--evaluate.methods", "static", "stateless", "gated", "--evaluate.gate_articles", "2"]
+    assert main(["evaluate", "--run", str(run), "--overwrite", *wanted]) == 0
+    results, tensors = json.loads(Run(run).results.read_text()), read_tensors(Run(run).losses)[0]
+    kit = load_kit(str(run), "gated", "article").fingerprints()
+    methods = results["methods"]
+    assert results["model"]["fingerprint"] == kit["model"]
+    assert {name: method["fingerprint"] for name, method in methods.items()} == {
+        "static": None, "stateless": None, "gated": kit["rule"],
+    }  # fmt: skip
+    assert results["tokenizer"] == {"class": "SentencePieceTokenizer", "vocab_size": 400}
+    first_S = slice(0, results["segment"])
+    assert torch.equal(tensors["losses/static"][first_S], tensors["losses/stateless"][first_S])
+    assert methods["stateless"]["nats"] != methods["static"]["nats"]
+    article = load_tokenizer(Run(run).tokenizer).decode(tensors["ids"][tensors["article"] == 0].tolist())
+    assert results["data"]["titles"][0] in article
+    lengths = tensors["article"].bincount().tolist()[:2]
+    gated = results["breakdowns"]["gates"]["gated"]
+    assert gated["segments"] == [(n - 1) // results["segment"] for n in lengths]
+    assert tensors["gates/gated"].shape == (3, sum(gated["segments"]), len(gated["tensors"]))
+    assert sum(gated["weights"]) == results["model"]["adapted"]
+    capsys.readouterr()
+    assert main(["audit", "--run", str(run)]) == 0
+    assert sum("stateless" in line for line in capsys.readouterr().out.splitlines()) == 7
 
 
 def test_a_rule_in_the_place_of_a_cache_is_told_apart(copy, capsys):

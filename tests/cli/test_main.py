@@ -176,7 +176,7 @@ def test_a_nan_loss_in_every_stage(copy, capsys):
 def test_data_and_model_are_fixed_by_training(copy, capsys):
     recipe, run = copy
     arguments = ["tune", recipe, "--run", run, "--overwrite", "--model.hidden-size", "13"]
-    fails(capsys, arguments, "model.hidden_size is 13", "was trained with 12")
+    fails(capsys, arguments, "model.hidden_size is 13", "was made with 12")
 
 
 def test_evaluation_needs_static_and_existing_splits_and_rules(copy, capsys):

@@ -1,8 +1,11 @@
 """``dynlm read``: what is shown and summed, memories, and one clear line for everything that is wrong."""
 
+import dataclasses
+import html
 import io
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -28,6 +31,13 @@ def texts(tmp_path):
     (tmp_path / "a.txt").write_text(A)
     (tmp_path / "b.txt").write_text(B)
     return str(tmp_path / "a.txt"), str(tmp_path / "b.txt")
+
+
+class Lines(io.BytesIO):
+    """A pipe: gives one line at a time."""
+
+    def read1(self, size=-1):
+        return self.readline()
 
 
 def quiet(*files, **settings):
@@ -59,6 +69,43 @@ def test_totals_are_those_of_the_reader(texts, reset):
     assert totals.tokens == sum(map(len, articles))
     assert totals.words == sum(a.n_words for a in articles)
     assert totals.bytes == sum(a.n_bytes for a in articles)
+
+
+ORDINARY = (
+    """The dog ("Rex") isn't well-known; it's owned by U.S. citizens, of whom 2,000 paid $5.50.
+
+He said: "Don't!" -- and the dogs' owners left.
+"""
+    * 8
+)
+
+
+def test_ordinary_text_is_spaced_for_the_shipped_model_and_shown_as_it_is(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(ORDINARY)
+    path = str(tmp_path / "a.txt")
+    auto, none, always = (quiet(path, rule="rms", spacing=choice) for choice in ("auto", "none", "wikitext"))
+    assert (auto.words, auto.bytes) == (none.words, none.bytes) == (len(ORDINARY.split()) + 24, len(ORDINARY))
+    assert auto.static == always.static < none.static - 500
+    assert auto.adapted < none.adapted
+    piped = read(ReadSettings(("-",), quiet=True, rule="rms"), Lines(ORDINARY.encode()))
+    assert piped == dataclasses.replace(auto, seconds=piped.seconds)
+    capsys.readouterr()
+    assert main(["read", path, "--rule", "rms", "--html", str(tmp_path / "p.html")]) == 0
+    assert capsys.readouterr().out.startswith(ORDINARY)
+    shown = re.findall(r'<span[^>]* data-s="[\d.]+" data-a="[\d.]+">([^<]*)</span>', (tmp_path / "p.html").read_text())
+    assert html.unescape("".join(shown)) == ORDINARY
+
+
+def test_spacing_is_the_model_s(finished, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(ORDINARY)
+    path, run = str(tmp_path / "a.txt"), tmp_path / "run"
+    shutil.copytree(finished[1], run)
+    auto, none, always = (quiet(path, run=str(run), spacing=choice) for choice in ("auto", "none", "wikitext"))
+    assert auto.static == none.static != always.static  # a run says nothing of it
+    (run / "kit.json").write_text('{"spacing": "wikitext"}')
+    assert quiet(path, run=str(run)).static == always.static
+    (run / "kit.json").write_text('{"spacing": "wide"}')
+    fails(capsys, ["read", path, "--run", run], "spacing is 'wide'", "'wikitext'")
 
 
 def test_a_run_s_own_model_and_rules_are_read_with(finished, texts):

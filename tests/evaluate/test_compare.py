@@ -30,7 +30,7 @@ def test_results_hold_every_figure_of_the_schema(reading, tmp_path):
     scores, articles = reading
     counts = count(articles)
     results = summarize(scores, {"sgd": {"lr": 1.0}}, counts)
-    write_results(Run(tmp_path), scores, {**counts._asdict(), **results})
+    write_results(Run(tmp_path), scores, articles, {**counts._asdict(), **results})
     saved = json.loads(Run(tmp_path).results.read_text())
     assert saved["schema"] == 1
     assert (saved["articles"], saved["tokens"], saved["words"], saved["bytes"]) == (3, 600, 600, 1800)
@@ -48,22 +48,25 @@ def test_results_hold_every_figure_of_the_schema(reading, tmp_path):
 
 
 def test_losses_come_back_token_by_token(reading, tmp_path):
-    scores, _ = reading
-    write_results(Run(tmp_path), scores, {})
+    scores, articles = reading
+    write_results(Run(tmp_path), scores, articles, {})
     tensors, _ = read_tensors(Run(tmp_path).losses)
     assert torch.equal(tensors["losses/sgd"], torch.cat(scores["sgd"].losses))
     assert tensors["article"].bincount().tolist() == [200, 200, 200]
     assert tensors["position"][200:203].tolist() == [0, 1, 2]
+    assert tensors["ids"].dtype == torch.int32
+    assert torch.equal(tensors["ids"].long(), torch.cat([article.ids_T for article in articles]))
+    assert not any(name.startswith("gates/") for name in tensors)
 
 
 def test_static_is_required_and_a_nan_never_reaches_the_file(reading, tmp_path):
     scores, articles = reading
     with pytest.raises(InputError, match="lack 'static'"):
         summarize({"sgd": scores["sgd"]}, {}, count(articles))
-    write_results(Run(tmp_path), scores, {})
+    write_results(Run(tmp_path), scores, articles, {})
     before = Run(tmp_path).results.read_text()
     with pytest.raises(ValueError, match="not JSON compliant"):
-        write_results(Run(tmp_path), scores, {"nats": float("nan")})
+        write_results(Run(tmp_path), scores, articles, {"nats": float("nan")})
     assert Run(tmp_path).results.read_text() == before
 
 

@@ -13,6 +13,12 @@ import torch
 from dynlm.runs import Json, Run, write_json, write_tensors
 
 EDGES = (0, 32, 64, 128, 256)
+WORDS = ("a ", "text ", "<unk> ", "& ", '"signs" ', "</script> ", "\n", "", "日")
+
+
+def pieces(ids: Sequence[int]) -> list[str]:
+    """A tokenizer's, for the tokens of :class:`FakeRun`."""
+    return [WORDS[i] for i in ids]
 
 
 class FakeRun(Run):
@@ -28,6 +34,9 @@ class FakeRun(Run):
         noise_T = torch.randn(len(self.article), generator=random)
         gain_T = (self.position / 60).log1p() + 0.2 * noise_T
         self.losses_by_method = {name: static_T - 0.1 * i * gain_T for i, name in enumerate(methods)}
+        self.ids = torch.randint(len(WORDS), self.article.shape, generator=random).int()
+        updates = [int(n) // 32 for n in lengths[:3]]
+        self.gates = {n: torch.rand(3, sum(updates), 2, generator=random) for n in methods if n in ("rms", "gated")}
         self.value: Json = {
             "schema": 1,
             "data": {
@@ -46,14 +55,45 @@ class FakeRun(Run):
             "bytes": 4 * len(self.article),
             "methods": {name: self._method(name) for name in methods},
             "comparisons": [],
+            "breakdowns": self._breakdowns(methods, updates, reset),
         }
         self.save()
 
     def save(self) -> None:
         """Write results and losses as they stand, after a test has changed them."""
         losses = {f"losses/{name}": loss for name, loss in self.losses_by_method.items()}
-        write_tensors(self.losses, {**losses, "article": self.article, "position": self.position})
+        gates = {f"gates/{name}": values for name, values in self.gates.items()}
+        places = {"article": self.article, "position": self.position, "ids": self.ids}
+        write_tensors(self.losses, {**losses, **gates, **places})
         write_json(self.results, self.value)
+
+    def _breakdowns(self, methods: Sequence[str], updates: list[int], reset: str) -> Json:
+        others = [name for name in methods if name != "static"]
+
+        def rows(*labels: str) -> list[Json]:
+            gain = {name: {"mean": 0.1 * i, "ci95": [0.1 * i - 0.05, 0.1 * i + 0.05]} for i, name in enumerate(others)}
+            return [{"bin": label, "tokens": 100, "articles": 2, "static": 4.0, "gain": gain} for label in labels]
+
+        means = {"copy": [0.999, 1.0], "update": [1e-3, 2e-3], "flush": [1e-4, 0.0]}
+        gates = {"tensors": ["embedding", "layer"], "weights": [4096, 128], "segments": updates, "mean": means}
+        bins = [
+            {"from": 0.1 * k, "to": 0.1, "tokens": 9, "confidence": 0.1 * k, "accuracy": 0.09 * k} for k in range(9)
+        ]
+        breakdowns: Json = {
+            "relative_position": rows(*(f"{10 * k}-{10 * k + 10} %" for k in range(10))),
+            "occurrence": rows("first", "later"),
+            "vocabulary": rows("names", "numbers", "others"),
+            "train_frequency": rows("0", "1-9"),
+            "calibration": {name: {"ece": 0.02, "ci95": [0.01, 0.03], "bins": bins} for name in methods},
+            "gates": dict.fromkeys(self.gates, gates),
+        }
+        if reset == "never":
+            segments = [{"segment": k + 1, **rows("x")[0]} for k in range(8)]
+            recovery = {name: {"mean": 3.0, "ci95": [2.0, 4.0]} for name in methods}
+            breakdowns["boundaries"] = {"segments": segments, "recovery_segments": recovery}
+            again = {name: {"first_reading": 4.0, "again": 3.5, "gain": 0.5, "ci95": [0.4, 0.6]} for name in others}
+            breakdowns["interference"] = {"article": "Title 0", "segments": 3, "static": 4.0, "methods": again}
+        return breakdowns
 
     def _method(self, name: str) -> Json:
         nats = float(self.losses_by_method[name].double().sum())

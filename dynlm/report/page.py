@@ -1,0 +1,97 @@
+"""What the pages share: templates, the style sheet, and numbers as readers want them."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from dynlm.report.looks import METHODS
+
+MINUS = "\N{MINUS SIGN}"
+NONE = "–"
+
+
+def render(template: str, **values: Any) -> str:
+    """A page as text; ``script`` is the one script that its policy lets run."""
+    script = resource("tokens.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        _environment()
+        .get_template(template)
+        .render(**values, style=_style(), script=script, script_hash=f"sha256-{digest}")
+    )
+
+
+@functools.cache
+def resource(name: str) -> str:
+    """A text file beside this module."""
+    return resources.files("dynlm.report").joinpath(name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("dynlm.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(ppl=ppl, signed=signed, span=span, percent=percent, plain=plain)
+    return environment
+
+
+def _style() -> str:
+    """The style sheet with the methods' colours in it."""
+    light = " ".join(f"--m{number}: {colour};" for number, (colour, _, _) in enumerate(METHODS))
+    dark = " ".join(f"--m{number}: {colour};" for number, (_, colour, _) in enumerate(METHODS))
+    return resource("style.css").replace("/* methods, light */", light).replace("/* methods, dark */", dark)
+
+
+def interval(ci95: Sequence[float | None] | None) -> tuple[float, float] | None:
+    """The two ends, or None where there is no spread: a bootstrap over one article knows nothing."""
+    if not ci95 or ci95[0] is None or ci95[1] is None or ci95[0] == ci95[1]:
+        return None
+    return float(ci95[0]), float(ci95[1])
+
+
+def ppl(value: float) -> str:
+    """A perplexity to about four digits."""
+    if not (math.isfinite(value) and value < 1e9):
+        return "beyond 10⁹"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """A difference with its sign; zero has none."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    text = f"{abs(value):.{digits}f}"
+    sign = "" if float(text) == 0 else MINUS if value < 0 else "+"
+    return sign + text
+
+
+def span(ci95: Sequence[float | None] | None, digits: int = 3) -> str:
+    """An interval in words."""
+    ends = interval(ci95)
+    return NONE if ends is None else f"{signed(ends[0], digits)} to {signed(ends[1], digits)}"
+
+
+def percent(fraction: float) -> str:
+    """``0.345`` as "34.5 % lower"; below zero it is higher."""
+    return f"{abs(fraction):.1%} ".replace("%", "\N{NO-BREAK SPACE}%") + ("lower" if fraction >= 0 else "higher")
+
+
+def plain(value: Any) -> str:
+    """A setting for a reader: text as it is, numbers to four digits unless whole, all else as JSON."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)

@@ -1,0 +1,97 @@
+"""`dynlm read --model`: a ready model without a run."""
+
+import random
+import string
+
+import pytest
+
+from cli.test_adopt import ready  # noqa: F401  (a fixture)
+from cli.test_main import fails
+from dynlm.cli.bare import PRIOR_TOKENS, load_bare
+from dynlm.cli.main import main
+from dynlm.cli.read import ReadSettings
+from dynlm.optim.handmade import RMS
+
+TEXT = "The cat sat on the mat. The cat liked the mat, and sat on it.\n" * 12
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    return str(tmp_path / "a.txt")
+
+
+@pytest.fixture
+def model(ready):  # noqa: F811
+    return str(ready[1])
+
+
+def test_a_model_without_a_run_learns_while_it_reads(model, text, capsys):
+    assert main(["read", text, "--model", model]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(TEXT)
+    assert "rms" in out
+    assert "gain +" in out
+    assert "measured on Python's documentation" in err
+
+
+def test_text_for_the_prior_low_rank_weights_and_memories(model, text, tmp_path, capsys):
+    (tmp_path / "prior.txt").write_text(TEXT * 3)
+    base = ["read", text, "--model", model, "--quiet", "--prior-text", str(tmp_path / "prior.txt")]
+    memory = str(tmp_path / "memory")
+    assert main([*base, "--lora-rank", "2", "--carry", "overlap", "--save-memory", memory]) == 0
+    out, err = capsys.readouterr()
+    assert "documentation" not in err
+    assert "gain +" in out
+    assert main([*base, "--lora-rank", "2", "--carry", "overlap", "--load-memory", memory]) == 0
+    fails(capsys, [*base, "--load-memory", memory], "belongs to another model")
+
+
+def test_a_memory_knows_the_frozen_weights_too(model, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    (tmp_path / "prior.txt").write_text(TEXT)
+    settings = ReadSettings(("x",), model=model, lora_rank=2, prior_text=(str(tmp_path / "prior.txt"),))
+    kit, other = load_bare(settings), load_bare(settings)
+    assert kit.fingerprints()["model"] == other.fingerprints()["model"]
+    assert kit.config.params == ("*.lora_A.*", "*.lora_B.*")
+    with torch.no_grad():
+        other.model.transformer.wpe.weight[0, 0] += 1
+    assert kit.fingerprints()["model"] != other.fingerprints()["model"]
+    assert isinstance(AutoModelForCausalLM, type)
+
+
+def test_rules_start_where_tuning_starts(model, tmp_path):
+    (tmp_path / "prior.txt").write_text(TEXT)
+    some = {"model": model, "prior_text": (str(tmp_path / "prior.txt"),)}
+    kit = load_bare(ReadSettings(("x",), **some))
+    assert isinstance(kit.rule, RMS)
+    mean = sum(p.mean_rms for p in kit.priors) / len(kit.priors)
+    assert kit.rule.settings() == pytest.approx({"lr": 2e-3, "eps": 0.5 * mean, "decay": 1e-3})
+    assert load_bare(ReadSettings(("x",), rule="adam", lr=1e-4, **some)).rule.settings()["lr"] == pytest.approx(1e-4)
+    assert not load_bare(ReadSettings(("x",), rule="static", **some)).rule.reads_gradient
+    assert PRIOR_TOKENS >= 2000
+
+
+def test_a_rate_that_is_too_high_is_told(model, text, tmp_path, capsys):
+    noise = tmp_path / "noise.txt"  # from which there is nothing to learn
+    noise.write_text("".join(random.Random(0).choices(string.ascii_letters + string.digits, k=400)))
+    assert (
+        main(["read", str(noise), "--model", model, "--quiet", "--prior-text", text, "--rule", "adam", "--lr", "0.3"])
+        == 0
+    )
+    assert "learning lost here: lower --lr (0.3 now)" in capsys.readouterr().err
+
+
+def test_settings_that_do_not_go_together_are_one_clear_line(model, text, tmp_path, capsys):
+    base = ["read", text, "--model", model]
+    fails(capsys, ["read", text, "--model", tmp_path / "none"], "holds no model", "save_pretrained")
+    fails(capsys, [*base, "--run", tmp_path], "give one of them")
+    fails(capsys, [*base, "--rule", "gated"], "--rule gated with --model", "rms")
+    fails(capsys, [*base, "--lora-rank", "-1"], "--lora-rank is -1")
+    fails(capsys, [*base, "--lr", "-1"], "--lr is -1.0")
+    fails(capsys, [*base, "--prior-text", tmp_path / "none.txt"], "does not exist")
+    fails(capsys, ["read", text, "--lr", "1"], "--lr is for --model")
+    fails(capsys, ["read", text, "--lora-rank", "1"], "--lora-rank is for --model")

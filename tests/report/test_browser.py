@@ -1,0 +1,120 @@
+"""Both pages in a real browser: nothing fails, nothing is asked for, and what should move moves."""
+
+from __future__ import annotations
+
+import pytest
+
+from dynlm.report.html import write_report
+from dynlm.report.tokenmap import write_token_map
+from tests import browser
+from tests.report.conftest import FakeRun, pieces
+from tests.report.test_tokenmap import make_map
+
+pytestmark = pytest.mark.skipif(
+    browser.find() is None, reason="no chromium on PATH: the pages were not tried in a browser"
+)
+PANEL = "document.getElementById('panel')"
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    with browser.Browser(tmp_path_factory.mktemp("profile")) as page:
+        yield page
+
+
+@pytest.fixture
+def page(opened):
+    opened.complaints.clear()
+    opened.requests.clear()
+    opened.resize(1000, 900)
+    opened.scheme("light")
+    return opened
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    methods = ("static", "stateless", "rms", "cache", "gated", "gated+cache")
+    return write_report(FakeRun(tmp_path_factory.mktemp("run"), methods, articles=10, reset="article"), pieces=pieces)
+
+
+def test_the_report_complains_of_nothing_and_asks_for_nothing(page, report):
+    page.open(report)
+    assert page.complaints == []
+    assert page.requests == [report.as_uri()]
+
+
+def test_the_browser_sees_what_is_wrong(page, tmp_path):
+    (tmp_path / "bad.html").write_text(
+        "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'\"><script>1</script><img src=x.png>"
+    )
+    page.open(tmp_path / "bad.html")
+    assert len(page.complaints) == 2
+
+
+def test_hover_shows_both_losses(page, report):
+    page.open(report)
+    assert page.evaluate(f"{PANEL}.hidden") is True
+    page.hover("#map .tokens span[data-s]:nth-child(3)")
+    text = page.evaluate(f"{PANEL}.textContent")
+    assert "static " in text
+    assert "gated " in text
+    assert " nats = " in text
+    assert page.evaluate(f"{PANEL}.hidden") is False
+
+
+def test_another_method_colours_the_map_anew(page, report):
+    page.open(report)
+    before = page.evaluate("document.querySelector('#map .tokens').innerHTML")
+    told = page.evaluate("document.querySelector('[data-gain]').textContent")
+    pick = (
+        "(() => {{ const choice = document.getElementById('{0}'); choice.value = '{1}';"
+        "choice.dispatchEvent(new Event('change')); }})()"
+    )
+    page.evaluate(pick.format("pick-a", "static"))
+    assert page.evaluate("document.querySelectorAll('#map .b1, #map .b2, #map .w1, #map .w2').length") == 0
+    assert page.evaluate("document.querySelector('[data-gain]').textContent") == "+0.000"
+    page.evaluate(pick.format("pick-a", "gated"))
+    assert page.evaluate("document.querySelector('[data-gain]').textContent") == told
+    tokens = "[...document.querySelectorAll('#map .tokens span')]"
+    classes = f"{tokens}.map(e => [...e.classList].sort().join(' ')).join()"
+    shades = page.evaluate(classes)
+    page.open(report)
+    assert page.evaluate("document.querySelector('#map .tokens').innerHTML") == before
+    assert page.evaluate(classes) == shades  # the script and the writer of the page shade alike
+    assert page.complaints == []
+
+
+@pytest.mark.parametrize("width", [390, 1000])
+def test_nothing_sticks_out_and_one_width_of_each_figure_is_shown(page, report, width):
+    page.resize(width, 800)
+    page.open(report)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    shown = "[...document.querySelectorAll('{}')].filter(e => e.getClientRects().length).length"
+    wide, narrow = page.evaluate(shown.format(".wide-figure")), page.evaluate(shown.format(".narrow-figure"))
+    assert (wide > 4, narrow > 4) == ((False, True) if width == 390 else (True, False))
+    assert min(wide, narrow) == 0
+
+
+def test_dark_pages_are_dark_and_their_ink_is_light(page, report):
+    page.open(report)
+    colours = (
+        "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('svg text')).fill]"
+    )
+    light = page.evaluate(colours)
+    page.scheme("dark")
+    dark = page.evaluate(colours)
+    assert light == ["rgb(255, 255, 255)", "rgb(27, 31, 36)"]
+    assert dark == ["rgb(20, 23, 27)", "rgb(228, 231, 234)"]
+
+
+def test_the_token_page_works_too(page, tmp_path):
+    write_token_map(tmp_path / "page.html", make_map())
+    page.open(tmp_path / "page.html")
+    assert page.complaints == []
+    assert page.requests == [(tmp_path / "page.html").as_uri()]
+    page.hover("#map [data-s]")
+    assert "adapted 3.000 nats" in page.evaluate(f"{PANEL}.textContent")
+    page.evaluate("document.getElementById('map').focus()")
+    for kind in ("keyDown", "keyUp"):
+        page.call("Input.dispatchKeyEvent", type=kind, key="ArrowRight", code="ArrowRight")
+    assert "tail" in page.evaluate(f"{PANEL}.textContent")

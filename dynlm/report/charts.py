@@ -172,13 +172,14 @@ def gates(name: str, number: int, gate: Gates, segment: int) -> Drawing:
     def paint(figure: Figure, narrow: bool) -> None:
         panels = list(figure.subplots(3, 1, sharex=True))
         for axes, values_UN, (title, unit) in zip(panels, gate.values_3UN, GATES, strict=True):
-            scale_N = np.abs(values_UN).mean(0) if title == "UPDATE" else np.ones(len(gate.tensors))
+            scale_N = values_UN.mean(0) if title == "UPDATE" else np.ones(len(gate.tensors))
+            scale_N[np.abs(scale_N) < 1e-30] = 1.0
             for line, tensor in enumerate(order):
                 x, y = [], []
                 for start, stop in spans:
                     x += [*(segment * np.arange(start, stop)[::every]), segment * stop]
                     mean_U = moving_average(values_UN[start:stop, tensor], window)[::every]
-                    y += [*mean_U / max(scale_N[tensor], 1e-30), np.nan]
+                    y += [*mean_U / scale_N[tensor], np.nan]
                 axes.plot(
                     x, y, color=METHODS[line % len(METHODS)][0], linestyle=DASHES[line % len(DASHES)], linewidth=1.3
                 )
@@ -186,7 +187,8 @@ def gates(name: str, number: int, gate: Gates, segment: int) -> Drawing:
             axes.grid(visible=False, axis="x")
             axes.ticklabel_format(axis="y", useOffset=False)
         articles(panels, [(segment * a, segment * b) for a, b in spans], segment * ends[-1])
-        _tensor_legend(figure, [gate.tensors[i] for i in order], narrow)
+        updates_N = gate.values_3UN[1].mean(0)
+        _tensor_legend(figure, [f"{short(gate.tensors[i])}, mean UPDATE {updates_N[i]:.1e}" for i in order], narrow)
 
     label = f"Gate activity of {short(name)} along the first articles"
     return Drawing(f"gates-{number}", label, 5.6, paint, 6.2)
@@ -199,10 +201,10 @@ def _tensor_legend(figure: Figure, tensors: Sequence[str], narrow: bool) -> None
     ]
     drawn = figure.legend(
         handles, [str(i) for i in range(len(tensors))],
-        loc="outside upper left", ncols=1 if narrow else 3, frameon=False, borderaxespad=0.2,
+        loc="outside upper left", ncols=1 if narrow else 2, frameon=False, borderaxespad=0.2,
     )  # fmt: skip
     for text, name in zip(drawn.get_texts(), tensors, strict=True):
-        text.set_text(short(name))
+        text.set_text(name)
 
 
 def numbers(breakdowns: Json, names: Sequence[str]) -> list[Json]:

@@ -168,8 +168,9 @@ def test_gates_have_a_bounded_number_of_points_and_lines() -> None:
     many = Gates(np.random.default_rng(0).random((3, 20_000, 9)), [f"t{i}" for i in range(9)], list(range(9)), [20_000])
     svg = gates("gated", 0, many, 32).svg()
     assert svg.count("L ") < 3 * 6 * 1.2 * plots.POINTS
-    assert {"t8", "t3"} <= set(texts(svg))
-    assert "t2" not in texts(svg)  # the six largest
+    drawn = [text.partition(",")[0] for text in texts(svg)]
+    assert {"t8", "t3"} <= set(drawn)
+    assert "t2" not in drawn  # the six largest
 
 
 def test_article_spans_follow_reading_order() -> None:

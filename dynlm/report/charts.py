@@ -33,6 +33,7 @@ CLASSES = {
     "train_frequency": "times the word is in the training text",
 }
 """breakdowns of words, and the titles of their panels"""
+SHUT = 1e-7  # a gate that lets less than this through
 TENSORS = 6  # lines a panel: more do not tell apart
 GATES = (
     ("COPY", "share of a weight that stays"),
@@ -107,7 +108,8 @@ def boundaries(breakdown: Json, names: Sequence[str], gate: tuple[str, Gates] | 
         panels[1].set_title("until near its mean")
         panels[1].grid(visible=False, axis="y")
         for (title, values), line in zip(acts.items(), DASHES, strict=False):
-            panels[2].plot(range(1, len(values) + 1), values, color=INK, linestyle=line, label=title)
+            told = title if len(values) else f"{title} is shut"
+            panels[2].plot(range(1, len(values) + 1), values, color=INK, linestyle=line, label=told)
         if acts:
             panels[2].axhline(1, color=INK, linewidth=0.8, alpha=0.45)
             panels[2].set_xlabel("segments since the switch")
@@ -121,7 +123,8 @@ def boundaries(breakdown: Json, names: Sequence[str], gate: tuple[str, Gates] | 
 
 
 def after_switch(gate: Gates, count: int) -> dict[str, Floats]:
-    """UPDATE and FLUSH at each of the first ``count`` updates after a switch, over their means, all weights counted."""
+    """UPDATE and FLUSH at each of the first ``count`` updates after a switch, over their means, all weights counted;
+    empty for a gate that is shut."""
     starts = np.cumsum([0, *gate.updates])[1:-1]  # of all articles but the first
     ends = starts + np.array(gate.updates[1:])
     share_N = np.array(gate.weights, dtype=float) / sum(gate.weights)
@@ -130,9 +133,9 @@ def after_switch(gate: Gates, count: int) -> dict[str, Floats]:
         value_U = values_UN @ share_N
         rows = [value_U[start : min(start + count, end)] for start, end in zip(starts, ends, strict=True)]
         at = [np.mean([row[k] for row in rows if len(row) > k]) for k in range(max(map(len, rows), default=0))]
-        if at and abs(value_U.mean()) > 1e-9:
-            acts[title] = np.array(at) / value_U.mean()
-    return acts
+        mean = value_U.mean()
+        acts[title] = np.array(at) / mean if abs(mean) > SHUT else np.array([])
+    return acts if len(gate.updates) > 1 else {}
 
 
 def calibration(breakdown: Mapping[str, Json], names: Sequence[str]) -> Drawing:

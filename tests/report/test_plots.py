@@ -158,7 +158,8 @@ def test_gates_after_a_switch_are_means_over_articles_and_weights() -> None:
     of_all = values[1] @ np.array([0.75, 0.25])
     expected = np.array([(of_all[2] + of_all[5]) / 2, of_all[3], of_all[4]]) / of_all.mean()
     acts = after_switch(gate, 8)
-    assert list(acts) == ["UPDATE"]
+    assert list(acts) == ["UPDATE", "FLUSH"]
+    assert acts["FLUSH"].size == 0
     np.testing.assert_allclose(acts["UPDATE"], expected)
     assert after_switch(gate, 2)["UPDATE"].tolist() == expected[:2].tolist()
     assert after_switch(gate._replace(updates=[6]), 8) == {}

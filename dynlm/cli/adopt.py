@@ -102,7 +102,7 @@ def adopt(recipe: Recipe, run: runs.Run) -> None:
 
 def begin_run(run: runs.Run, tokenizer: Tokenizer, recipe: Recipe) -> None:
     """Write tokenizer and settings in the place of an earlier run's, and remove what was made from that."""
-    for folder in (run.path / "rules", run.path / "starts", run.evaluation):
+    for folder in (run.path / "rules", run.path / "starts", run.evaluation, run.figures):
         shutil.rmtree(folder, ignore_errors=True)
     for stale in (run.prior, run.report, run.log("train"), run.log("meta-train")):
         stale.unlink(missing_ok=True)

@@ -40,7 +40,7 @@ class PriorConfig:
 class EvaluateConfig:
     """Reading held-out articles with several methods."""
 
-    methods: tuple[str, ...] = ("static", "sgd", "rms", "adam", "gated")
+    methods: tuple[str, ...] = ("static", "stateless", "sgd", "rms", "adam", "gated")
     """static is the baseline of every gain; others are taken from the run's rules, RULE@METHOD from a learned start;
     cache is static with a neural cache, RULE+cache another method with one (tune.rules takes these names); stateless is
     static without its hidden state, which is dropped before each segment: what the model knows with no memory at all"""

@@ -58,6 +58,8 @@ class ReportConfig:
 
     format: Annotated[str, tyro.conf.arg(aliases=["--format"])] = ""
     """its figures as files too, for papers: any of png, svg, pdf, as in png,svg"""
+    articles: tuple[str, ...] = ()
+    """titles of the articles that are shown token by token; without any, those with the most, middle and least gain"""
 
 
 @dataclass(frozen=True)

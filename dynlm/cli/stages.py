@@ -323,6 +323,6 @@ def report(recipe: Recipe) -> None:
     run = runs.Run(recipe.run)
     run.require(run.results, "evaluate")
     pieces = load_tokenizer(run.tokenizer).pieces if run.tokenizer.is_dir() else None
-    print(f"report: {write_report(run, recipe.report.format, pieces)}")
+    print(f"report: {write_report(run, recipe.report.format, pieces, recipe.report.articles)}")
     if recipe.report.format:
         print(f"figures: {run.figures}")

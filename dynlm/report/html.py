@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,24 +15,25 @@ from dynlm.report.evaluation import STATELESS, STATIC, Evaluation, Floats, load_
 from dynlm.report.svg import Drawing, formats
 from dynlm.report.tokens import extremes, legend, tokens
 from dynlm.runs import Json, Run, write_text
+from dynlm.types import InputError
 
 Pieces = Callable[[Sequence[int]], list[str]]
 """the text that each token stands for"""
 MAP_TOKENS = 4096  # of an article: more is no pleasure to read, and makes the page slow
 
 
-def write_report(run: Run, kinds: str = "", pieces: Pieces | None = None) -> Path:
+def write_report(run: Run, kinds: str = "", pieces: Pieces | None = None, titles: Sequence[str] = ()) -> Path:
     """Write ``run.report`` from ``run.results`` and ``run.losses`` and return its path.
 
     ``kinds`` ("png,svg", "pdf") asks for the figures as files too, in ``run.figures``; ``pieces`` of the run's
-    tokenizer, for the maps of tokens. The same evaluation gives the
+    tokenizer, for the maps of tokens; ``titles``, the articles to map. The same evaluation gives the
     same bytes. :class:`dynlm.types.InputError` where the evaluation is missing or does not fit together; an earlier
     report is then left as it was.
     """
     wanted = formats(kinds)
     evaluation = load_evaluation(run)
     drawings = draw(evaluation)
-    source = render(evaluation, drawings, _maps(evaluation, pieces))
+    source = render(evaluation, drawings, _maps(evaluation, pieces, titles))
     for kind in wanted:
         for drawing in drawings.values():
             drawing.save(run.figures / f"{drawing.name}.{kind}")
@@ -163,7 +165,7 @@ class Chosen(NamedTuple):
     """of the whole article, which may be longer than what is shown"""
 
 
-def _maps(evaluation: Evaluation, pieces: Pieces | None) -> Json | None:
+def _maps(evaluation: Evaluation, pieces: Pieces | None, titles: Sequence[str]) -> Json | None:
     """The token maps, where the evaluation kept the tokens."""
     if evaluation.ids_T is None or not evaluation.shown or pieces is None:
         return None
@@ -173,7 +175,7 @@ def _maps(evaluation: Evaluation, pieces: Pieces | None) -> Json | None:
     losses: dict[str, list[list[int]]] = {name: [] for name in names}
     everything: list[tuple[str, float]] = []
     static_T, best_T = evaluation.losses[STATIC], evaluation.losses[best]
-    for chosen in _choose(evaluation, best):
+    for chosen in _named(evaluation, titles) or _choose(evaluation, best):
         here = slice(chosen.start, chosen.stop)
         texts = pieces(evaluation.ids_T[here].tolist())
         everything += list(zip(texts, (static_T[here] - best_T[here]).tolist(), strict=True))
@@ -191,6 +193,7 @@ def _maps(evaluation: Evaluation, pieces: Pieces | None) -> Json | None:
             losses[name].append((1000 * evaluation.losses[name][here]).round().astype(int).tolist())
     return {
         "best": best,
+        "chosen": bool(titles),
         "names": names,
         "articles": articles,
         "losses": json.dumps(losses, separators=(",", ":")).replace("<", "\\u003c"),
@@ -202,6 +205,22 @@ def _mapped(evaluation: Evaluation) -> str:
     """The method whose map is shown first. A cache takes a little from every token that it does not hold, which
     reddens the whole map."""
     return evaluation.best("learned", cached=False) or evaluation.shown[-1]
+
+
+def _named(evaluation: Evaluation, titles: Sequence[str]) -> list[Chosen]:
+    """The articles with these titles."""
+    spans = {
+        evaluation.titles[evaluation.article_T[span[0]]]: span for span in plots.article_spans(evaluation.article_T)
+    }
+    chosen = []
+    for title in titles:
+        if title not in spans:
+            close = difflib.get_close_matches(title, spans, n=1, cutoff=0.0)
+            raise InputError(f"report.articles names {title!r}, which was not read: did you mean {close[0]!r}?")
+        start, stop = spans[title]
+        article = int(evaluation.article_T[start])
+        chosen.append(Chosen("chosen", article, start, min(stop, start + MAP_TOKENS), stop - start))
+    return chosen
 
 
 def _choose(evaluation: Evaluation, method: str) -> list[Chosen]:

@@ -209,6 +209,15 @@ def test_token_maps_show_three_articles_with_the_losses_of_every_method(make_run
     assert all(abs(article[0] - min(known, key=lambda n: abs(n - article[0]))) <= 1 for article in losses["static"])
 
 
+def test_articles_can_be_chosen_by_title(make_run):
+    run = make_run()
+    source = write_report(run, pieces=pieces, titles=["Title 7", "Title 2"]).read_text(encoding="utf-8")
+    assert re.findall(r"<h3>(Title \d) ", source) == ["Title 7", "Title 2"]
+    assert source.count("data-s=") == int(((run.article == 7) | (run.article == 2)).sum())
+    with pytest.raises(InputError, match="'Titel 7', which was not read: did you mean 'Title 7'"):
+        write_report(run, pieces=pieces, titles=["Titel 7"])
+
+
 def test_without_a_tokenizer_there_is_no_map(make_run):
     source = write_report(make_run()).read_text(encoding="utf-8")
     assert 'id="map"' not in source

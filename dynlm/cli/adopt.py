@@ -104,7 +104,8 @@ def begin_run(run: runs.Run, tokenizer: Tokenizer, recipe: Recipe) -> None:
     """Write tokenizer and settings in the place of an earlier run's, and remove what was made from that."""
     for folder in (run.path / "rules", run.path / "starts", run.evaluation, run.figures):
         shutil.rmtree(folder, ignore_errors=True)
-    for stale in (run.prior, run.report, run.log("train"), run.log("meta-train")):
+    logs = run.path.glob("meta-train*.jsonl")  # of every seed
+    for stale in (run.prior, run.report, run.log("train"), *logs):
         stale.unlink(missing_ok=True)
     tokenizer.save(run.tokenizer)
     runs.write_json(run.recipe, asdict(dataclasses.replace(recipe, overwrite=False, resume=False)))

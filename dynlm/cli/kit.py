@@ -25,7 +25,7 @@ from dynlm.models.params import adapted_parameters
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.handmade import Static
 from dynlm.optim.hub import fingerprint
-from dynlm.optim.library import LEARNED, load_rule
+from dynlm.optim.library import LEARNED, load_rule, seedless
 from dynlm.runs import Json, Run, read_json, read_tensors
 from dynlm.types import InputError
 
@@ -124,7 +124,7 @@ def _load_rule(run: Run, name: str) -> Rule:
     if chosen == "static":
         return Static()
     if chosen not in held:
-        made_by = "meta-train" if chosen in LEARNED else "tune"
+        made_by = "meta-train" if seedless(chosen) in LEARNED else "tune"
         there = f"it holds {', '.join(held)}" if held else f"run `dynlm {made_by}` with it first"
         raise InputError(f"{run.path} has no rule {chosen or RULES[-1]!r}: {there}")
     return load_rule(run.rule(chosen))[0]

@@ -39,7 +39,7 @@ from dynlm.models.train import train_base_model
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.handmade import Static
 from dynlm.optim.hub import fingerprint
-from dynlm.optim.library import LEARNED, load_rule, save_rule, start_rule
+from dynlm.optim.library import LEARNED, load_rule, save_rule, seeded, seedless, start_rule
 from dynlm.report.html import write_report
 from dynlm.types import Article, InputError, TokenizedArticle
 
@@ -119,7 +119,7 @@ class Bench:
     def load_rule(self, name: str) -> Rule:
         if name in ("static", STATELESS):
             return Static()
-        made_by = "meta-train" if name in LEARNED else "tune"
+        made_by = "meta-train" if seedless(name) in LEARNED else "tune"
         return load_rule(self.run.require(self.run.rule(name), made_by))[0]
 
 
@@ -220,7 +220,8 @@ def _tune_cache(bench: Bench, name: str, articles: list[TokenizedArticle]) -> No
 def meta_training(recipe: Recipe) -> None:
     """A learned rule, from the tuned hand-made rule that it starts at, on the meta-training articles."""
     bench, kind = Bench(recipe), recipe.meta.rule
-    target, checkpoint = bench.run.rule(kind), bench.run.checkpoint("meta-train")
+    name, stage = seeded(kind, recipe.meta.seed), seeded("meta-train", recipe.meta.seed)
+    target, checkpoint = bench.run.rule(name), bench.run.checkpoint(stage)
     if recipe.resume:
         bench.run.require(checkpoint, "meta-train")
     free(target, recipe, checkpoint)
@@ -236,10 +237,10 @@ def meta_training(recipe: Recipe) -> None:
 
     def save_best(best: Rule, progress: MetaProgress) -> None:
         if progress.step == 0:
-            bench.run.log("meta-train").unlink(missing_ok=True)
+            bench.run.log(stage).unlink(missing_ok=True)
         save_rule(best, target, {"progress": progress._asdict(), "config": asdict(recipe.meta), "start": start})
 
-    progress = meta_train(trainer, validate, bench.run, save_best, recipe.resume)
+    progress = meta_train(trainer, validate, bench.run, save_best, recipe.resume, stage)
     reader.restore()
     checkpoint.unlink(missing_ok=True)
     print(f"best meta-validation {progress.best:.4f} nats/token; {progress.seconds / 60:.1f} minutes")

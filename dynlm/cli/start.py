@@ -16,7 +16,7 @@ from dynlm.evaluate.stream import read_articles
 from dynlm.meta.initialisation import Task
 from dynlm.meta.outer import learn_start
 from dynlm.meta.train import divide_meta_split
-from dynlm.optim.library import LEARNED
+from dynlm.optim.library import LEARNED, seedless
 from dynlm.types import InputError, TokenizedArticle
 
 
@@ -26,7 +26,7 @@ def learn_start_stage(recipe: Recipe) -> None:
     target = bench.run.start(config.method)
     free(target, recipe)
     rule = bench.load_rule(config.rule)
-    if config.outer.phi_lr and config.rule not in LEARNED:
+    if config.outer.phi_lr and seedless(config.rule) not in LEARNED:
         raise InputError(f"start.outer.phi_lr trains learned rules, start.rule is {config.rule!r}: set it to 0")
     reader, sample = bench.reader(rule), ArticleTasks(bench, config.segments, config.seed)
     _, held_back = divide_meta_split(bench.articles("meta"), recipe.meta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from dynlm.evaluate.metrics import Counts, gain_by_position, holm, paired_gain, perplexities, sign_flip_p
 from dynlm.evaluate.stream import Scores
+from dynlm.optim.library import seedless
 from dynlm.runs import Json, Run, write_json, write_tensors
 from dynlm.types import InputError, TokenizedArticle
 
@@ -17,7 +19,7 @@ SCHEMA = 1
 
 
 def summarize(scores: Mapping[str, Scores], settings: Mapping[str, Json], counts: Counts) -> Json:
-    """The ``methods`` and ``comparisons`` of results.json. ``scores`` must hold ``static``, the baseline of gains."""
+    """The ``methods``, ``seeds`` and ``comparisons`` of results.json; ``scores`` must hold ``static``, the baseline."""
     if "static" not in scores:
         raise InputError("methods lack 'static', the baseline of every gain: add it to evaluate.methods")
     baseline = scores["static"].losses
@@ -32,7 +34,26 @@ def summarize(scores: Mapping[str, Scores], settings: Mapping[str, Json], counts
             "gain_by_position": gain_by_position(baseline, score.losses),
             "settings": settings.get(name, {}),
         }
-    return {"methods": methods, "comparisons": _comparisons(scores, methods)}
+    return {"methods": methods, "seeds": _seeds(methods), "comparisons": _comparisons(scores, methods)}
+
+
+def _seeds(methods: Json) -> Json:
+    """Methods that differ by their seed alone (``gated``, ``gated#1``), with mean and standard deviation."""
+    groups: dict[str, list[str]] = {}
+    for name in methods:
+        groups.setdefault(seedless(name), []).append(name)
+    return {
+        base: {
+            "methods": names,
+            **{
+                key: {"mean": statistics.mean(values), "sd": statistics.stdev(values)}
+                for key in ("word_ppl", "gain_nats_per_token")
+                for values in [[methods[name][key] for name in names]]
+            },
+        }
+        for base, names in groups.items()
+        if len(names) > 1
+    }
 
 
 def _comparisons(scores: Mapping[str, Scores], methods: Json) -> list[Json]:

@@ -52,6 +52,7 @@ class MetaConfig:
     patience: int = 6
     """validations without improvement before stopping early"""
     seed: int = 0
+    """of the cell's first weights, the order of articles and the sample; with another than 0 the rule is RULE#SEED"""
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
 
 
@@ -172,12 +173,14 @@ def meta_train(
     run: runs.Run,
     save_best: Callable[[Rule, MetaProgress], None],
     resume: bool = False,
+    stage: str = "meta-train",
 ) -> MetaProgress:
     """Train φ until the steps are done or validation stops improving; ``save_best`` gets each best rule.
 
-    ``validate`` reads the meta-validation articles with the present φ and returns nats per token.
+    ``validate`` reads the meta-validation articles with the present φ and returns nats per token; ``stage`` names
+    checkpoint and log.
     """
-    config, path = trainer.config, run.checkpoint("meta-train")
+    config, path = trainer.config, run.checkpoint(stage)
     if resume:
         trainer.load(*runs.read_tensors(path))
     started = time.perf_counter() - trainer.progress.seconds
@@ -202,6 +205,6 @@ def meta_train(
                 save_best(copy.deepcopy(trainer.rule), trainer.progress)
             runs.write_tensors(path, *trainer.state())
             record = {"step": step, "train": loss, "valid": valid, "seconds": round(seconds, 1)}
-            runs.append_log(run.log("meta-train"), record)
+            runs.append_log(run.log(stage), record)
             bar.write(f"step {step}: meta-validation {valid:.4f} nats/token ({'best' if improved else 'no better'})")
     return trainer.progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +40,16 @@ def make_rule(kind: str, **settings: Any) -> Rule:
         rule: Rule = build(build.config_class(**settings))
         return rule
     raise InputError(f"unknown rule {kind!r}: choose one of {', '.join([*HANDMADE, *LEARNED, General.name])}")
+
+
+def seeded(name: str, seed: int) -> str:
+    """What a rule or stage of this seed is called: ``gated``, ``gated#1``."""
+    return f"{name}#{seed}" if seed else name
+
+
+def seedless(name: str) -> str:
+    """The counterpart of :func:`seeded`, also for ``gated#1+cache`` and ``gated#1@fomaml``."""
+    return re.sub(r"#\d+", "", name)
 
 
 def start_rule(kind: str, settings: dict[str, float], priors: Sequence[Prior], seed: int = 0, hidden: int = 0) -> Rule:

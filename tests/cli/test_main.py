@@ -48,6 +48,22 @@ def test_learning_while_reading_gains_on_real_text(finished):
     assert methods["rms"]["nats"] < methods["static"]["nats"]
 
 
+def test_a_rule_of_another_seed_stands_beside_the_first(copy, capsys):
+    recipe, run = copy
+    before = Run(run).rule("gated").read_bytes()
+    more = ["--meta.steps", "2", "--meta.validate-every", "2", "--meta.seed", "1"]
+    assert main(["meta-train", str(recipe), "--run", str(run), *more]) == 0
+    assert Run(run).rule("gated").read_bytes() == before
+    assert Run(run).log("meta-train#1").is_file()
+    fails(capsys, ["meta-train", recipe, "--run", run, *more], "gated#1 exists", "--overwrite")
+    methods = ["--evaluate.methods", "static", "gated", "gated#1"]
+    assert main(["evaluate", str(recipe), "--run", str(run), "--overwrite", *methods]) == 0
+    results = json.loads(Run(run).results.read_text())
+    assert results["seeds"]["gated"]["methods"] == ["gated", "gated#1"]
+    assert "was learned from 2 seeds" in Run(run).report.read_text()
+    fails(capsys, ["evaluate", recipe, "--run", run, "--overwrite", *methods[:2], "gated#7"], "run `dynlm meta-train`")
+
+
 def test_a_run_is_taken_up_without_its_recipe_and_the_stream_setting_runs(copy, capsys):
     _, run = copy
     arguments = ["--run", str(run), "--overwrite", "--read.reset", "never", "--evaluate.methods", "static", "rms"]

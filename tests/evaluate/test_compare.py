@@ -79,3 +79,18 @@ def test_no_article_is_an_error():
 def test_scores_sum_in_double_precision():
     scores = Scores([torch.full((1000,), 0.1), torch.ones(3)], 1.0)
     assert scores.nats == pytest.approx(1000 * float(torch.tensor(0.1)) + 3, rel=1e-12)
+
+
+def test_seeds_of_a_rule_are_summed_up(reading):
+    scores, articles = reading
+    worse = scores["sgd"]._replace(losses=[losses_T + 0.01 for losses_T in scores["sgd"].losses])
+    several = {**scores, "gated": scores["sgd"], "gated#1": worse, "gated+cache": worse}
+    seeds = summarize(several, {}, count(articles))["seeds"]
+    assert list(seeds) == ["gated"]
+    assert seeds["gated"]["methods"] == ["gated", "gated#1"]
+    gains = [
+        float((a - b).mean()) for a, b in [(scores["static"].losses[0], s.losses[0]) for s in (scores["sgd"], worse)]
+    ]
+    assert gains[0] - gains[1] == pytest.approx(0.01, abs=1e-5)
+    assert seeds["gated"]["gain_nats_per_token"]["sd"] == pytest.approx(0.01 / 2**0.5, rel=1e-3)
+    assert summarize(scores, {}, count(articles))["seeds"] == {}

@@ -43,7 +43,7 @@ class EvaluateConfig:
     methods: tuple[str, ...] = ("static", "stateless", "sgd", "rms", "adam", "gated")
     """static is the baseline of every gain; others are taken from the run's rules: RULE, RULE#SEED of another seed,
     RULE@METHOD from a learned start; cache is static with a neural cache, RULE+cache another method with one
-    (tune.rules takes these names); stateless is static without its hidden state, which is dropped before each segment"""
+    (tune.rules takes these names); stateless is static, its hidden state dropped before each segment"""
     split: str = "valid"
     """split to read"""
     max_articles: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +53,7 @@ class Evaluation:
     ids_T: Ints | None = None
     gates: Mapping[str, Gates] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def gains(self) -> dict[str, Floats]:
         """Static loss minus method loss for every method but static, (T,) nats a token."""
         static_T = self.losses[STATIC]

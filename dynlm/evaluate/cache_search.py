@@ -22,7 +22,7 @@ from dynlm.types import InputError, TokenizedArticle
 
 SHARPNESS = tuple(2.0**k for k in range(-1, 8))
 """θ_c in units of 1 / mean |h|²"""
-WINDOWS = (250, 500, 1000, 2000, 4000)
+WINDOWS = (250, 500, 1000, 2000, 4000, 8000)
 START_WINDOW = 1000
 CHUNK = 256  # positions scored at once
 

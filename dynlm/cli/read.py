@@ -126,15 +126,22 @@ def read(settings: ReadSettings, stdin: BinaryIO | None = None) -> Totals:
             save_memory(Path(settings.save_memory), pair.static, pair.adapted, kit.fingerprints())
             size = Path(settings.save_memory).stat().st_size / 1e6
             print(f"memory: {settings.save_memory} ({size:.1f} MB)", file=sys.stderr)
-    if settings.model and totals.gain < 0:
-        lr = kit.rule.settings()["lr"]
-        print(f"dynlm: note: learning lost here: lower --lr ({lr:g} now), or tune the rule in a run", file=sys.stderr)
+    if totals.gain < 0:
+        print(f"dynlm: note: learning lost here: {_advice(settings, kit)}", file=sys.stderr)
     if record and record.texts:
         _write_page(Path(settings.html), record, (kit, settings, totals))
     if stopped:
         print(f"dynlm: interrupted after {totals.tokens:,} tokens", file=sys.stderr)
         sys.exit(130)
     return totals
+
+
+def _advice(settings: ReadSettings, kit: Kit) -> str:
+    if settings.model:
+        return f"lower --lr ({kit.rule.settings()['lr']:g} now), or tune the rule in a run"
+    if kit.rule.name != "rms":
+        return "--rule rms pulls back to the trained weights, which long streams need"
+    return "shorter articles, or --reset article, start anew more often"
 
 
 def _kit(settings: ReadSettings) -> Kit:

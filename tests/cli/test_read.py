@@ -238,6 +238,16 @@ def test_notes_and_titles_are_told(tmp_path, capsys):
     assert "1 byte not UTF-8" in err
 
 
+@pytest.mark.parametrize(("rule", "advice"), [("gated", "--rule rms"), ("rms", "--reset article")])
+def test_where_learning_loses_it_is_told(texts, monkeypatch, capsys, rule, advice):
+    quiet(*texts, rule=rule)
+    assert "learning lost" not in capsys.readouterr().err
+    monkeypatch.setattr(command.Totals, "gain", -0.1)
+    quiet(*texts, rule=rule)
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if "learning lost here" in line]
+    assert advice in note
+
+
 def test_transformers_are_not_imported_to_read():
     """They take seconds; a fresh process says what `dynlm read` imports."""
     import subprocess

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import subprocess
 import time
@@ -18,6 +19,10 @@ PATIENCE = 120.0  # seconds: a busy machine starts it slowly
 def find() -> str | None:
     """The browser on PATH, if there is one."""
     return next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
+
+
+class NoBrowser(Exception):  # noqa: N818 (said to pytest.skip)
+    """A browser that is there and does not start."""
 
 
 class Browser:
@@ -41,16 +46,23 @@ class Browser:
         )
         os.close(command_read)
         os.close(answer_write)
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Runtime", "Log", "Network", "Page"):
-            self.call(f"{domain}.enable")
-        self.resize(*self.size)
+        try:
+            target = self.call("Target.createTarget", url="about:blank")["targetId"]
+            self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+            for domain in ("Runtime", "Log", "Network", "Page"):
+                self.call(f"{domain}.enable")
+            self.resize(*self.size)
+        except (EOFError, OSError) as error:
+            self.close()
+            raise NoBrowser(f"{find()} does not start: {error}") from error
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._process.kill()
         self._process.wait()
         os.close(self._read)
@@ -64,16 +76,17 @@ class Browser:
             message["sessionId"] = self._session
         os.write(self._write, json.dumps(message).encode() + b"\0")
         ends = time.monotonic() + PATIENCE
-        while time.monotonic() < ends:
-            answer = self._receive()
+        while True:
+            answer = self._receive(ends)
             if answer.get("id") == self._number:
                 assert "error" not in answer, answer
                 return answer["result"]
             self._take_note(answer)
-        raise TimeoutError(f"no answer to {method}")
 
-    def _receive(self) -> dict[str, Any]:
+    def _receive(self, ends: float) -> dict[str, Any]:
         while b"\0" not in self._left:
+            if not select.select([self._read], [], [], max(0.0, ends - time.monotonic()))[0]:
+                raise TimeoutError("the browser does not answer")
             part = os.read(self._read, 1 << 16)
             if not part:
                 raise EOFError("the browser has gone")

@@ -104,8 +104,11 @@ class Bench:
         kind, _, start = name.partition("@")
         rule = self.load_rule(kind)
         score = StatelessScorer(self.score) if kind == STATELESS else self.score
-        if not start:
-            return Reader(self.model, score, rule.to(self.device), self.priors, self.recipe.read)
+        priors = self._started(rule, start) if start else self.priors
+        return Reader(self.model, score, rule.to(self.device), priors, self.recipe.read)
+
+    def _started(self, rule: Rule, start: str) -> list[Prior]:
+        """The priors of a learned start; ``rule`` becomes what was learned together with it."""
         tensors, _ = runs.read_tensors(self.run.require(self.run.start(start), "learn-start"))
         missing = [prior.name for prior in self.priors if prior.name not in tensors]
         if missing:
@@ -113,8 +116,7 @@ class Bench:
         phi = {key.removeprefix("rule."): value for key, value in tensors.items() if key.startswith("rule.")}
         if phi and rule.name in LEARNED:  # learned together with this start
             rule.load_state_dict(phi)
-        priors = [p._replace(theta0=tensors[p.name].to(p.theta0)) for p in self.priors]
-        return Reader(self.model, score, rule.to(self.device), priors, self.recipe.read)
+        return [p._replace(theta0=tensors[p.name].to(p.theta0)) for p in self.priors]
 
     def load_rule(self, name: str) -> Rule:
         if name in ("static", STATELESS):
@@ -205,10 +207,8 @@ def _tune_cache(bench: Bench, name: str, articles: list[TokenizedArticle]) -> No
     """Settings of the cache of method ``name``, on what the hand-made rules are tuned on."""
     config, beside = bench.recipe.tune, cached_name(name)
     assert beside is not None
-    most = config.max_tokens or None
-    texts = [dataclasses.replace(article, ids_T=article.ids_T[:most]) for article in articles[: config.articles]]
     with tqdm(desc=f"tune {name}", unit="trial") as bar:
-        tuned = tune_cache(bench.method(beside), texts, bench.tokenizer.eos_id, bar.update)
+        tuned = tune_cache(bench.method(beside), config.excerpts(articles), bench.tokenizer.eos_id, bar.update)
     made = {"nats_per_token": tuned.nats_per_token, "trials": tuned.trials, "config": asdict(config)}
     save_cache(tuned.cache, bench.run.rule(name), made)
     numbers = ", ".join(f"{key} {value:.4g}" for key, value in asdict(tuned.cache).items())

@@ -8,6 +8,7 @@ articles are cut short.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -35,6 +36,11 @@ class TuneConfig:
     max_tokens: int = 4096
     """each article is read up to this many tokens"""
     seed: int = 0
+
+    def excerpts(self, articles: Sequence[TokenizedArticle]) -> list[TokenizedArticle]:
+        """What is read in a trial."""
+        most = self.max_tokens or None
+        return [dataclasses.replace(article, ids_T=article.ids_T[:most]) for article in articles[: self.articles]]
 
 
 class Range(NamedTuple):
@@ -81,7 +87,7 @@ def tune_rule(
     """Minimise nats per token of reading ``articles`` (cut to ``max_tokens``); repeatable for a seed on one machine."""
     if kind not in SPACES:
         raise InputError(f"rule {kind!r} has no search space: tune one of {', '.join(SPACES)}")
-    texts = [_cut(article, config.max_tokens) for article in articles[: config.articles]]
+    texts = config.excerpts(articles)
     if not texts:
         raise InputError("no article to tune on: the meta split is empty (data.meta_articles)")
     unit = 1 / reader_for(make_rule("static")).priors[0].relative_rms
@@ -171,8 +177,3 @@ def _scaled(r: Range, unit: float) -> Range:
 def _at_bound(value: float, r: Range) -> bool:
     where = math.log(value / r.low) / math.log(r.high / r.low)
     return not 0.05 < where < 0.95
-
-
-def _cut(article: TokenizedArticle, max_tokens: int) -> TokenizedArticle:
-    ids_T = article.ids_T[:max_tokens] if max_tokens else article.ids_T
-    return TokenizedArticle(article.id, article.title, ids_T, article.n_words, article.n_bytes)

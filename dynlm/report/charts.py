@@ -14,14 +14,15 @@ from dynlm.report.looks import DASHES, INK, METHODS, looks
 from dynlm.report.plots import (
     GAIN,
     LETTERS,
-    POINTS,
+    add_legend,
     articles,
     band,
     grid,
     legend,
-    moving_average,
     point,
+    points,
     short,
+    smoothed,
     spoken,
 )
 from dynlm.report.svg import Drawing
@@ -100,13 +101,10 @@ def boundaries(breakdown: Json, names: Sequence[str], gate: tuple[str, Gates] | 
         panels[0].set_xlabel("segments since the switch")
         panels[0].set_ylabel("nats per token")
         panels[0].set_title("loss after a switch")
-        known = [name for name in of if name in recovery]
-        for place, name in enumerate(known):
-            point(panels[1], recovery[name]["mean"], place, recovery[name]["ci95"], of[name])
-        panels[1].set_yticks(range(len(known)), [short(name) for name in known])
+        times = {name: (recovery[name]["mean"], recovery[name]["ci95"]) for name in of if name in recovery}
+        points(panels[1], times, of)
         panels[1].set_xlabel("segments")
         panels[1].set_title("until near its mean")
-        panels[1].grid(visible=False, axis="y")
         for (title, values), line in zip(acts.items(), DASHES, strict=False):
             told = title if len(values) else f"{title} is shut"
             panels[2].plot(range(1, len(values) + 1), values, color=INK, linestyle=line, label=told)
@@ -153,13 +151,10 @@ def calibration(breakdown: Mapping[str, Json], names: Sequence[str]) -> Drawing:
         left.set_xlabel("probability of the most probable token")
         left.set_ylabel("share that is right − probability")
         left.set_title("too cautious above zero, too sure below")
-        for place, name in enumerate(known):
-            point(right, breakdown[name]["ece"], place, breakdown[name]["ci95"], of[name])
-        right.set_yticks(range(len(known)), [short(name) for name in known])
+        points(right, {name: (breakdown[name]["ece"], breakdown[name]["ci95"]) for name in known}, of)
         right.set_xlim(left=0)
         right.set_xlabel("expected calibration error")
         right.set_title("error in all")
-        right.grid(visible=False, axis="y")
         legend(figure, known, narrow, of=of)
 
     return Drawing("calibration", f"Calibration of {spoken(known)}", 3.3, paint, 5.6)
@@ -170,7 +165,8 @@ def gates(name: str, number: int, gate: Gates, segment: int) -> Drawing:
     order = sorted(range(len(gate.tensors)), key=lambda i: -gate.weights[i])[:TENSORS]
     ends = np.cumsum(gate.updates[: len(LETTERS)]).tolist()
     spans = list(zip([0, *ends[:-1]], ends, strict=True))
-    window, every = max(3, ends[-1] // 80), max(1, ends[-1] // POINTS)
+    window = max(3, ends[-1] // 80)
+    colours, dashes = [colour for colour, _, _ in METHODS], [*DASHES, *DASHES]
 
     def paint(figure: Figure, narrow: bool) -> None:
         panels = list(figure.subplots(3, 1, sharex=True))
@@ -178,36 +174,19 @@ def gates(name: str, number: int, gate: Gates, segment: int) -> Drawing:
             scale_N = values_UN.mean(0) if title == "UPDATE" else np.ones(len(gate.tensors))
             scale_N[np.abs(scale_N) < 1e-30] = 1.0
             for line, tensor in enumerate(order):
-                x, y = [], []
-                for start, stop in spans:
-                    x += [*(segment * np.arange(start, stop)[::every]), segment * stop]
-                    mean_U = moving_average(values_UN[start:stop, tensor], window)[::every]
-                    y += [*mean_U / scale_N[tensor], np.nan]
-                axes.plot(
-                    x, y, color=METHODS[line % len(METHODS)][0], linestyle=DASHES[line % len(DASHES)], linewidth=1.3
-                )
+                x, y = smoothed(values_UN[:, tensor] / scale_N[tensor], spans, window)
+                axes.plot(segment * np.array(x), y, color=colours[line], linestyle=dashes[line], linewidth=1.3)
             axes.set_title(f"{title}: {unit}", pad=16 if axes is panels[0] else 6)
             axes.grid(visible=False, axis="x")
             axes.ticklabel_format(axis="y", useOffset=False)
         articles(panels, [(segment * a, segment * b) for a, b in spans], segment * ends[-1])
         updates_N = gate.values_3UN[1].mean(0)
-        _tensor_legend(figure, [f"{short(gate.tensors[i])}, mean UPDATE {updates_N[i]:.1e}" for i in order], narrow)
+        handles = [Line2D([], [], color=colours[line], linestyle=dashes[line]) for line in range(len(order))]
+        labels = [f"{short(gate.tensors[i])}, mean UPDATE {updates_N[i]:.1e}" for i in order]
+        add_legend(figure, handles, labels, 1 if narrow else 2)
 
     label = f"Gate activity of {short(name)} along the first articles"
     return Drawing(f"gates-{number}", label, 5.6, paint, 6.2)
-
-
-def _tensor_legend(figure: Figure, tensors: Sequence[str], narrow: bool) -> None:
-    handles = [
-        Line2D([], [], color=METHODS[i % len(METHODS)][0], linestyle=DASHES[i % len(DASHES)])
-        for i in range(len(tensors))
-    ]
-    drawn = figure.legend(
-        handles, [str(i) for i in range(len(tensors))],
-        loc="outside upper left", ncols=1 if narrow else 2, frameon=False, borderaxespad=0.2,
-    )  # fmt: skip
-    for text, name in zip(drawn.get_texts(), tensors, strict=True):
-        text.set_text(name)
 
 
 def numbers(breakdowns: Json, names: Sequence[str]) -> list[Json]:

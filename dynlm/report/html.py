@@ -50,7 +50,6 @@ def render(evaluation: Evaluation, drawings: dict[str, Drawing], maps: Json | No
         captions=_captions(evaluation) if shown else None,
         figures={name: drawing.html() for name, drawing in drawings.items()},
         drawn_gates=_drawn_gates(evaluation),
-        switch_gates=next(iter(_drawn_gates(evaluation)), None),
         gates=[name for name in evaluation.adaptive[::-1] if name in evaluation.gates],
         breakdowns=evaluation.breakdowns,
         word_rows=charts.numbers(evaluation.breakdowns, shown),
@@ -136,7 +135,6 @@ def _captions(evaluation: Evaluation) -> Json:
     spans = plots.article_spans(article_T)[: len(plots.LETTERS)]
     return {
         "best": evaluation.shown[-1],
-        "memories": list(_memories(evaluation)),
         "helped": {name: int((gain > 0).sum()) for name, gain in means.items()},
         "read": len(read),
         "most": (titles[read[high]], float(last[high])),

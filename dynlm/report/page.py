@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dynlm.report.looks import METHODS
+from dynlm.report.shades import BETTER, THRESHOLDS, WORSE
 
 MINUS = "\N{MINUS SIGN}"
 NONE = "–"
@@ -21,7 +22,7 @@ NONE = "–"
 
 def render(template: str, **values: Any) -> str:
     """A page as text; ``script`` is the one script that its policy lets run."""
-    script = resource("tokens.js")
+    script = resource("tokens.js").replace("/* thresholds */", json.dumps(THRESHOLDS))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
         _environment()
@@ -50,10 +51,16 @@ def _environment() -> Environment:
 
 
 def _style() -> str:
-    """The style sheet with the methods' colours in it."""
+    """The style sheet with the colours of methods and shades in it."""
     light = " ".join(f"--m{number}: {colour};" for number, (colour, _, _) in enumerate(METHODS))
     dark = " ".join(f"--m{number}: {colour};" for number, (_, colour, _) in enumerate(METHODS))
-    return resource("style.css").replace("/* methods, light */", light).replace("/* methods, dark */", dark)
+    shades = " ".join(
+        f"--{side}{number}: #{red:02x}{green:02x}{blue:02x};"
+        for side, colours in (("b", BETTER), ("w", WORSE))
+        for number, (red, green, blue) in enumerate(colours, 1)
+    )
+    sheet = resource("style.css").replace("/* shades, light */", shades)
+    return sheet.replace("/* methods, light */", light).replace("/* methods, dark */", dark)
 
 
 def interval(ci95: Sequence[float | None] | None) -> tuple[float, float] | None:

@@ -30,12 +30,8 @@ def headline(methods: Mapping[str, Json], shown: Sequence[str]) -> Drawing:
 
     def paint(figure: Figure, narrow: bool) -> None:
         axes = figure.add_subplot()
-        axes.grid(visible=False, axis="y")
-        of = looks(shown)
-        for row, (name, method) in enumerate(methods.items()):
-            colour, marker = of.get(name, (INK, "."))
-            point(axes, method["gain_nats_per_token"], row, method["gain_ci95"], (colour, marker))
-        axes.set_yticks(range(len(methods)), [short(name) for name in methods])
+        means = {name: (method["gain_nats_per_token"], method["gain_ci95"]) for name, method in methods.items()}
+        points(axes, means, looks(shown))
         axes.set_ylim(-0.6, len(methods) - 0.4)
         axes.axvline(0, color=INK, linewidth=1.0)
         axes.set_xlabel(GAIN)
@@ -110,18 +106,13 @@ def stream(memories: Mapping[str, Mapping[str, Floats]], article_T: Ints, names:
     """
     spans = article_spans(article_T)[: len(LETTERS)]
     total, window = spans[-1][1], smoothing_window(article_T)
-    every = max(1, total // POINTS)
 
     def paint(figure: Figure, narrow: bool) -> None:
         panels = list(figure.subplots(len(memories), 1, sharex=True, squeeze=False)[:, 0])
         of = looks(names)
         for axes, (title, curves) in zip(panels, memories.items(), strict=True):
             for name, values_T in curves.items():
-                x, y = [], []
-                for start, stop in spans:  # NaN lifts the pen between articles: no average mixes two of them
-                    chosen = np.unique(np.append(np.arange(0, stop - start, every), stop - start - 1))
-                    x += [*(start + chosen), stop]
-                    y += [*moving_average(values_T[start:stop], window)[chosen], np.nan]
+                x, y = smoothed(values_T, spans, window)
                 colour, marker = of.get(name, (INK, ""))
                 axes.plot(x, y, color=colour, linewidth=1.3, marker=marker, markersize=4.5, markevery=(0.02, 0.125))
             axes.axhline(0, color=INK, linewidth=1.0)
@@ -166,16 +157,26 @@ def point(axes: Axes, x: float, y: float, ci95: Sequence[float | None], look: tu
     axes.plot(x, y, color=colour, marker=marker, markersize=5.5, linestyle="none")
 
 
+def points(
+    axes: Axes, means: Mapping[str, tuple[float, Sequence[float | None]]], of: Mapping[str, tuple[str, str]]
+) -> None:
+    """A row a method: (mean, interval). Methods without looks have the ink's."""
+    for row, (name, (mean, ci95)) in enumerate(means.items()):
+        point(axes, mean, row, ci95, of.get(name, (INK, ".")))
+    axes.set_yticks(range(len(means)), [short(name) for name in means])
+    axes.grid(visible=False, axis="y")
+
+
 def band(
-    axes: Axes, points: Sequence[tuple[float, float, Sequence[float | None] | None]], look: tuple[str, str]
+    axes: Axes, means: Sequence[tuple[float, float, Sequence[float | None] | None]], look: tuple[str, str]
 ) -> None:
     """Means (x, y, interval) as a line, with the intervals as a band."""
     colour, marker = look
     axes.plot(
-        [x for x, _, _ in points], [y for _, y, _ in points],
+        [x for x, _, _ in means], [y for _, y, _ in means],
         color=colour, marker=marker, markersize=4.5, linewidth=1.5,
     )  # fmt: skip
-    known = [(x, *ends) for x, _, ci95 in points if (ends := interval(ci95))]
+    known = [(x, *ends) for x, _, ci95 in means if (ends := interval(ci95))]
     if known:
         x, low, high = zip(*known, strict=True)
         axes.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
@@ -196,12 +197,17 @@ def legend(
     handles = [
         Line2D([], [], color=of[n][0], marker=of[n][1], markersize=5, linestyle="-" if line else "none") for n in names
     ]
+    add_legend(figure, handles, [short(name) for name in names], min(3 if narrow else 6, len(names)))
+
+
+def add_legend(figure: Figure, handles: Sequence[Line2D], labels: Sequence[str], columns: int) -> None:
+    """Handles with labels, above the axes."""
     drawn = figure.legend(
-        handles, [str(i) for i in range(len(names))],
-        loc="outside upper left", ncols=min(3 if narrow else 6, len(names)), frameon=False, borderaxespad=0.2,
+        handles, [str(i) for i in range(len(labels))],
+        loc="outside upper left", ncols=columns, frameon=False, borderaxespad=0.2,
     )  # fmt: skip
-    for text, name in zip(drawn.get_texts(), names, strict=True):  # set here: a label with "_" first would be dropped
-        text.set_text(short(name))
+    for text, label in zip(drawn.get_texts(), labels, strict=True):  # set here: one with "_" first would be dropped
+        text.set_text(label)
 
 
 def article_spans(article_T: Ints) -> list[tuple[int, int]]:
@@ -214,6 +220,19 @@ def smoothing_window(article_T: Ints) -> int:
     """Tokens averaged along the stream: about an eightieth of what is shown, between 16 and 512."""
     shown = article_spans(article_T)[: len(LETTERS)][-1][1]
     return int(np.clip(shown // 80, 16, 512))
+
+
+def smoothed(values_T: Floats, spans: Sequence[tuple[int, int]], window: int) -> tuple[list[float], list[float]]:
+    """A running mean along the articles as a line (places, values) of a bounded number of points.
+
+    NaN lifts the pen between articles: no average mixes two of them.
+    """
+    x, y, every = list[float](), list[float](), max(1, spans[-1][1] // POINTS)
+    for start, stop in spans:
+        chosen = np.unique(np.append(np.arange(0, stop - start, every), stop - start - 1))
+        x += [*(start + chosen), stop]
+        y += [*moving_average(values_T[start:stop], window)[chosen], np.nan]
+    return x, y
 
 
 def moving_average(values_T: Floats, window: int) -> Floats:

@@ -1,5 +1,5 @@
 const map = document.getElementById("map"), panel = document.getElementById("panel");
-const bounds = [0.1, 0.5, 1, 2], picks = {s: document.getElementById("pick-s"), a: document.getElementById("pick-a")};
+const bounds = /* thresholds */, picks = {s: document.getElementById("pick-s"), a: document.getElementById("pick-a")};
 const data = picks.a && JSON.parse(document.getElementById("losses").textContent);
 const names = picks.a ? () => [picks.s.value, picks.a.value] : () => ["static", "adapted"];
 let at = null, all = null;

@@ -48,3 +48,13 @@ def test_the_wheel_holds_every_file_of_the_package():
     )
     held = {file.distribution_path for file in wheel.WheelBuilder(str(ROOT)).recurse_included_files()}
     assert held == data_files()
+
+
+def test_the_wheel_declares_the_licenses_of_code_and_weights():
+    metadata = pytest.importorskip("hatchling.metadata.core", reason="hatchling is not installed")
+    plugins = pytest.importorskip("hatchling.plugin.manager").PluginManager()
+    core = metadata.ProjectMetadata(str(ROOT), plugins).core
+    assert core.license_expression == "Apache-2.0 AND CC-BY-SA-3.0"
+    shipped = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "dynlm" / "shipped").glob("*/LICENSE.md"))
+    assert shipped
+    assert core.license_files == ["LICENSE", *shipped]

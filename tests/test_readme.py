@@ -1,6 +1,9 @@
 """What the README shows is true of the code."""
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,12 +88,22 @@ def test_files_of_the_readme_exist(path):
     assert (ROOT / path).exists()
 
 
-def test_every_result_of_the_readme_is_in_the_log():
-    log = (ROOT / "docs" / "LOG.md").read_text(encoding="utf-8")
-    table = README[README.index("## Results") : README.index("## File map")]
-    figures = re.findall(r"\b\d+\.\d+\b", table.replace("95 %", ""))
-    assert figures
-    assert not [figure for figure in figures if figure not in log]
+def test_every_figure_of_the_readme_is_the_one_in_docs_results():
+    """Byte for byte: `scripts/figures` takes each figure from a result file by its key."""
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "figures", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, f"run scripts/figures, or edit docs/results/readme.md.j2\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize("figure", ["111.77", "0.963", "[0.0242, 0.0311]", "2,412.07", "390,631", "57k"])
+def test_one_wrong_digit_among_the_figures_is_found(figure, tmp_path):
+    for folder in ("docs/results", "scripts"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    digit = re.search(r"\d", figure[::-1])
+    place = README.index(figure) + len(figure) - 1 - digit.start()
+    wrong = README[:place] + str((int(README[place]) + 1) % 10) + README[place + 1 :]
+    (tmp_path / "README.md").write_text(wrong, encoding="utf-8")
+    command = [sys.executable, tmp_path / "scripts" / "figures", "--check"]
+    assert subprocess.run(command, capture_output=True).returncode == 1
 
 
 def test_torch_is_the_tested_one():

@@ -25,7 +25,7 @@ from dynlm.data.tokenizers import load_tokenizer, tokenize, train_tokenizer
 from dynlm.evaluate.breakdowns import Reading, break_down
 from dynlm.evaluate.cache import CachedReader, cached_name, load_cache, save_cache
 from dynlm.evaluate.cache_search import tune_cache
-from dynlm.evaluate.compare import summarize, write_results
+from dynlm.evaluate.compare import identify, summarize, write_results
 from dynlm.evaluate.metrics import count
 from dynlm.evaluate.stateless import STATELESS, StatelessScorer
 from dynlm.evaluate.stream import Scores, read_and_watch, read_articles
@@ -259,6 +259,7 @@ def evaluate(recipe: Recipe) -> None:
     scores = {name: _read(name, reader, articles, start_id, config.gate_articles) for name, reader in readers.items()}
     summary = summarize(scores, {name: _settings(reader) for name, reader in readers.items()}, counts)
     for name, reader in readers.items():
+        summary["methods"][name] |= identify(name, reader.rule)
         summary["methods"][name]["fingerprint"] = fingerprint(reader.rule) if reader.rule.reads_gradient else None
     words = Counter(word for article in bench.corpus.train for word in article.text.split())
     reading = Reading(articles, bench.tokenizer, words, recipe.read.segment, recipe.read.reset)

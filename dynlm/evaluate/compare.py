@@ -9,13 +9,28 @@ from typing import Any
 
 import torch
 
+from dynlm.evaluate.cache import cached_name
 from dynlm.evaluate.metrics import Counts, gain_by_position, holm, paired_gain, perplexities, sign_flip_p
 from dynlm.evaluate.stream import Scores
+from dynlm.optim.base import Rule
 from dynlm.optim.library import seedless
 from dynlm.runs import Json, Run, write_json, write_tensors
 from dynlm.types import InputError, TokenizedArticle
 
-SCHEMA = 1
+SCHEMA = 2
+
+
+def identify(name: str, rule: Rule) -> Json:
+    """What a method is: its rule with kind and seed, the learned start that it reads from, whether it has a cache.
+
+    Keys: ``rule``; ``kind`` ("baseline", "hand-made" or "learned": a cache beside static weights is hand-made);
+    ``seed``; ``start`` (a method of ``learn-start`` or None); ``cache``.
+    """
+    cached = cached_name(name)
+    plain, _, start = (cached or name).partition("@")
+    kind = "hand-made" if cached and rule.kind == "baseline" else rule.kind
+    seed = int(plain.partition("#")[2] or 0)
+    return {"rule": rule.name, "kind": kind, "seed": seed, "start": start or None, "cache": cached is not None}
 
 
 def summarize(scores: Mapping[str, Scores], settings: Mapping[str, Json], counts: Counts) -> Json:

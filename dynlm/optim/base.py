@@ -19,7 +19,7 @@ import abc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,9 @@ class Rule(nn.Module, abc.ABC):
     """Base of all rules. Subclasses give ``step``; ``observe`` and ``context`` where they need them."""
 
     name: str
+    kind: ClassVar[Literal["baseline", "hand-made", "learned"]] = "hand-made"
+    """baseline: never changes the weights; hand-made: a formula whose settings are tuned; learned: a meta-trained
+    network. Results carry it and the report reads it."""
     config: Any = None
     """the dataclass that the rule is made from; hand-made rules have none"""
     n_slots: int = 0

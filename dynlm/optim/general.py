@@ -53,6 +53,7 @@ class General(Rule):
     """See the module's docstring. A few hundred meta-parameters, three state floats a weight."""
 
     name = "general"
+    kind = "learned"
     n_slots = 3
     config_class = GeneralConfig
 

@@ -27,6 +27,7 @@ class Static(Rule):
     """The trained weights, never changed: the baseline of every gain."""
 
     name = "static"
+    kind = "baseline"
     reads_gradient = False
 
     def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:

@@ -33,6 +33,7 @@ class CellConfig:
 class Learned(Rule):
     """A rule with a configuration, an RMS rule as its start, and statistics of rows, columns and tensors as inputs."""
 
+    kind = "learned"
     config: CellConfig
     config_class: ClassVar[type[CellConfig]]
     start: ClassVar[str] = "rms"

@@ -28,6 +28,7 @@ class Linear(Rule):
     """See the module's docstring."""
 
     name = "linear"
+    kind = "learned"
     context_shapes = ((), ())
     config_class = LinearConfig
     start = "sgd"

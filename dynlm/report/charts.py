@@ -36,6 +36,12 @@ CLASSES = {
 """breakdowns of words, and the titles of their panels"""
 SHUT = 1e-7  # a gate that lets less than this through
 TENSORS = 6  # lines a panel: more do not tell apart
+TENSOR_NAMES = {
+    "embedding.weight": "embedding",
+    "weight_ih": "input weights",
+    "weight_hh": "recurrent weights",
+    "lm_head.bias": "output bias",
+}
 GATES = (
     ("COPY", "share of a weight that stays"),
     ("UPDATE", "move by a typical gradient, × its mean"),
@@ -43,8 +49,8 @@ GATES = (
 )
 
 
-def words(breakdowns: Json, names: Sequence[str]) -> Drawing:
-    """Gain by class of word: rows of classes, a marker a method."""
+def words(breakdowns: Json, names: Sequence[str], tokens: int) -> Drawing:
+    """Draw the gain by class of word: a row per class, with its share of all ``tokens`` read, a marker per method."""
     tables = {title: breakdowns[key] for key, title in CLASSES.items() if breakdowns.get(key)}
     rows = [len(table) for table in tables.values()]
 
@@ -52,7 +58,7 @@ def words(breakdowns: Json, names: Sequence[str]) -> Drawing:
         heights = [count + 0.8 for count in rows]
         panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]  # classes differ in scale
         for axes, (title, table) in zip(panels, tables.items(), strict=True):
-            _classes(axes, table, names)
+            _classes(axes, table, names, tokens)
             axes.set_title(title)
         panels[-1].set_xlabel(GAIN)
         legend(figure, names, narrow, line=False)
@@ -61,9 +67,8 @@ def words(breakdowns: Json, names: Sequence[str]) -> Drawing:
     return Drawing("words", f"Gain over static by class of word for {spoken(names)}", height, paint)
 
 
-def _classes(axes: Axes, table: Sequence[Json], names: Sequence[str]) -> None:
-    """One panel: classes from top to bottom, with their shares of the tokens."""
-    total = sum(row["tokens"] for row in table)
+def _classes(axes: Axes, table: Sequence[Json], names: Sequence[str], tokens: int) -> None:
+    """Draw one panel: classes from top to bottom, with their shares of all tokens read."""
     axes.grid(visible=False, axis="y")
     step = 0.7 / max(1, len(names))
     for place, row in enumerate(table):
@@ -73,7 +78,7 @@ def _classes(axes: Axes, table: Sequence[Json], names: Sequence[str]) -> None:
             gain = row["gain"].get(name)
             if gain is not None:
                 point(axes, gain["mean"], place - (k - (len(names) - 1) / 2) * step, gain["ci95"], look)
-    axes.set_yticks(range(len(table)), [f"{row['bin']}, {_share(row['tokens'] / total)}" for row in table])
+    axes.set_yticks(range(len(table)), [f"{row['bin']}, {_share(row['tokens'] / tokens)}" for row in table])
     axes.set_ylim(len(table) - 0.5, -0.5)
     axes.axvline(0, color=INK, linewidth=1.0)
 
@@ -182,11 +187,17 @@ def gates(name: str, number: int, gate: Gates, segment: int) -> Drawing:
         articles(panels, [(segment * a, segment * b) for a, b in spans], segment * ends[-1])
         updates_N = gate.values_3UN[1].mean(0)
         handles = [Line2D([], [], color=colours[line], linestyle=dashes[line]) for line in range(len(order))]
-        labels = [f"{short(gate.tensors[i])}, mean UPDATE {updates_N[i]:.1e}" for i in order]
+        labels = [f"{called(gate.tensors[i])}, mean UPDATE {updates_N[i]:.1e}" for i in order]
         add_legend(figure, handles, labels, 1 if narrow else 2)
 
     label = f"Gate activity of {short(name)} along the first articles"
     return Drawing(f"gates-{number}", label, 5.6, paint, 6.2)
+
+
+def called(tensor: str) -> str:
+    """Return what a tensor is, before its name, where the name is one of dynlm's own LSTM."""
+    what = next((text for end, text in TENSOR_NAMES.items() if tensor.endswith(end)), None)
+    return f"{what} ({short(tensor)})" if what else short(tensor)
 
 
 def numbers(breakdowns: Json, names: Sequence[str]) -> list[Json]:

@@ -18,16 +18,18 @@ from dynlm.types import InputError
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-SCHEMA = 1
+SCHEMA = 2
 STATIC, STATELESS = "static", "stateless"
 BASELINES = (STATIC, STATELESS)
-HAND_MADE = frozenset({"sgd", "rms", "adam", "cache"})
 SHOWN = 5  # methods in a figure: more do not tell apart
 AGAIN = "run `dynlm evaluate` again"
 
 RESULT_KEYS = ("data", "reset", "segment", "model", "versions", "articles", "tokens", "words", "bytes", "methods")
 DATA_KEYS = ("source", "split", "titles", "fingerprint")
-METHOD_KEYS = ("nats", "token_ppl", "word_ppl", "bits_per_byte", "gain_nats_per_token", "gain_ci95", "tokens_per_s")
+METHOD_KEYS = (
+    "kind", "cache", "nats", "token_ppl", "word_ppl", "bits_per_byte",
+    "gain_nats_per_token", "gain_ci95", "tokens_per_s",
+)  # fmt: skip
 COMPARISON_KEYS = ("better", "worse", "gain_nats_per_token", "ci95")
 
 
@@ -61,10 +63,10 @@ class Evaluation:
 
     @property
     def names(self) -> list[str]:
-        """The baselines first, then by falling word perplexity: the best method stands last."""
+        """The baselines first, then by falling loss: the best method stands last."""
         methods = self.results["methods"]
         first = [name for name in BASELINES if name in self.losses]
-        return [*first, *sorted(set(self.losses) - set(first), key=lambda name: (-methods[name]["word_ppl"], name))]
+        return [*first, *sorted(set(self.losses) - set(first), key=lambda name: (-methods[name]["nats"], name))]
 
     @property
     def adaptive(self) -> list[str]:
@@ -92,14 +94,13 @@ class Evaluation:
         return breakdowns
 
     def kind(self, name: str) -> str:
-        """``baseline``, ``hand-made`` or ``learned``, by the method's name."""
-        if name in BASELINES:
-            return "baseline"
-        return "hand-made" if name.removesuffix("+cache") in HAND_MADE else "learned"
+        """``baseline``, ``hand-made`` or ``learned``, as the evaluation wrote it."""
+        return str(self.results["methods"][name]["kind"])
 
     def best(self, kind: str, cached: bool = True) -> str | None:
-        """The method of this kind with the lowest word perplexity, if there is one."""
-        fits = (n for n in reversed(self.names) if self.kind(n) == kind and (cached or not n.endswith("cache")))
+        """The method of this kind with the lowest loss, if there is one; ``cached=False`` leaves out caches."""
+        methods = self.results["methods"]
+        fits = (n for n in reversed(self.names) if self.kind(n) == kind and (cached or not methods[n]["cache"]))
         return next(fits, None)
 
 

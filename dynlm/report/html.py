@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from dynlm.report.maps import Pieces, token_maps
 from dynlm.report.svg import Drawing, formats
 from dynlm.report.tokens import legend
 from dynlm.runs import Json, Run, write_text
+
+FEWEST_ARTICLES = 8  # a bootstrap over fewer says nothing: the smallest p of a sign-flip test of five is 1/16
+SIGNIFICANT = 0.05
 
 
 def write_report(run: Run, kinds: str = "", pieces: Pieces | None = None, titles: Sequence[str] = ()) -> Path:
@@ -54,7 +58,8 @@ def render(evaluation: Evaluation, drawings: dict[str, Drawing], maps: Json | No
         breakdowns=evaluation.breakdowns,
         word_rows=charts.numbers(evaluation.breakdowns, shown),
         comparisons=[_comparison(results, comparison) for comparison in results.get("comparisons", [])],
-        has_cache=any(name.endswith("cache") for name in names),
+        has_cache=any(results["methods"][name]["cache"] for name in names),
+        fewest=FEWEST_ARTICLES,
         maps=maps,
         levels=legend(),
     )
@@ -73,7 +78,7 @@ def draw(evaluation: Evaluation) -> dict[str, Drawing]:
         plots.per_article(_per_article(evaluation)),
     ]
     if any(breakdowns.get(key) for key in charts.CLASSES):
-        drawings.append(charts.words(breakdowns, shown))
+        drawings.append(charts.words(breakdowns, shown, evaluation.results["tokens"]))
     if breakdowns.get("boundaries", {}).get("segments"):
         gated = next(((name, evaluation.gates[name]) for name in _drawn_gates(evaluation)), None)
         drawings.append(charts.boundaries(breakdowns["boundaries"], shown, gated))
@@ -97,7 +102,7 @@ def _memories(evaluation: Evaluation) -> dict[str, dict[str, Floats]]:
     rules = [name for name in evaluation.shown if name in (learned, hand_made)] or evaluation.shown[-1:]
     memories = {"medium-term memory: weights that learn": {name: gains[name] for name in rules}}
     if STATELESS in gains:
-        memories = {"short-term memory: the hidden state": {"": -gains[STATELESS]}, **memories}
+        memories = {"short-term memory: the context before a segment": {"": -gains[STATELESS]}, **memories}
     if learned and hand_made:
         memories["a learned memory: " + plots.short(learned) + " instead of " + plots.short(hand_made)] = {
             "": gains[learned] - gains[hand_made]
@@ -140,6 +145,9 @@ def _captions(evaluation: Evaluation) -> Json:
         "most": (titles[read[high]], float(last[high])),
         "least": (titles[read[low]], float(last[low])),
         "window": plots.smoothing_window(article_T),
+        "panels": list(_memories(evaluation)),
+        "repetition": _repetition(evaluation),
+        "classified": _classified(evaluation),
         "letters": [
             (letter, titles[article_T[start]], stop - start)
             for letter, (start, stop) in zip(plots.LETTERS, spans, strict=False)
@@ -147,18 +155,53 @@ def _captions(evaluation: Evaluation) -> Json:
     }
 
 
+def _repetition(evaluation: Evaluation) -> str:
+    """Say what the best method gains or loses on later and on first occurrences of words, as its intervals allow."""
+    best = evaluation.shown[-1]
+    gains = {row["bin"]: row["gain"].get(best) for row in evaluation.breakdowns.get("occurrence", [])}
+    parts = []
+    for name, words in (
+        ("later", "words that the article has used before"),
+        ("first", "words used for the first time"),
+    ):
+        if gains.get(name) is None:
+            return ""
+        mean = gains[name]["mean"]
+        verb = {"gain": "gain", "loss": "lose", "open": "show no clear change:"}[_says(gains[name]["ci95"])]
+        number = page.signed(mean) if verb.endswith(":") else f"{abs(mean):.3f}"
+        parts.append(f"{words} {verb} {number}")
+    return f"With {best}, {parts[0]} nats per token, and {parts[1]}."
+
+
+def _says(ci95: Sequence[float | None]) -> str:
+    """``gain`` or ``loss`` where the interval excludes zero; ``open`` where it does not, or where there is none."""
+    ends = page.interval(ci95)
+    if ends is None or ends[0] <= 0 <= ends[1]:
+        return "open"
+    return "gain" if ends[0] > 0 else "loss"
+
+
+def _classified(evaluation: Evaluation) -> float:
+    """The share of the tokens that belong to a word; the others are ends of lines."""
+    words = evaluation.breakdowns.get("occurrence", [])
+    return float(sum(row["tokens"] for row in words) / evaluation.results["tokens"])
+
+
 def _comparison(results: Json, comparison: Json) -> Json:
-    """A comparison with the drop in word perplexity and whether its interval excludes zero (None: no interval)."""
-    ends = page.interval(comparison["ci95"])
-    return {
-        "p_holm": None,
-        **comparison,
-        "lower": _lower(results, comparison["better"], comparison["worse"]),
-        "separate": None if ends is None else not ends[0] <= 0 <= ends[1],
-    }
+    """A comparison with the drop in word perplexity and a verdict that interval and corrected test must share."""
+    p, says = comparison.get("p_holm"), _says(comparison["ci95"])
+    if results["articles"] < FEWEST_ARTICLES:
+        verdict = "too few articles"
+    elif page.interval(comparison["ci95"]) is None or p is None:
+        verdict = "no interval" if p is not None else "no test"
+    else:
+        verdict = "yes" if says == "gain" and p < SIGNIFICANT else "not separated"
+    lower = _lower(results, comparison["better"], comparison["worse"])
+    return {**comparison, "p_holm": p, "lower": lower, "verdict": verdict}
 
 
 def _lower(results: Json, name: str, other: str) -> float:
-    """By which fraction the word perplexity of ``name`` is below that of ``other``."""
+    """By which fraction the word perplexity of ``name`` is below that of ``other``, from their losses."""
     methods = results["methods"]
-    return 1.0 - float(methods[name]["word_ppl"]) / float(methods[other]["word_ppl"])
+    more = (methods[name]["nats"] - methods[other]["nats"]) / results["words"]
+    return 1.0 - math.exp(min(more, 700.0))

@@ -46,7 +46,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(ppl=ppl, signed=signed, span=span, percent=percent, plain=plain)
+    environment.filters.update(ppl=ppl, signed=signed, span=span, percent=percent, plain=plain, likelier=likelier)
     return environment
 
 
@@ -70,11 +70,16 @@ def interval(ci95: Sequence[float | None] | None) -> tuple[float, float] | None:
     return float(ci95[0]), float(ci95[1])
 
 
-def ppl(value: float) -> str:
-    """A perplexity to about four digits."""
-    if not (math.isfinite(value) and value < 1e9):
-        return "beyond 10⁹"
+def ppl(value: float | None) -> str:
+    """Format a perplexity to about four digits; None is one that overflowed."""
+    if value is None or not value < 1e6:
+        return "beyond a million"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+
+
+def likelier(gain: float) -> str:
+    """Say what a gain in nats makes of the probability of a token, as a geometric mean over tokens."""
+    return f"each token {math.exp(min(abs(gain), 700.0)):.2f} × {'likelier' if gain >= 0 else 'less likely'}"
 
 
 def signed(value: float | None, digits: int = 3) -> str:

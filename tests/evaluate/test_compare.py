@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from dynlm.adapt import ReadConfig, Reader
-from dynlm.evaluate.compare import summarize, write_results
+from dynlm.evaluate.compare import identify, summarize, write_results
 from dynlm.evaluate.metrics import count
 from dynlm.evaluate.stream import Scores, read_articles
 from dynlm.optim.handmade import SGD, Static
+from dynlm.optim.library import make_rule
 from dynlm.runs import Run, read_tensors
 from dynlm.types import InputError
 from lab import START, make_article, make_lab
@@ -32,7 +33,7 @@ def test_results_hold_every_figure_of_the_schema(reading, tmp_path):
     results = summarize(scores, {"sgd": {"lr": 1.0}}, counts)
     write_results(Run(tmp_path), scores, articles, {**counts._asdict(), **results})
     saved = json.loads(Run(tmp_path).results.read_text())
-    assert saved["schema"] == 1
+    assert saved["schema"] == 2
     assert (saved["articles"], saved["tokens"], saved["words"], saved["bytes"]) == (3, 600, 600, 1800)
     sgd = saved["methods"]["sgd"]
     assert sgd["nats"] == pytest.approx(sum(float(losses_T.double().sum()) for losses_T in scores["sgd"].losses))
@@ -94,3 +95,19 @@ def test_seeds_of_a_rule_are_summed_up(reading):
     assert gains[0] - gains[1] == pytest.approx(0.01, abs=1e-5)
     assert seeds["gated"]["gain_nats_per_token"]["sd"] == pytest.approx(0.01 / 2**0.5, rel=1e-3)
     assert summarize(scores, {}, count(articles))["seeds"] == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "expected"),
+    [
+        ("static", "static", ("static", "baseline", 0, None, False)),
+        ("cache", "static", ("static", "hand-made", 0, None, True)),
+        ("rms+cache", "rms", ("rms", "hand-made", 0, None, True)),
+        ("rms@fomaml", "rms", ("rms", "hand-made", 0, "fomaml", False)),
+        ("static@fomaml", "static", ("static", "baseline", 0, "fomaml", False)),
+        ("gated#12@maml+cache", "gated", ("gated", "learned", 12, "maml", True)),
+        ("linear", "linear", ("linear", "learned", 0, None, False)),
+    ],
+)
+def test_results_say_what_a_method_is(name, rule, expected):
+    assert tuple(identify(name, make_rule(rule)).values()) == expected

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dynlm.report.svg import Drawing
 from dynlm.runs import Json, Run, write_json, write_tensors
 
 EDGES = (0, 32, 64, 128, 256)
@@ -38,7 +39,7 @@ class FakeRun(Run):
         updates = [int(n) // 32 for n in lengths[:3]]
         self.gates = {n: torch.rand(3, sum(updates), 2, generator=random) for n in methods if n in ("rms", "gated")}
         self.value: Json = {
-            "schema": 1,
+            "schema": 2,
             "data": {
                 "source": "wikitext-2",
                 "split": "validation",
@@ -107,7 +108,11 @@ class FakeRun(Run):
                 here = float(gain_T[inside].mean())
                 where = {"from": start, "to": stop, "tokens": int(inside.sum()), "articles": 1}
                 bins.append({**where, "gain": here, "ci95": [here - 0.02, here + 0.02]})
+        kinds = {"static": "baseline", "stateless": "baseline", "sgd": "hand-made", "rms": "hand-made"}
+        kinds |= {"adam": "hand-made", "cache": "hand-made", "rms+cache": "hand-made"}
         return {
+            "kind": kinds.get(name, "learned"),
+            "cache": name.endswith("cache"),
             "nats": nats,
             "token_ppl": math.exp(nats / tokens),
             "word_ppl": math.exp(nats / int(0.8 * tokens)),
@@ -129,3 +134,10 @@ def make_run(tmp_path: Path) -> MakeRun:
         return FakeRun(tmp_path / "run", methods, articles, reset)
 
     return make
+
+
+@pytest.fixture
+def quick_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace each figure by a bare element, as drawing takes seconds; tests marked ``drawn`` draw them."""
+    if "drawn" not in request.keywords:
+        monkeypatch.setattr(Drawing, "svg", lambda self, narrow=False: f"<svg id='{self.name}{narrow}'></svg>")

@@ -48,7 +48,7 @@ def drawings(names: tuple[str, ...] = NAMES) -> list[Drawing]:
         plots.by_position(bins(*names), rows(names, *(str(k) for k in range(10)))),
         plots.per_article(dict.fromkeys(names, PER_ARTICLE["rms"])),
         plots.stream({"weights": gains, "more": {"": GAINS["rms"]}}, ARTICLE_T, names),
-        words({"occurrence": rows(names, "first", "later")}, names),
+        words({"occurrence": rows(names, "first", "later")}, names, 400),
         calibration(told, names),
         gates("gated", 0, gate, 32),
     ]

@@ -6,11 +6,9 @@ from functools import partial
 
 from dynlm.cli.recipe import Recipe
 from dynlm.cli.stages import Bench
-from dynlm.evaluate.audit import Verdict, adds_up, audit, excerpt
+from dynlm.evaluate.audit import Verdict, adds_up, verdicts
 from dynlm.runs import read_json
 from dynlm.types import InputError
-
-SEGMENTS = 6  # read of each article
 
 
 def audit_stage(recipe: Recipe) -> None:
@@ -35,11 +33,10 @@ def audit_stage(recipe: Recipe) -> None:
     wrong = next((v for v in found if not v.passed), None)
     words, n_bytes = sum(a.n_words for a in articles), sum(a.n_bytes for a in articles)
     tell("text", wrong or found[0]._replace(detail=f"{len(found)} articles, {words:,} words, {n_bytes:,} bytes"))
-    first, later = (excerpt(articles[i], recipe.read.segment, SEGMENTS) for i in (0, -1))
+    start_id, vocab_size = bench.tokenizer.eos_id, bench.tokenizer.vocab_size
     for name in methods:
-        for verdict in audit(
-            partial(bench.method, name), first, later, bench.tokenizer.eos_id, bench.tokenizer.vocab_size
-        ):
+        make_reader = partial(bench.method, name)
+        for verdict in verdicts(make_reader, articles[0], articles[-1], start_id, vocab_size, quick=recipe.audit.quick):
             tell(name, verdict)
     if failed:
         raise InputError(f"{failed} checks of {bench.run.path} failed: its figures cannot be trusted")

@@ -53,6 +53,14 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class AuditConfig:
+    """Checking that every method of a run reads without leaks."""
+
+    quick: Annotated[bool, tyro.conf.arg(aliases=["--quick"])] = False
+    """read short excerpts only: a tenth of the time, and blind to what happens only after some segments"""
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """The report of an evaluation."""
 
@@ -145,6 +153,7 @@ class Recipe:
     plan: PlanConfig = field(default_factory=PlanConfig)
     start: StartConfig = field(default_factory=StartConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     fewshot: FewShotConfig = field(default_factory=FewShotConfig)
     general: GeneralMetaConfig = field(default_factory=GeneralMetaConfig)

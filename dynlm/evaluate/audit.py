@@ -1,60 +1,109 @@
 """Audits of the reading protocol: what must not move, does not move by a bit.
 
 ``audit`` takes any reader, with any rule, adapter, model or cache: a function that makes a fresh one each time.
-It asks by perturbation and by counting, and trusts nothing that the reader says of itself.
+It asks by perturbation and by counting, and trusts nothing that the reader says of itself
+(:mod:`dynlm.evaluate.probe`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from dynlm.adapt import Reader, Step
-from dynlm.evaluate.tap import Tap, TappedReader
+from dynlm.adapt import Reader
+from dynlm.evaluate.audit_articles import (
+    LONG,
+    RESETS,
+    SHORT,
+    TOLERANCE,
+    Excerpts,
+    MakeReader,
+    Verdict,
+    adds_up,
+    excerpt,
+    lengthened,
+    no_later_article,
+    tokens_only,
+    verdict,
+)
+from dynlm.evaluate.probe import (
+    Draws,
+    Observed,
+    altered,
+    ask_inside_segments,
+    ask_vocabulary,
+    first_difference,
+    observing,
+    read,
+    training_modules,
+)
 from dynlm.optim.base import Rule
 from dynlm.optim.handmade import Static
-from dynlm.types import Article, InputError, TokenizedArticle
+from dynlm.types import TokenizedArticle
 
-MakeReader = Callable[[], Reader]
-TOLERANCE = 1e-4
-"""nats by which a score may differ from that of a distribution that sums to one"""
+__all__ = ["Verdict", "adds_up", "audit", "excerpt", "first_leak", "restores", "verdicts"]
 
-
-class Verdict(NamedTuple):
-    """One check, and in one line what was seen."""
-
-    name: str
-    passed: bool
-    detail: str
+REREADINGS = 16  # readings with altered tokens, spread over the long excerpt
+MOST_TOKENS = 20_000  # of any excerpt, however long a window is
+MOST_QUESTIONS = 2_048  # about altered segments; and, of a model without logits, scores of the vocabulary
 
 
 def audit(
-    make_reader: MakeReader, article: TokenizedArticle, later: TokenizedArticle, start_id: int, vocab_size: int
+    make_reader: MakeReader,
+    article: TokenizedArticle,
+    later: TokenizedArticle,
+    start_id: int,
+    vocab_size: int,
+    *,
+    quick: bool = False,
+    window: int | None = None,
 ) -> list[Verdict]:
-    """Every check on excerpts of some segments (:func:`excerpt`); ``later`` is read after ``article``.
+    """Run every check; ``later`` is read after ``article``.
 
-    ``make_reader`` gives a new reader each time, at the start of reading.
+    ``make_reader`` gives a new reader each time, at the start of reading. Most checks read short excerpts; causality is
+    also asked in a long one of at least 64 segments and twice ``window`` tokens (None: the longest window found in the
+    reader's cache and scorer), made of the tokens of both articles, and the whole of ``article`` is read for its sums.
+    ``quick`` stays with the short excerpts: a tenth of the time, and blind to what happens only later on.
     """
-    later_ones = no_later_article(make_reader, article, later, start_id)  # first: a hidden memory is still empty
-    return [
-        later_ones,
-        repeatable(make_reader, article, start_id),
-        causal(make_reader, article, start_id, vocab_size),
-        sums_to_one(make_reader(), article, start_id, vocab_size),
-        scored_once(make_reader(), article, start_id),
-        restored(make_reader, article, start_id),
-        zero_rate(make_reader, article, start_id),
-    ]
+    return list(verdicts(make_reader, article, later, start_id, vocab_size, quick=quick, window=window))
 
 
-def excerpt(article: TokenizedArticle, segment: int, segments: int = 6) -> TokenizedArticle:
-    """The first segments of an article and half of one more, so that the last one is short."""
-    return dataclasses.replace(article, ids_T=article.ids_T[: segments * segment + max(1, segment // 2)])
+def verdicts(
+    make_reader: MakeReader,
+    article: TokenizedArticle,
+    later: TokenizedArticle,
+    start_id: int,
+    vocab_size: int,
+    *,
+    quick: bool = False,
+    window: int | None = None,
+) -> Iterator[Verdict]:
+    """Yield the verdicts of :func:`audit` as they are found."""
+    reader = make_reader()
+    size = reader.config.segment
+    tokens = SHORT * size if quick else max(LONG * size, 2 * (window or _window(reader)))
+    long = lengthened(article, later, min(tokens, MOST_TOKENS), size)
+    parts = Excerpts(excerpt(article, size), excerpt(later, size), long)
+    whole = parts.short if quick or len(article) > MOST_TOKENS else article
+    yield no_later_article(make_reader, parts, start_id, 2 if quick else RESETS)  # first: a hidden memory is empty yet
+    yield repeatable(make_reader, long, start_id)
+    yield causal_inside(make_reader, long, start_id, vocab_size)
+    yield causal(make_reader, long, start_id, vocab_size)
+    yield tokens_only(make_reader, parts, start_id)
+    yield sums_to_one(make_reader, long if len(long) > len(whole) else whole, start_id, vocab_size)
+    yield scored_once(make_reader(), whole, start_id)
+    yield nothing_drawn(make_reader(), parts.short, start_id)
+    yield restored(make_reader, parts.short, start_id)
+    yield zero_rate(make_reader, parts.short, start_id)
+
+
+def _window(reader: Reader) -> int:
+    """Return the longest window that the reader's parts name, in tokens; 0 without any."""
+    parts = (reader.score, getattr(reader, "cache", None), reader)
+    return max((w for part in parts if isinstance(w := getattr(part, "window", None), int)), default=0)
 
 
 def first_leak(reader: Reader, article: TokenizedArticle, start_id: int, position: int, vocab_size: int) -> int | None:
@@ -63,17 +112,12 @@ def first_leak(reader: Reader, article: TokenizedArticle, start_id: int, positio
     Tokens at and after ``position`` are replaced by others, the article is read again from the same start, and the
     scores before it are compared bit for bit. None: causal as far as this perturbation can tell.
     """
-    other = _changed(article, position, vocab_size)
-    with reader:
-        reader.begin()
-        before = reader.read(article, start_id)[:position]
-        reader.begin()
-        after = reader.read(other, start_id)[:position]
-    return _first_difference(before, after)
+    other = altered(article, position, vocab_size)
+    return first_difference(*(read(reader, text, start_id).losses_T[:position] for text in (article, other)))
 
 
 def restores(reader: Reader, article: TokenizedArticle, start_id: int) -> bool:
-    """Whether every weight of the model is bit for bit what it was, after reading."""
+    """Return whether every weight of the model is bit for bit what it was, after reading."""
     saved = _weights(reader.model)
     with reader:
         reader.read(article, start_id)
@@ -81,69 +125,135 @@ def restores(reader: Reader, article: TokenizedArticle, start_id: int) -> bool:
 
 
 def repeatable(make_reader: MakeReader, article: TokenizedArticle, start_id: int) -> Verdict:
-    """Two readings give the same bits; all other comparisons rest on this."""
-    place = _first_difference(*(_read(make_reader(), article, start_id) for _ in range(2)))
-    return _verdict("repeatable", place is None, "two readings, the same bits", f"scores differ from token {place} on")
+    """Check that two readings give the same bits; all other comparisons rest on this."""
+    place = first_difference(*(read(make_reader(), article, start_id).losses_T for _ in range(2)))
+    return verdict("repeatable", place is None, "two readings, the same bits", f"scores differ from token {place} on")
 
 
 def causal(make_reader: MakeReader, article: TokenizedArticle, start_id: int, vocab_size: int) -> Verdict:
-    """Scores before t do not move when the tokens from t on change; t inside and at the borders of segments."""
-    reader = make_reader()
+    """Check that scores before t, and the distribution of t, do not move when the tokens from t on change.
+
+    t lies inside and at the borders of segments: at fixed places of the first ones, and at drawn places of
+    others, in every residue of segments modulo eight. Each reading ends with the altered segment, but for a few.
+    """
+    name, reader = "causality", make_reader()
     size, n = reader.config.segment, len(article)
-    wanted = {1, size // 2, size - 1, size, size + 1, 2 * size, 3 * size + size // 2, n - size // 4, n - 1}
-    positions = sorted(t for t in wanted if 0 < t < n)
-    whole = _read(reader, article, start_id)
-    for t in positions:
-        other = _read(make_reader(), _changed(article, t, vocab_size), start_id)
-        place = _first_difference(whole[:t], other[:t])
+    fixed = {1, size // 2, size - 1, size, size + 1, 2 * size, 3 * size + size // 2, n - size // 4, n - 1}
+    positions = sorted({t for t in fixed if 0 < t < n} | set(_drawn(size, n)))
+    whole = read(reader, article, start_id, positions)
+    for number, t in enumerate(positions):
+        other = altered(article, t, vocab_size)
+        if number % 8:  # what looks further ahead than the segment is found by the others
+            other = dataclasses.replace(other, ids_T=other.ids_T[: (t // size + 2) * size])
+        found = read(make_reader(), other, start_id, [t])
+        place = first_difference(whole.losses_T[:t], found.losses_T[:t])
         if place is not None:
-            return Verdict("causality", False, f"the score of token {place} moves with the tokens from {t} on")
-    return Verdict("causality", True, f"scores before tokens {', '.join(map(str, positions))} stand still")
+            return Verdict(name, False, f"the score of token {place} moves with the tokens from {t} on")
+        if t in found.log_probs_V and not torch.equal(found.log_probs_V[t], whole.log_probs_V[t]):
+            return Verdict(name, False, f"the distribution of token {t} moves with that token and later ones")
+    return Verdict(name, True, f"{len(positions)} readings altered from a token on, of {n}: nothing before it moves")
 
 
-def sums_to_one(reader: Reader, article: TokenizedArticle, start_id: int, vocab_size: int) -> Verdict:
-    """Each score is −log p(target) of a distribution over the vocabulary that sums to one, a mixture's included."""
-    name, worst = "probabilities sum to one", 0.0
+def _drawn(size: int, n: int) -> Iterator[int]:
+    """Yield a place in each of some segments, spread over the article; each residue modulo eight comes in turn."""
+    segments, generator = n // size, torch.Generator().manual_seed(0)
+    if segments <= SHORT:
+        return
+    for k in range(REREADINGS):
+        number = (k * segments // REREADINGS) // 8 * 8 + k % 8
+        yield min(number, segments - 1) * size + int(torch.randint(1, size + 1, (), generator=generator)) - (size == 1)
 
-    def compare(log_probs_SV: Tensor, losses_S: Tensor, targets_S: Tensor) -> None:
-        nonlocal worst
-        total = log_probs_SV.logsumexp(1).abs().max()
-        off = (log_probs_SV.gather(1, targets_S[:, None])[:, 0] + losses_S).abs().max()
-        found = max(float(total), float(off))
-        worst = found if found != found else max(worst, found)
 
-    try:
-        with _distributions(reader, compare):
-            _read(reader, article, start_id)
-        seen = f"all {len(article)} tokens"
-    except InputError:  # a model that shows no logits: ask it for every token in turn
-        first_S = torch.cat([article.ids_T.new_tensor([start_id]), article.ids_T[:1]])
-        inputs_S = first_S.to(reader.parameters[0].device)
-        with reader, torch.no_grad():
-            reader.begin()
-            log_probs = [-reader.score(inputs_S, torch.full_like(inputs_S, v), None)[0] for v in range(vocab_size)]
-        worst, seen = float(torch.stack(log_probs).logsumexp(0).abs().max()), "two tokens"
-    return _verdict(name, worst <= TOLERANCE, f"{seen}, off by {worst:.1e} nats at most", f"off by {worst:.1e} nats")
+def causal_inside(make_reader: MakeReader, article: TokenizedArticle, start_id: int, vocab_size: int) -> Verdict:
+    """Check causality inside every segment: once for each token of the vocabulary that the article holds."""
+    name, size = "causality in each segment", make_reader().config.segment
+    firsts = {int(token): t for t, token in reversed(list(enumerate(article.ids_T.tolist())))}
+    places = sorted({*firsts.values(), *(start + (7 * start) % size for start in range(0, len(article), size))})
+    places = [t for t in places if t < len(article)][:MOST_QUESTIONS]
+    losses_T, found = ask_inside_segments(make_reader(), article, start_id, places, vocab_size)
+    if found is not None:
+        what = "distribution" if found.distribution else "score"
+        return Verdict(name, False, f"the {what} of token {found.token} moves with the tokens from {found.changed} on")
+    if first_difference(losses_T, read(make_reader(), article, start_id).losses_T) is not None:
+        return Verdict(name, True, "not asked: this reader cannot be put back to a snapshot")
+    return Verdict(name, True, f"{len(places)} altered segments, every token of the text once: nothing before it moves")
+
+
+def sums_to_one(make_reader: MakeReader, article: TokenizedArticle, start_id: int, vocab_size: int) -> Verdict:
+    """Check that each score is −log p(target) of a distribution that sums to one, a mixture's included."""
+    name, worst, shows = "probabilities sum to one", 0.0, True
+
+    def compare(seen: Observed) -> None:
+        nonlocal worst, shows
+        if seen.log_probs_SV is None:
+            shows = False
+            return
+        worst = max(worst, _off(seen.log_probs_SV, seen.targets_S, seen.losses_S))
+
+    reader = make_reader()
+    with observing(reader, compare):
+        read(reader, article, start_id)
+    said = f"all {len(article)} tokens"
+    if not shows:  # ask for every token in turn, in segments all over the text
+        worst, asked = _asked(make_reader(), article, start_id, vocab_size)
+        said = f"{asked} tokens, asked for the whole vocabulary"
+    return verdict(name, worst <= TOLERANCE, f"{said}, off by {worst:.1e} nats at most", f"off by {worst:.1e} nats")
+
+
+def _asked(reader: Reader, article: TokenizedArticle, start_id: int, vocab_size: int) -> tuple[float, int]:
+    """Return how far the scores of a model without logits are from a sum of one, and of how many tokens."""
+    segments = -(-len(article) // reader.config.segment)
+    count = min(segments, max(3, 4 * MOST_QUESTIONS // vocab_size))
+    numbers = {k * (segments - 1) // max(1, count - 1) for k in range(count)}
+    worst, asked = 0.0, 0
+    for log_probs_SV, targets_S, losses_S in ask_vocabulary(reader, article, start_id, vocab_size, numbers):
+        worst, asked = max(worst, _off(log_probs_SV, targets_S, losses_S)), asked + targets_S.numel()
+    return worst, asked
+
+
+def _off(log_probs_SV: Tensor, targets_S: Tensor, losses_S: Tensor) -> float:
+    """Return by how many nats distributions miss a sum of one, or the scores said to be theirs."""
+    total = log_probs_SV.logsumexp(1).abs().max()
+    off = (log_probs_SV.gather(1, targets_S[:, None])[:, 0] + losses_S).abs().max()
+    return float(torch.maximum(total, off).nan_to_num(nan=torch.inf))
 
 
 def scored_once(reader: Reader, article: TokenizedArticle, start_id: int) -> Verdict:
-    """The segments' targets, one after the other, are the article; inputs are the tokens before; one score each."""
-    name = "every token scored once"
-    inputs: list[Tensor] = []
-    targets: list[Tensor] = []
-
-    def note(step: Step, inputs_S: Tensor, targets_S: Tensor) -> None:
-        inputs.append(inputs_S.cpu())
-        targets.append(targets_S.cpu())
-
-    with _noting(reader, note):
-        losses_T = _read(reader, article, start_id)
-    scored = torch.cat(targets) if targets else article.ids_T[:0]
-    before = torch.cat([article.ids_T.new_tensor([start_id]), article.ids_T[:-1]])
-    ok = torch.equal(scored, article.ids_T) and torch.equal(torch.cat(inputs), before)
+    """Check that the segments' targets are the article, inputs the tokens before, and the scores what was returned."""
+    name, seen = "every token scored once", list[Observed]()
+    with observing(reader, lambda observed: seen.append(observed._replace(log_probs_SV=None))):
+        losses_T = read(reader, article, start_id).losses_T
+    if not seen:
+        return Verdict(name, False, "no segment was scored")
+    inputs_T = torch.cat([observed.inputs_S.cpu() for observed in seen])
+    targets_T = torch.cat([observed.targets_S.cpu() for observed in seen])
+    scores_T = torch.cat([o.losses_S.cpu() for o in seen])
+    before_T = torch.cat([article.ids_T.new_tensor([start_id]), article.ids_T[:-1]])
+    ok = torch.equal(targets_T, article.ids_T) and torch.equal(inputs_T, before_T)
+    wrong = f"{targets_T.numel()} tokens scored, {losses_T.numel()} scores, {len(article)} tokens in the article"
+    if ok and losses_T.shape == scores_T.shape and (place := first_difference(losses_T, scores_T)) is not None:
+        return Verdict(
+            name, False, f"token {place} was scored {scores_T[place]:.6g} and returned {losses_T[place]:.6g}"
+        )
     ok = ok and losses_T.shape == article.ids_T.shape
-    wrong = f"{scored.numel()} tokens scored, {losses_T.numel()} scores, {len(article)} tokens in the article"
-    return _verdict(name, ok, f"{len(article)} tokens in {len(targets)} segments", wrong)
+    return verdict(name, ok, f"{len(article)} tokens in {len(seen)} segments, returned as scored", wrong)
+
+
+def nothing_drawn(reader: Reader, article: TokenizedArticle, start_id: int) -> Verdict:
+    """Check that the model is in evaluation mode and that nothing is drawn at random while it scores."""
+    name, training = "evaluation mode", set[str]()
+
+    def look(seen: Observed) -> None:
+        training.update(
+            m or type(reader.model).__name__ for m, module in reader.model.named_modules() if module.training
+        )
+
+    with observing(reader, look), Draws() as draws, training_modules(reader.model) as ran:
+        read(reader, article, start_id)
+    if draws.found or training or ran:
+        where = f"torch ran {draws.found}" if draws.found else f"{sorted(training | set(ran))[0]} is in training mode"
+        return Verdict(name, False, f"{where} while tokens were scored")
+    return Verdict(name, True, "no module in training mode, no random numbers")
 
 
 class _InterruptedError(Exception):
@@ -151,31 +261,31 @@ class _InterruptedError(Exception):
 
 
 def restored(make_reader: MakeReader, article: TokenizedArticle, start_id: int) -> Verdict:
-    """All weights and buffers of the model after reading, and after an exception in the middle of it."""
+    """Check all weights and buffers of the model after reading, and after an exception in the middle of it."""
     reader = make_reader()
     saved = _weights(reader.model)
-    _read(reader, article, start_id)
+    read(reader, article, start_id)
     if not _same(saved, reader.model):
         return Verdict("weights restored", False, "reading leaves other weights behind")
     reader, count = make_reader(), 0
 
-    def interrupt(step: Step, inputs_S: Tensor, targets_S: Tensor) -> None:
+    def interrupt(seen: Observed) -> None:
         nonlocal count
         count += 1
         if count == 2:
             raise _InterruptedError
 
     try:
-        with _noting(reader, interrupt):
-            _read(reader, article, start_id)
+        with observing(reader, interrupt):
+            read(reader, article, start_id)
     except _InterruptedError:
         pass
     ok = _same(saved, reader.model)
-    return _verdict("weights restored", ok, "also after an exception", "an exception leaves other weights behind")
+    return verdict("weights restored", ok, "also after an exception", "an exception leaves other weights behind")
 
 
 def zero_rate(make_reader: MakeReader, article: TokenizedArticle, start_id: int) -> Verdict:
-    """With a learning rate of zero the scores are those of static reading, bit for bit."""
+    """Check that with a learning rate of zero the scores are those of static reading, bit for bit."""
     name = "zero rate equals static"
     reader = make_reader()
     rate, zero = next(_rates(reader.rule), (None, 0.0))
@@ -185,70 +295,14 @@ def zero_rate(make_reader: MakeReader, article: TokenizedArticle, start_id: int)
     try:
         with torch.no_grad():
             rate.fill_(zero)
-        still = _read(reader, article, start_id)
+        still_T = read(reader, article, start_id).losses_T
     finally:
         with torch.no_grad():
             rate.copy_(saved)
     reader = make_reader()
     reader.rule = Static()
-    place = _first_difference(_read(reader, article, start_id), still)
-    return _verdict(name, place is None, "the same bits", f"scores differ from token {place} on")
-
-
-def no_later_article(
-    make_reader: MakeReader, article: TokenizedArticle, later: TokenizedArticle, start_id: int
-) -> Verdict:
-    """An article's scores are the same whether it is read alone, before another one, or (reset ``article``) after."""
-    name, reader = "nothing of later articles", make_reader()
-    with reader:
-        reader.begin()
-        before = reader.read(article, start_id).cpu()
-        reader.read(later, start_id)
-        again = reader.read(article, start_id).cpu() if reader.config.reset == "article" else before
-    alone = _read(make_reader(), article, start_id)
-    if (place := _first_difference(before, alone)) is not None:
-        return Verdict(name, False, f"token {place} has another score before {later.title!r} than alone")
-    place = _first_difference(again, before)
-    said = "alone, before and after another one" if reader.config.reset == "article" else "alone and before another"
-    return _verdict(name, place is None, said, f"token {place} has another score after {later.title!r} was read")
-
-
-def adds_up(text: Article, article: TokenizedArticle, decode: Callable[[Sequence[int]], str] | None = None) -> Verdict:
-    """Words (with one end-of-line a line) and bytes are those of the raw text, and the tokens spell as many words."""
-    name, raw = "words and bytes add up", text.text
-    words = sum(len(line.split()) + 1 for line in raw.removesuffix("\n").split("\n"))
-    n_bytes = sum(len(character.encode()) for character in raw)
-    spelt = len(decode(article.ids_T.tolist()).split()) if decode else len(raw.split())
-    ok = (words, n_bytes, len(raw.split())) == (article.n_words, article.n_bytes, spelt)
-    wrong = (
-        f"{text.title!r} has {words} words and {n_bytes} bytes, {article.n_words} and {article.n_bytes} are counted, "
-        f"and its tokens spell {spelt} of {len(raw.split())} words"
-    )
-    return _verdict(name, ok, f"{words} words, {n_bytes} bytes", wrong)
-
-
-def _verdict(name: str, passed: bool, right: str, wrong: str) -> Verdict:
-    return Verdict(name, passed, right if passed else wrong)
-
-
-def _changed(article: TokenizedArticle, position: int, vocab_size: int) -> TokenizedArticle:
-    """Other tokens from ``position`` on."""
-    ids_T = article.ids_T.clone()
-    ids_T[position:] = (ids_T[position:] + 1) % vocab_size
-    return dataclasses.replace(article, ids_T=ids_T)
-
-
-def _read(reader: Reader, article: TokenizedArticle, start_id: int) -> Tensor:
-    with reader:
-        reader.begin()
-        return reader.read(article, start_id).cpu()
-
-
-def _first_difference(a_T: Tensor, b_T: Tensor) -> int | None:
-    if a_T.shape != b_T.shape:
-        return min(a_T.numel(), b_T.numel())
-    moved = (a_T != b_T).nonzero()
-    return int(moved[0]) if moved.numel() else None
+    place = first_difference(read(reader, article, start_id).losses_T, still_T)
+    return verdict(name, place is None, "the same bits", f"scores differ from token {place} on")
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -270,40 +324,3 @@ def _rates(rule: Rule) -> Iterator[tuple[Tensor, float]]:
         parameter = getattr(rule, name, None)
         if isinstance(parameter, Tensor):
             yield parameter, zero
-
-
-@contextmanager
-def _noting(reader: Reader, note: Callable[[Step, Tensor, Tensor], None]) -> Iterator[None]:
-    """Inside, ``note`` is told of every segment that ``reader`` scores."""
-    segment = reader.segment
-
-    def noted(inputs_S: Tensor, targets_S: Tensor, last: bool = False) -> Step:
-        step = segment(inputs_S, targets_S, last)
-        note(step, inputs_S, targets_S)
-        return step
-
-    reader.segment = noted  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del reader.segment
-
-
-@contextmanager
-def _distributions(reader: Reader, see: Callable[[Tensor, Tensor, Tensor], None]) -> Iterator[None]:
-    """Inside, ``see`` gets (log_probs_SV, losses_S, targets_S) of every segment."""
-    if isinstance(reader, TappedReader):
-        shown: list[Tensor] = []
-        reader.watch = lambda log_probs_SV, targets_S: shown.append(log_probs_SV)
-        with _noting(reader, lambda step, inputs_S, targets_S: see(shown.pop(), step.losses_S, targets_S)):
-            yield
-        reader.watch = None
-        return
-    with Tap(reader.model) as tap:
-
-        def note(step: Step, inputs_S: Tensor, targets_S: Tensor) -> None:
-            see(tap.logits(targets_S.numel()).log_softmax(1), step.losses_S, targets_S)
-            tap.clear()
-
-        with _noting(reader, note):
-            yield

@@ -99,7 +99,16 @@ def test_every_token_is_there_once_in_order_with_its_losses():
 
 def test_totals_titles_and_settings_are_told():
     source = render(make_map())
-    for part in ("One &amp; &lt;two&gt;", "Second", "12.50", "beyond a million", "0123abcd", "rule: lr", "0.002", "gated"):
+    for part in (
+        "One &amp; &lt;two&gt;",
+        "Second",
+        "12.50",
+        "beyond a million",
+        "0123abcd",
+        "rule: lr",
+        "0.002",
+        "gated",
+    ):
         assert part in source
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +33,7 @@ from dynlm.types import InputError
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
 DEFAULT_MODEL = "wikitext2"
-KIT = "kit.json"  # beside a shipped run: {"spacing": "wikitext"} where its model was trained on text spaced so
+KIT = "kit.json"  # beside a shipped run: {"spacing": of what its model was trained on, "home": see Kit.home}
 RULES = ("gated", "rms")  # the first that the run holds
 
 
@@ -48,6 +50,8 @@ class Kit:
     source: str
     spacing: Spacing = "none"
     """what the model was trained on"""
+    home: float | None = None
+    """static's nats per token on validation text of the kind that the model was trained on, where that is known"""
 
     def readers(self) -> tuple[Reader, Reader]:
         """(static, adapted): the frozen one reads with a copy of the model."""
@@ -93,10 +97,30 @@ def load_kit(run_path: str, rule_name: str, reset: Any) -> Kit:
     priors = make_priors(adapted, [tensors[a.name].float() for a in adapted])
     tokenizer, rule = load_tokenizer(run.require(run.tokenizer, "train")), _load_rule(run, rule_name)
     name = run_path or f"shipped {DEFAULT_MODEL}"
-    spacing = read_json(run.path / KIT).get("spacing") if (run.path / KIT).is_file() else "none"
+    spacing, home = _known(run)
+    return Kit(model, scorer, tokenizer, rule.requires_grad_(False), priors, config, name, spacing, home)
+
+
+def _known(run: Run) -> tuple[Spacing, float | None]:
+    """(spacing, home) of a kit, from its own file or from what training wrote down."""
+    path = run.path / KIT
+    told = read_json(path) if path.is_file() else {}
+    spacing, home = told.get("spacing", "none"), told.get("home", best_validation(run))
     if spacing not in ("none", "wikitext"):
-        raise InputError(f"{run.path / KIT}: spacing is {spacing!r}: expected 'none' or 'wikitext'")
-    return Kit(model, scorer, tokenizer, rule.requires_grad_(False), priors, config, name, cast(Spacing, spacing))
+        raise InputError(f"{path}: spacing is {spacing!r}: expected 'none' or 'wikitext'")
+    if home is not None and not (isinstance(home, int | float) and 0 < home < math.inf):
+        raise InputError(f"{path}: home is {home!r}: expected nats per token, more than 0")
+    return cast(Spacing, spacing), home
+
+
+def best_validation(run: Run) -> float | None:
+    """The lowest validation loss that `dynlm train` logged, in nats per token; None without one."""
+    try:
+        lines = run.log("train").read_text(encoding="utf-8").splitlines()
+        best = min(float(json.loads(line)["valid"]) for line in lines)
+    except (OSError, ValueError, TypeError, KeyError):  # no log, an empty one, or one that ends within a line
+        return None
+    return best if 0 < best < math.inf else None
 
 
 def _load_model(run: Run, settings: Json) -> tuple[nn.Module, Callable[[Any], Scorer], tuple[str, ...]]:

@@ -11,6 +11,7 @@ from importlib import import_module, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynlm.cli.terminal import tell
 from dynlm.runs import Run
 from dynlm.types import InputError
 
@@ -51,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(arguments[0], arguments[1:])
     except InputError as error:
-        print(f"dynlm: {error}", file=sys.stderr)
+        tell(str(error))
         return 2
     except OSError as error:
-        print(f"dynlm: {error.strerror or error} ({error.filename}): nothing was replaced", file=sys.stderr)
+        tell(f"{error.strerror or error} ({error.filename}): nothing was replaced")
         return 2
     except KeyboardInterrupt:
         print(

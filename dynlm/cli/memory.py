@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -25,8 +25,14 @@ KIND = "dynlm memory 1"
 
 
 def save_memory(path: Path, static: Reader, adapted: Reader, belongs: runs.Json) -> None:
-    """Write the readers' position; ``belongs`` are the fingerprints that :func:`load_memory` asks for."""
+    """Write the readers' position; ``belongs`` are the fingerprints that :func:`load_memory` asks for.
+
+    Raises:
+        InputError: weights that are not finite, which nothing could read on from.
+    """
     position = adapted.snapshot()
+    if not all(bool(theta.isfinite().all()) for theta in position.thetas):
+        raise InputError(f"{path.name} was not written: reading with rule {adapted.rule.name!r} ran away; lower its lr")
     tensors: dict[str, Tensor] = {}
     scales = {}
     for prior, theta in zip(adapted.priors, position.thetas, strict=True):
@@ -37,11 +43,22 @@ def save_memory(path: Path, static: Reader, adapted: Reader, belongs: runs.Json)
     slots = [tuple(slot.bfloat16() for slot in of_tensor) for of_tensor in state.slots]
     rest = dataclasses.replace(state, slots=slots), position.hidden, static.hidden
     layout = pack(rest, "state", tensors)
-    runs.write_tensors(path, tensors, {"kind": KIND, **belongs, "scales": scales, "state": layout})
+    told = {"kind": KIND, **belongs, "segment": adapted.config.segment, "scales": scales, "state": layout}
+    runs.write_tensors(path, tensors, told)
 
 
-def load_memory(path: Path, adapted: Reader, belongs: runs.Json) -> tuple[Snapshot, Any]:
-    """(position of the adapted reader, hidden state of the static one).
+class Memory(NamedTuple):
+    """A position to read on from."""
+
+    position: Snapshot
+    """of the adapted reader"""
+    static_hidden: Any
+    segment: int | None
+    """tokens between two updates when it was made; None where an older version made it"""
+
+
+def load_memory(path: Path, adapted: Reader, belongs: runs.Json) -> Memory:
+    """What :func:`save_memory` wrote.
 
     Raises:
         InputError: not a memory, or one of another model or rule.
@@ -62,7 +79,8 @@ def load_memory(path: Path, adapted: Reader, belongs: runs.Json) -> tuple[Snapsh
         slots = [tuple(s.to(t.dtype) for s in part) for part, t in zip(state.slots, thetas, strict=True)]
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path} is not a whole memory ({type(error).__name__}): save it again") from None
-    return Snapshot(thetas, dataclasses.replace(state, slots=slots), hidden), static_hidden
+    position = Snapshot(thetas, dataclasses.replace(state, slots=slots), hidden)
+    return Memory(position, static_hidden, meta.get("segment"))
 
 
 def copied(snapshot: Snapshot) -> Snapshot:

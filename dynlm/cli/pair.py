@@ -1,4 +1,4 @@
-"""The two readers of ``dynlm read`` over one stream of tokens, and what they sum up.
+"""The two readers of ``dynlm read`` over one stream of tokens, and the signals that end it.
 
 Both score the same tokens, each strictly before the update that sees it. Tokens are cut into segments as
 :class:`dynlm.adapt.Reader` cuts an article, whatever the chunks a text comes in.
@@ -7,21 +7,22 @@ Both score the same tokens, each strictly before the update that sees it. Tokens
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from types import FrameType, TracebackType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from dynlm.adapt import Snapshot
 from dynlm.cli.kit import Kit
 from dynlm.cli.memory import copied
+from dynlm.cli.totals import Totals
 from dynlm.data.spacing import Spacer
 from dynlm.data.texts import Text, encode_chunk, surfaces
+from dynlm.types import Piece
 
 
 class Scored(NamedTuple):
@@ -32,62 +33,43 @@ class Scored(NamedTuple):
     adapted: list[float]
 
 
-@dataclass
-class Totals:
-    """Sums over all that was read. ``words`` counts an end-of-line a line, as everywhere in dynlm."""
-
-    articles: int = 0
-    tokens: int = 0
-    words: int = 0
-    bytes: int = 0
-    static: float = 0.0
-    """nats"""
-    adapted: float = 0.0
-    """nats"""
-    seconds: float = 0.0
-
-    @property
-    def gain(self) -> float:
-        """Nats a token."""
-        return (self.static - self.adapted) / max(1, self.tokens)
-
-    def perplexity(self, nats: float) -> float:
-        """By word."""
-        return perplexity(nats, self.words)
-
-
-def perplexity(nats: float, n: int) -> float:
-    """Infinite where it would be beyond all numbers, as by the word of a text with next to no words."""
-    mean = nats / max(1, n)
-    return math.exp(mean) if mean < 700 else math.inf
-
-
 class Stopped(Exception):  # noqa: N818 (not an error)
     """Reading was interrupted between two segments: all that was read is whole."""
 
 
 class Stop:
-    """Ctrl-C as a wish: while text is waited for it ends at once, else after the segment. A second one is Ctrl-C."""
+    """Signals that end a process as a wish: while text is waited for it ends at once, else after the segment. A second
+    one is Ctrl-C.
+
+    Taken are Ctrl-C, SIGTERM, which schedulers and containers send, and SIGHUP, which a closing terminal sends.
+    """
 
     def __init__(self) -> None:
-        self.waits = self.asked = False
+        self.waits, self.asked = False, 0
+        """``asked``: the number of the signal, 0 without one"""
 
     def __enter__(self) -> Stop:
-        self.before = None
+        self.before: dict[int, Any] = {}
         with contextlib.suppress(ValueError):  # not in the main thread, which alone is interrupted
-            self.before = signal.signal(signal.SIGINT, self._handle)
+            for number in _signals():
+                self.before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.waits or self.asked:
+        again, self.asked = self.asked, number
+        if self.waits or again:
             raise KeyboardInterrupt
-        self.asked = True
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell gives it: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + (self.asked or signal.SIGINT)
 
     def check(self) -> None:
         if self.asked:
@@ -110,6 +92,13 @@ class Stop:
             yield chunk
 
 
+def _signals() -> list[int]:
+    """Those to take; a hang-up that ``nohup`` ignores stays ignored."""
+    hang_up = getattr(signal, "SIGHUP", None)  # not on Windows
+    heard = hang_up is not None and signal.getsignal(hang_up) is not signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([hang_up] if heard and hang_up is not None else [])]
+
+
 class Pair:
     """The static and the adapted reader. ``start`` is a saved position that each beginning goes on from."""
 
@@ -119,7 +108,8 @@ class Pair:
         self.size, self.start_id = kit.config.segment, kit.tokenizer.eos_id
         self.start: Snapshot | None = None
         self.static_hidden = None
-        self.stop, self.in_word = Stop(), False
+        self.stop, self.in_word, self.lost = Stop(), False, False
+        """``lost``: what was learned is gone, as the loss was not finite any more"""
         self.begin()
 
     def begin(self) -> None:
@@ -134,7 +124,7 @@ class Pair:
         """One text, segment by segment; ``totals`` grows with it.
 
         Raises:
-            Stopped: Ctrl-C, between two segments.
+            Stopped: a signal, between two segments.
         """
         if self.resets == "article" and totals.articles:
             self.begin()
@@ -177,7 +167,7 @@ class Pair:
         inputs_S = torch.tensor([previous, *ids[:-1]])
         device = self.adapted.parameters[0].device
         pieces = inputs_S.to(device), targets_S.to(device)
-        static_S, adapted_S = (r.segment(*pieces).losses_S.double().cpu() for r in (self.static, self.adapted))
+        static_S, adapted_S = self._scored(pieces)
         totals.tokens += len(ids)
         totals.static += float(static_S.sum())
         totals.adapted += float(adapted_S.sum())
@@ -185,9 +175,23 @@ class Pair:
         totals.seconds += time.perf_counter() - started
         return Scored(texts, static_S.tolist(), adapted_S.tolist())
 
+    def _scored(self, piece: Piece) -> tuple[Tensor, Tensor]:
+        """Losses of both. An error leaves both where they were before this segment, unless it was in the update."""
+        readers = self.static, self.adapted
+        hidden, state = [reader.hidden for reader in readers], self.adapted.state
+        try:
+            static_S, adapted_S = (reader.segment(*piece).losses_S.double().cpu() for reader in readers)
+        except BaseException:
+            for reader, before in zip(readers, hidden, strict=True):
+                reader.hidden = before
+            self.lost = self.adapted.state is not state  # it began anew
+            raise
+        return static_S, adapted_S
+
     def _count(self, text: str, totals: Totals) -> None:
-        """Words and bytes of a stretch, which may begin within a word."""
+        """Words, lines and bytes of a stretch, which may begin within a word."""
         if text:
             totals.bytes += len(text.encode())
-            totals.words += len(text.split()) + text.count("\n") - (self.in_word and not text[0].isspace())
+            totals.lines += text.count("\n")
+            totals.words += len(text.split()) - (self.in_word and not text[0].isspace())
             self.in_word = not text[-1].isspace()

@@ -1,32 +1,33 @@
 """``dynlm read FILE...``: a user's own text, read by a model that learns while it reads, beside one that does not.
 
-Both readers score the same tokens, each strictly before the update that sees it. Memory stays flat on streams: a
-token's text and losses are kept for the page of ``--html`` only.
+Both readers score the same tokens, each strictly before the update that sees it.
 """
 
 from __future__ import annotations
 
-import math
 import os
+import signal
 import sys
-from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
 
-import torch
 import tyro
 from tqdm import tqdm
 
-import dynlm
 from dynlm.cli.kit import Kit, load_kit
-from dynlm.cli.memory import load_memory, save_memory
-from dynlm.cli.pair import Pair, Stopped, Totals, perplexity
-from dynlm.cli.terminal import Color, Screen
-from dynlm.data.texts import Text, read_texts
-from dynlm.runs import Json
+from dynlm.cli.memory import load_memory
+from dynlm.cli.outcome import Outcome
+from dynlm.cli.pair import Pair, Stopped
+from dynlm.cli.targets import Target, is_memory, is_page, require_apart
+from dynlm.cli.terminal import Color, Screen, Theme, printable, tell
+from dynlm.cli.totals import Totals, word_lines
+from dynlm.data.texts import STDIN, Text, read_texts
+from dynlm.report.words import DISTINCT
 from dynlm.types import InputError
+
+TABLE_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,21 @@ class ReadSettings:
     memory"""
     color: Annotated[Color, tyro.conf.arg(aliases=["--colour"])] = "auto"
     """blue is better than static, red worse; auto: on a terminal, unless NO_COLOR is set"""
+    theme: Theme = "auto"
+    """background of the terminal, on which the largest gains stand out; auto: as COLORFGBG says, dark without it"""
     html: str = ""
     """write one self-contained page with every token to this file"""
     save_memory: str = ""
-    """write what reading changed in the model to this file"""
+    """write what reading changed in the model to this file, also where reading ends early: by an error (exit code 2),
+    Ctrl-C (130), SIGTERM (143) or a closed terminal (129)"""
     load_memory: str = ""
     """go on from such a file"""
+    overwrite: bool = False
+    """let --html and --save-memory replace a file that is no page, or no memory, of dynlm"""
+    json: bool = False
+    """print one JSON object to standard output and everything else to standard error: totals, settings, fingerprints,
+    articles, words that came again, and the text, static and adapted loss (nats) of every token; like --html, this
+    keeps all tokens in memory until the end"""
     quiet: bool = False
     """totals only"""
 
@@ -77,63 +87,125 @@ class ReadSettings:
         return self.reset
 
 
-@dataclass
-class Record:
-    """What the page needs of every token."""
-
-    texts: list[str] = field(default_factory=list)
-    static: array[float] = field(default_factory=lambda: array("f"))
-    adapted: array[float] = field(default_factory=lambda: array("f"))
-    articles: list[tuple[str, int]] = field(default_factory=list)
-    """(title, number of its first token)"""
-
-
 def main(arguments: Sequence[str], stdin: BinaryIO | None = None) -> None:
     """The command, from its arguments."""
     settings = tyro.cli(ReadSettings, prog="dynlm read", args=list(arguments))
     try:
         read(settings, stdin)
     except BrokenPipeError:  # whoever read the output has seen enough, as in `dynlm read FILE | head`
+        pass
+    finally:
+        _let_go_of_output()
+
+
+def _let_go_of_output() -> None:
+    """Standard output that cannot be written to is given up, so that the interpreter's end is quiet about it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def read(settings: ReadSettings, stdin: BinaryIO | None = None) -> Totals:
-    """Read all texts, show them, and write what was asked for.
+    """Read all texts, show them, and write what was asked for; after an error and a signal too, of what was read.
 
     Raises:
         InputError: bad texts, files, runs, memories, or a place that cannot be written to.
     """
     texts = read_texts(settings.files, stdin)  # names are looked at before anything is loaded
-    for target in (settings.html, settings.save_memory):
-        if target and (Path(target).is_dir() or not Path(target).absolute().parent.is_dir()):
-            raise InputError(f"cannot write {target}: give a file in an existing folder")
+    page, memory = _targets(settings)
     kit = _kit(settings)
-    pair, totals, record = Pair(kit, settings.resets, settings.spacing), Totals(), Record() if settings.html else None
+    pair, outcome = Pair(kit, settings.resets, settings.spacing), Outcome(settings, kit)
     if settings.load_memory:
-        position = load_memory(Path(settings.load_memory), pair.adapted, kit.fingerprints())
-        pair.start, pair.static_hidden = position
-        pair.begin()
-    screen, stopped = Screen(sys.stdout, settings.color), False
-    with pair.static, pair.adapted:
+        _go_on_from(Path(settings.load_memory), pair)
+    screen = Screen(sys.stderr if settings.json else sys.stdout, settings.color, settings.theme)
+    failures: list[Exception] = []
+    stopped = False
+    with pair.static, pair.adapted, pair.stop:
         try:
-            _read_all(pair, texts, screen, (settings, totals, record))
+            _read_all(pair, texts, screen, outcome)
         except Stopped:
             stopped = True
-        finally:
-            if totals.tokens:
-                _print_totals(screen, kit, totals)
-        if settings.save_memory and totals.tokens:
-            save_memory(Path(settings.save_memory), pair.static, pair.adapted, kit.fingerprints())
-            size = Path(settings.save_memory).stat().st_size / 1e6
-            print(f"memory: {settings.save_memory} ({size:.1f} MB)", file=sys.stderr)
+        except Exception as error:  # nothing that was read may be lost, whatever went wrong
+            failures.append(error)
+        outcome.end()
+        if outcome.totals.tokens:
+            failures += _write(pair, outcome, screen, (page, memory, str(next(iter(failures), ""))))
+    _raise_first(failures)
+    if stopped or pair.stop.asked:
+        tell(f"interrupted after {outcome.totals.tokens:,} tokens")
+        sys.exit(pair.stop.exit_code)
+    return outcome.totals
+
+
+def _targets(settings: ReadSettings) -> tuple[Target | None, Target | None]:
+    """(page, memory), tried before hours of reading."""
+    inputs = [name for name in (*settings.files, *settings.prior_text) if name != STDIN]
+    page = memory = None
+    if settings.html:
+        page = Target(settings.html, [*inputs, settings.load_memory], is_page, settings.overwrite)
+    if settings.save_memory:
+        memory = Target(settings.save_memory, inputs, is_memory, settings.overwrite)
+    require_apart([target for target in (page, memory) if target])
+    return page, memory
+
+
+def _go_on_from(path: Path, pair: Pair) -> None:
+    memory = load_memory(path, pair.adapted, pair.kit.fingerprints())
+    pair.start, pair.static_hidden = memory.position, memory.static_hidden
+    pair.begin()
+    if memory.segment not in (None, pair.size):
+        tell(f"note: {path} was made with updates every {memory.segment} tokens; now they come every {pair.size}")
+
+
+def _write(
+    pair: Pair, outcome: Outcome, screen: Screen, what: tuple[Target | None, Target | None, str]
+) -> list[Exception]:
+    """Everything that was asked for. What fails does not keep the rest from being written."""
+    page, memory, error = what
+    failures: list[Exception] = []
+
+    def attempt(action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as failure:  # told at the end
+            failures.append(failure)
+
+    if memory:
+        attempt(lambda: outcome.write_memory(memory, pair))
+    attempt(lambda: _print_totals(screen, outcome))
+    if page:
+        attempt(lambda: outcome.write_page(page))
+    if outcome.settings.json:
+        stopped_by = error or (signal.Signals(pair.stop.exit_code - 128).name if pair.stop.asked else "")
+        attempt(lambda: outcome.print_json(stopped_by))
+    return failures
+
+
+def _raise_first(failures: Sequence[Exception]) -> None:
+    """Raise the first failure, which the command line tells, and tell the others."""
+    order = sorted(failures, key=lambda failure: isinstance(failure, BrokenPipeError))
+    for failure in order[1:]:
+        if not isinstance(failure, BrokenPipeError) and str(failure) != str(order[0]):
+            tell(str(failure))
+    if order:
+        raise order[0]
+
+
+def _print_totals(screen: Screen, outcome: Outcome) -> None:
+    totals, kit = outcome.totals, outcome.kit
+    lines = totals.told(kit.rule.name)
+    if outcome.words and not outcome.settings.quiet:
+        table = word_lines(outcome.words.rows()[:TABLE_ROWS], outcome.words.mean(), kit.rule.name)
+        lines += ["", *table] if table else []
+        if table and outcome.words.full:
+            lines.append(f"(of the first {DISTINCT:,} different words)")
+    for line in ("", *lines):
+        screen.line(line)
+    if note := outcome.note():
+        tell(f"note: {note}")
     if totals.gain < 0:
-        print(f"dynlm: note: learning lost here: {_advice(settings, kit)}", file=sys.stderr)
-    if record and record.texts:
-        _write_page(Path(settings.html), record, (kit, settings, totals))
-    if stopped:
-        print(f"dynlm: interrupted after {totals.tokens:,} tokens", file=sys.stderr)
-        sys.exit(130)
-    return totals
+        tell(f"note: learning lost here: {_advice(outcome.settings, kit)}")
 
 
 def _advice(settings: ReadSettings, kit: Kit) -> str:
@@ -157,72 +229,22 @@ def _kit(settings: ReadSettings) -> Kit:
     return load_kit(settings.run, settings.rule, settings.resets)
 
 
-def _read_all(
-    pair: Pair, texts: Iterator[Text], screen: Screen, what: tuple[ReadSettings, Totals, Record | None]
-) -> None:
-    settings, totals, record = what
+def _read_all(pair: Pair, texts: Iterator[Text], screen: Screen, outcome: Outcome) -> None:
+    settings = outcome.settings
     shown = not settings.quiet
     several = len(settings.files) > 1 or settings.files[0].endswith(".jsonl")
     if shown:
         screen.legend()
     hidden = screen.terminal and shown
-    with pair.stop, tqdm(desc="read", unit="token", unit_scale=True, disable=hidden, file=sys.stderr) as bar:
+    with tqdm(desc="read", unit="token", unit_scale=True, disable=hidden, file=sys.stderr) as bar:
         for text in texts:
             if several and shown:
                 screen.line(f"── {text.title}")
-            if record:
-                record.articles.append((text.title, len(record.texts)))
-            for scored in pair.read(text, totals):
+            outcome.begin(text.title)
+            for scored in pair.read(text, outcome.totals):
+                outcome.add(scored)
                 if shown:
                     screen.tokens(scored.texts, [a - b for a, b in zip(scored.static, scored.adapted, strict=True)])
-                if record:
-                    record.texts += scored.texts
-                    record.static.extend(scored.static)
-                    record.adapted.extend(scored.adapted)
                 bar.update(len(scored.texts))
             for note in text.notes:
-                bar.write(f"dynlm: note: {note}", file=sys.stderr)
-
-
-def _print_totals(screen: Screen, kit: Kit, totals: Totals) -> None:
-    screen.line(
-        f"\n{totals.words:,} words, {totals.tokens:,} tokens, {totals.seconds:.1f} s "
-        f"({totals.tokens / max(totals.seconds, 1e-9):,.0f} tokens/s)"
-    )
-    for name, nats in (("static", totals.static), (kit.rule.name, totals.adapted)):
-        screen.line(
-            f"{name:>8}  {nats / totals.tokens:.4f} nats/token  word perplexity {_short(totals.perplexity(nats))}"
-            f"  token perplexity {_short(perplexity(nats, totals.tokens))}"
-        )
-    before, after = totals.perplexity(totals.static), totals.perplexity(totals.adapted)
-    change = f": word perplexity {after / before - 1:+.1%}" if math.isfinite(before) and math.isfinite(after) else ""
-    screen.line(f"{'gain':>8} {totals.gain:+.4f} nats/token{change}")
-
-
-def _short(value: float) -> str:
-    return f"{value:,.2f}" if value < 1e9 else f"{value:.2e}"
-
-
-def _write_page(path: Path, record: Record, what: tuple[Kit, ReadSettings, Totals]) -> None:
-    from dynlm.report.tokenmap import TokenMap, write_token_map  # matplotlib, which takes a second
-
-    kit, settings, totals = what
-    numbers: Json = asdict(totals) | {
-        "static_word_ppl": totals.perplexity(totals.static),
-        "adapted_word_ppl": totals.perplexity(totals.adapted),
-    }
-    told = {
-        "model": kit.source,
-        "adapted weights": sum(p.theta0.numel() for p in kit.priors),
-        **{f"fingerprint of the {name}": value for name, value in kit.fingerprints().items()},
-        "tokens between updates": kit.config.segment,
-        "weights reset": "never" if settings.resets == "never" else "at each article",
-        "read on from": settings.load_memory or "the trained weights",
-        "dynlm": dynlm.__version__,
-        "torch": torch.__version__,
-    }
-    told |= {f"rule: {name}": value for name, value in kit.rule.settings().items()}
-    write_token_map(
-        path, TokenMap(kit.rule.name, record.articles, record.texts, record.static, record.adapted, numbers, told)
-    )
-    print(f"page: {path} ({path.stat().st_size / 1e6:.1f} MB)", file=sys.stderr)
+                bar.write(f"dynlm: note: {printable(note)}", file=sys.stderr)

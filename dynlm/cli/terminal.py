@@ -1,17 +1,36 @@
-"""Tokens on a terminal, coloured by gain: black or white on fixed backgrounds, legible on any terminal."""
+"""What a person sees on a terminal: tokens coloured by gain, and lines that no text can turn into control sequences.
+
+Lines are broken by the terminal, not here: it does so again when its width changes, and what is copied is the text.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Literal, TextIO
 
-from dynlm.report.shades import BETTER, BETTER_256, WORSE, WORSE_256, label, shade
+from dynlm.report.shades import DARK, LIGHT, Palette, Rgb, contrast, cube, label, shade
 
 Color = Literal["auto", "always", "never"]
+Theme = Literal["auto", "light", "dark"]
 RESET = "\x1b[0m"
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""what moves the cursor, ends or turns a line, or cannot be written"""
+BLACK, WHITE = 16, 231
+LIGHT_BACKGROUNDS = {7, 9, 10, 11, 12, 13, 14, 15}
+
+
+def printable(text: str) -> str:
+    """One line that is safe to print, whatever names and titles it holds: controls become escapes such as ``\\n``."""
+    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def tell(message: str) -> None:
+    """One line for the person, on standard error."""
+    print(f"dynlm: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def color_depth(choice: Color, is_terminal: bool, environment: Mapping[str, str] = os.environ) -> int:
@@ -24,13 +43,21 @@ def color_depth(choice: Color, is_terminal: bool, environment: Mapping[str, str]
     return 24 if environment.get("COLORTERM", "") in ("truecolor", "24bit") else 8
 
 
+def palette(theme: Theme, environment: Mapping[str, str] = os.environ) -> Palette:
+    """The palette for a background. ``auto`` asks ``COLORFGBG``, which some terminals set; without it, dark."""
+    if theme == "auto":
+        background = environment.get("COLORFGBG", "").rpartition(";")[2]
+        theme = "light" if background.isdecimal() and int(background) in LIGHT_BACKGROUNDS else "dark"
+    return LIGHT if theme == "light" else DARK
+
+
 class Screen:
     """Writes tokens as they are read. What is no terminal and has no colours gets the text as it is."""
 
-    def __init__(self, out: TextIO, color: Color) -> None:
+    def __init__(self, out: TextIO, color: Color, theme: Theme = "auto") -> None:
         self.out, self.terminal = out, out.isatty()
-        self.depth = color_depth(color, self.terminal)
-        self.styles = {level: style(level, self.depth) for level in range(-4, 5)}
+        self.depth, colors = color_depth(color, self.terminal), palette(theme)
+        self.styles = {level: style(level, self.depth, colors) for level in range(-4, 5)}
 
     def tokens(self, texts: Iterable[str], gains: Iterable[float]) -> None:
         """One segment; appears at once."""
@@ -49,23 +76,33 @@ class Screen:
         return "\n".join(lines)
 
     def line(self, text: str = "") -> None:
-        self.out.write(text + "\n")
-        self.out.flush()
+        """One line of our own, with nothing of a text in it that moves the cursor."""
+        self._write_line(printable(text))
 
     def legend(self) -> None:
         """What the colours mean; nothing on plain output."""
         if self.depth:
             samples = " ".join(f"{self.styles[n]} {label(n)} {RESET if n else ''}" for n in range(-4, 5))
-            self.line(f"gain in nats: {samples}")
+            self._write_line(f"gain in nats: {samples}")
+
+    def _write_line(self, text: str) -> None:
+        self.out.write(text + "\n")
+        self.out.flush()
 
 
-def style(level: int, depth: int) -> str:
-    """The control sequence of a shade; empty for none."""
+def style(level: int, depth: int, colors: Palette = LIGHT) -> str:
+    """The control sequence of a shade; empty for none. Both its colours are fixed, whatever a terminal's theme is."""
     if not level or not depth:
         return ""
     size = abs(level) - 1
-    ink = "30" if size < 2 else "97"
     if depth == 24:
-        red, green, blue = (BETTER if level > 0 else WORSE)[size]
-        return f"\x1b[{ink};48;2;{red};{green};{blue}m"
-    return f"\x1b[{ink};48;5;{(BETTER_256 if level > 0 else WORSE_256)[size]}m"
+        paper = (colors.better if level > 0 else colors.worse)[size]
+        red, green, blue = paper
+        return f"\x1b[38;5;{ink(paper)};48;2;{red};{green};{blue}m"
+    code = (colors.better_256 if level > 0 else colors.worse_256)[size]
+    return f"\x1b[38;5;{ink(cube(code))};48;5;{code}m"
+
+
+def ink(paper: Rgb) -> int:
+    """Black or white, as the code of the colour cube: whichever reads better."""
+    return max((BLACK, WHITE), key=lambda code: contrast(cube(code), paper))

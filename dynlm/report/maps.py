@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from dynlm.report.evaluation import STATIC, Evaluation
 from dynlm.report.plots import article_spans
-from dynlm.report.tokens import extremes, tokens
+from dynlm.report.tokens import tokens
+from dynlm.report.words import extremes
 from dynlm.runs import Json
 from dynlm.types import InputError
 
@@ -41,12 +42,12 @@ def token_maps(evaluation: Evaluation, pieces: Pieces | None, titles: Sequence[s
     names = evaluation.names
     articles: list[Json] = []
     losses: dict[str, list[list[int]]] = {name: [] for name in names}
-    everything: list[tuple[str, float]] = []
+    everything: list[tuple[str, float, float]] = []
     static_T, best_T = evaluation.losses[STATIC], evaluation.losses[best]
     for chosen in _named(evaluation, titles) or _choose(evaluation, best):
         here = slice(chosen.start, chosen.stop)
         texts = pieces(evaluation.ids_T[here].tolist())
-        everything += list(zip(texts, (static_T[here] - best_T[here]).tolist(), strict=True))
+        everything += list(zip(texts, static_T[here].tolist(), best_T[here].tolist(), strict=True))
         articles.append(
             {
                 "title": evaluation.titles[chosen.article],
@@ -65,7 +66,7 @@ def token_maps(evaluation: Evaluation, pieces: Pieces | None, titles: Sequence[s
         "names": names,
         "articles": articles,
         "losses": json.dumps(losses, separators=(",", ":")).replace("<", "\\u003c"),
-        "extremes": extremes([text for text, _ in everything], [gain for _, gain in everything]),
+        "extremes": extremes(everything),
     }
 
 

@@ -14,7 +14,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dynlm.report.looks import METHODS
-from dynlm.report.shades import BETTER, THRESHOLDS, WORSE
+from dynlm.report.numbers import likelier, plus, three
+from dynlm.report.shades import DARK, LIGHT, THRESHOLDS, Palette
 
 MINUS = "\N{MINUS SIGN}"
 NONE = "–"
@@ -46,7 +47,9 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(ppl=ppl, signed=signed, span=span, percent=percent, plain=plain, likelier=likelier)
+    environment.filters.update(
+        ppl=ppl, signed=signed, span=span, percent=percent, plain=plain, likelier=likelier, three=three, plus=plus
+    )
     return environment
 
 
@@ -54,13 +57,24 @@ def _style() -> str:
     """The style sheet with the colours of methods and shades in it."""
     light = " ".join(f"--m{number}: {colour};" for number, (colour, _, _) in enumerate(METHODS))
     dark = " ".join(f"--m{number}: {colour};" for number, (_, colour, _) in enumerate(METHODS))
-    shades = " ".join(
+    sheet = resource("style.css")
+    for kind, values in (
+        ("shades, light", _shades(LIGHT)),
+        ("shades, dark", _shades(DARK)),
+        ("methods, light", light),
+        ("methods, dark", dark),
+    ):
+        sheet = sheet.replace(f"/* {kind} */", values)
+    return sheet
+
+
+def _shades(palette: Palette) -> str:
+    """The shades as custom properties of the style sheet."""
+    return " ".join(
         f"--{side}{number}: #{red:02x}{green:02x}{blue:02x};"
-        for side, colours in (("b", BETTER), ("w", WORSE))
-        for number, (red, green, blue) in enumerate(colours, 1)
+        for side, colors in (("b", palette.better), ("w", palette.worse))
+        for number, (red, green, blue) in enumerate(colors, 1)
     )
-    sheet = resource("style.css").replace("/* shades, light */", shades)
-    return sheet.replace("/* methods, light */", light).replace("/* methods, dark */", dark)
 
 
 def interval(ci95: Sequence[float | None] | None) -> tuple[float, float] | None:
@@ -75,11 +89,6 @@ def ppl(value: float | None) -> str:
     if value is None or not value < 1e6:
         return "beyond a million"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
-
-
-def likelier(gain: float) -> str:
-    """Say what a gain in nats makes of the probability of a token, as a geometric mean over tokens."""
-    return f"each token {math.exp(min(abs(gain), 700.0)):.2f} × {'likelier' if gain >= 0 else 'less likely'}"
 
 
 def signed(value: float | None, digits: int = 3) -> str:

@@ -1,19 +1,43 @@
 """How gains become colours: nine shades, from red (worse than static) over none to blue (better).
 
-Blue and red stay apart for every common kind of colour blindness; worse ones are underlined on paper as well.
+Blue and red stay apart for every common kind of colour blindness; worse ones are underlined on paper as well. On every
+background the strongest gain stands out most, so there are two palettes.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from typing import NamedTuple
+
+Rgb = tuple[int, int, int]
+Four = tuple[Rgb, Rgb, Rgb, Rgb]
+Codes = tuple[int, int, int, int]
 
 THRESHOLDS = (0.1, 0.5, 1.0, 2.0)
 """nats: a gain beyond the first is shaded, beyond the last it has the strongest shade"""
-BETTER = ((198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107))
-WORSE = ((252, 187, 161), (251, 106, 74), (203, 24, 29), (103, 0, 13))
-"""RGB by rising |gain|; ColorBrewer's Blues and Reds"""
-BETTER_256, WORSE_256 = (153, 74, 25, 17), (217, 203, 160, 52)
-"""the nearest of the 256 terminal colours"""
+
+
+class Palette(NamedTuple):
+    """Shades by rising |gain|, as RGB and as codes of the colour cube of 256-colour terminals."""
+
+    better: Four
+    worse: Four
+    better_256: Codes
+    worse_256: Codes
+
+
+LIGHT = Palette(  # ColorBrewer's Blues and Reds
+    ((198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107)),
+    ((252, 187, 161), (251, 106, 74), (203, 24, 29), (103, 0, 13)),
+    (153, 74, 25, 17),
+    (217, 203, 160, 52),
+)
+DARK = Palette(
+    ((22, 50, 74), (29, 79, 124), (44, 113, 179), (140, 195, 240)),
+    ((74, 29, 24), (125, 36, 28), (189, 54, 39), (247, 167, 149)),
+    (18, 24, 32, 153),
+    (52, 88, 160, 217),
+)
 
 
 def shade(gain: float) -> int:
@@ -30,3 +54,22 @@ def label(level: int) -> str:
     sign = "+" if level > 0 else "\N{MINUS SIGN}"
     low = f"{sign}{THRESHOLDS[size - 1]:g}"
     return f"{low} to {sign}{THRESHOLDS[size]:g}" if size < len(THRESHOLDS) else f"beyond {low}"
+
+
+def cube(code: int) -> Rgb:
+    """The RGB of a code of the colour cube, 16 to 231, which no theme of a terminal changes."""
+    steps = (0, 95, 135, 175, 215, 255)
+    red, rest = divmod(code - 16, 36)
+    return steps[red], steps[rest // 6], steps[rest % 6]
+
+
+def luminance(color: Rgb) -> float:
+    """Relative luminance, 0 to 1, as WCAG 2 defines it."""
+    red, green, blue = (v / 3294.6 if v <= 10 else ((v / 255 + 0.055) / 1.055) ** 2.4 for v in color)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(a: Rgb, b: Rgb) -> float:
+    """Contrast ratio of WCAG 2, from 1 (none) to 21."""
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)

@@ -14,10 +14,12 @@ from matplotlib.figure import Figure
 from dynlm.report import page
 from dynlm.report.evaluation import Floats
 from dynlm.report.looks import INK
+from dynlm.report.numbers import SANE_PERPLEXITY
 from dynlm.report.plots import GAIN
-from dynlm.report.shades import BETTER, WORSE
+from dynlm.report.shades import LIGHT
 from dynlm.report.svg import Drawing
-from dynlm.report.tokens import extremes, legend, tokens
+from dynlm.report.tokens import legend, tokens
+from dynlm.report.words import extremes
 from dynlm.runs import Json, write_text
 
 BINS = 100  # points of the figure
@@ -36,8 +38,15 @@ class TokenMap:
     static_T: Sequence[float]
     adapted_T: Sequence[float]
     totals: Json
-    """articles, tokens, words, bytes, static and adapted nats, their word perplexities, seconds"""
+    """articles, tokens, words, lines, bytes, seconds; nats_per_token, bits_per_byte and word_perplexity of static and
+    adapted"""
     settings: Mapping[str, Any]
+    words: Sequence[Json] = ()
+    """rows of :class:`dynlm.report.words.Occurrences`"""
+    mean: Json | None = None
+    """their mean"""
+    note: str = ""
+    """a warning about the figures"""
 
 
 def write_token_map(path: Path, shown: TokenMap) -> None:
@@ -48,14 +57,16 @@ def write_token_map(path: Path, shown: TokenMap) -> None:
 def render(shown: TokenMap) -> str:
     """The page as text."""
     gain_T = np.asarray(shown.static_T, dtype=float) - np.asarray(shown.adapted_T, dtype=float)
+    perplexities = [shown.totals[name]["word_perplexity"] or math.inf for name in ("static", "adapted")]
     return page.render(
         "tokenmap.html.j2",
         shown=shown,
         totals=shown.totals,
+        sane=max(perplexities) < SANE_PERPLEXITY,
         gain=float(gain_T.mean()),
         better=float((gain_T > 0).mean()),
         figure=_figure(gain_T, [start for _, start in shown.articles]).html(),
-        extremes=extremes(shown.texts, gain_T.tolist()),
+        extremes=extremes(zip(shown.texts, shown.static_T, shown.adapted_T, strict=True)),
         maps=_maps(shown),
         levels=legend(),
     )
@@ -80,7 +91,7 @@ def _figure(gain_T: Floats, starts: Sequence[int]) -> Drawing:
     def paint(figure: Figure, narrow: bool) -> None:
         axes = figure.add_subplot()
         x, y = np.repeat(edges, 2)[1:-1], np.repeat(means, 2)
-        for (red, green, blue), side in ((BETTER[2], y.clip(min=0)), (WORSE[2], y.clip(max=0))):
+        for (red, green, blue), side in ((LIGHT.better[2], y.clip(min=0)), (LIGHT.worse[2], y.clip(max=0))):
             axes.fill_between(x, side, color=(red / 255, green / 255, blue / 255), linewidth=0)
         axes.axhline(0, color=INK, linewidth=1.0)
         for start in starts[1:] if len(starts) <= 40 else ():

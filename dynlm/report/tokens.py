@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import html
-from collections import Counter
 from collections.abc import Sequence
 
 from dynlm.report.shades import label, shade
-from dynlm.runs import Json
-
-EXTREMES = 10  # words in each of the two lists
 
 
 def tokens(texts: Sequence[str], static_T: Sequence[float], adapted_T: Sequence[float]) -> str:
@@ -33,17 +29,3 @@ def legend() -> list[tuple[str, str]]:
 
 def _shade_class(level: int) -> str:
     return f"{'b' if level > 0 else 'w'}{abs(level)}" if level else ""
-
-
-def extremes(texts: Sequence[str], gains: Sequence[float]) -> Json:
-    """The tokens that gained and lost most in all: (text, times, nats)."""
-    sums: dict[str, float] = {}
-    for text, gain in zip(texts, gains, strict=True):
-        sums[text] = sums.get(text, 0.0) + gain
-    times = Counter(texts)
-    order = sorted((text for text in sums if text.strip()), key=lambda text: -sums[text])
-    rows = [(text.strip(), times[text], sums[text]) for text in order]
-    return {
-        "gained": [row for row in rows[:EXTREMES] if row[2] > 0],
-        "lost": [row for row in rows[: -EXTREMES - 1 : -1] if row[2] < 0],
-    }

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from cli.test_main import fails
-from dynlm.cli import read as command
+from dynlm.cli import outcome
 from dynlm.cli.kit import SHIPPED, load_kit
 from dynlm.cli.main import COMMANDS, main, stage
 from dynlm.cli.read import ReadSettings, read
-from dynlm.cli.terminal import Screen, color_depth
+from dynlm.cli.totals import Totals
 from dynlm.data.tokenizers import tokenize
 from dynlm.runs import read_tensors, write_tensors
 from dynlm.types import Article
@@ -67,7 +67,9 @@ def test_totals_are_those_of_the_reader(texts, reset):
             expected = sum(float(reader.read(a, kit.tokenizer.eos_id).double().sum()) for a in articles)
         assert nats == pytest.approx(expected, abs=1e-9 * expected)
     assert totals.tokens == sum(map(len, articles))
-    assert totals.words == sum(a.n_words for a in articles)
+    assert totals.words == len((A + B).split())  # as wc -w counts
+    assert totals.lines == (A + B).count("\n")
+    assert totals.words + totals.lines == sum(a.n_words for a in articles)  # what perplexity is over
     assert totals.bytes == sum(a.n_bytes for a in articles)
 
 
@@ -84,7 +86,7 @@ def test_ordinary_text_is_spaced_for_the_shipped_model_and_shown_as_it_is(tmp_pa
     (tmp_path / "a.txt").write_text(ORDINARY)
     path = str(tmp_path / "a.txt")
     auto, none, always = (quiet(path, rule="rms", spacing=choice) for choice in ("auto", "none", "wikitext"))
-    assert (auto.words, auto.bytes) == (none.words, none.bytes) == (len(ORDINARY.split()) + 24, len(ORDINARY))
+    assert (auto.words, auto.bytes) == (none.words, none.bytes) == (len(ORDINARY.split()), len(ORDINARY))
     assert auto.static == always.static < none.static - 500
     assert auto.adapted < none.adapted
     piped = read(ReadSettings(("-",), quiet=True, rule="rms"), Lines(ORDINARY.encode()))
@@ -120,7 +122,7 @@ def test_standard_input_equals_the_file_and_words_count_across_chunks(texts):
         read(ReadSettings(("-",), quiet=True, rule="static"), io.BytesIO(data))
         for data in (source.encode(), A.encode())
     )
-    assert a.words == 8001
+    assert (a.words, a.lines) == (8000, 1)
     assert b.static == quiet(texts[0], rule="static").static
 
 
@@ -129,7 +131,8 @@ def test_plain_output_is_the_text_and_the_totals(texts, capsys):
     out, err = capsys.readouterr()
     assert out.startswith(A)
     assert "\x1b" not in out
-    for part in ("words", "tokens/s", "static", "rms", "word perplexity", "gain +"):
+    words = f"{len(A.split()):,} words in {A.count(chr(10)):,} lines ({len(A):,} bytes)"
+    for part in (words, "tokens/s", "static", "rms", "bits per byte", "word perplexity", "gain +", "× likelier"):
         assert part in out.removeprefix(A)
     assert "read: " in err
 
@@ -148,27 +151,6 @@ def test_a_hyphen_is_standard_input(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(B.encode())))
     assert main(["read", "-", "--rule", "static"]) == 0
     assert capsys.readouterr().out.startswith(B)
-
-
-def test_colours_are_chosen_by_flag_terminal_and_environment():
-    plain, rich = {"TERM": "xterm"}, {"TERM": "xterm", "COLORTERM": "truecolor"}
-    assert [color_depth("auto", t, e) for t, e in ((True, plain), (True, rich), (False, rich))] == [8, 24, 0]
-    assert color_depth("auto", True, rich | {"NO_COLOR": "1"}) == 0
-    assert color_depth("auto", True, {"TERM": "dumb"}) == 0
-    assert color_depth("always", False, rich | {"NO_COLOR": "1"}) == 24
-    assert color_depth("never", True, rich) == 0
-
-
-def test_control_sequences_of_a_text_do_not_reach_a_terminal():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    for color in ("never", "always"):
-        screen = Screen(out := Terminal(), color)
-        screen.tokens(["\x1b[2J", "fine\n"], [3.0, 0.0])
-        assert "\x1b[2J" not in out.getvalue()
-        assert "fine\n" in out.getvalue()
 
 
 def test_the_page_holds_every_token_and_the_same_totals(texts, tmp_path, capsys):
@@ -242,7 +224,7 @@ def test_notes_and_titles_are_told(tmp_path, capsys):
 def test_where_learning_loses_it_is_told(texts, monkeypatch, capsys, rule, advice):
     quiet(*texts, rule=rule)
     assert "learning lost" not in capsys.readouterr().err
-    monkeypatch.setattr(command.Totals, "gain", -0.1)
+    monkeypatch.setattr(Totals, "gain", -0.1)
     quiet(*texts, rule=rule)
     (note,) = [line for line in capsys.readouterr().err.splitlines() if "learning lost here" in line]
     assert advice in note
@@ -257,8 +239,9 @@ def test_transformers_are_not_imported_to_read():
 
 
 def test_a_stream_keeps_no_tokens(monkeypatch):
-    """Without a page nothing is recorded, so that a stream may be endless."""
-    monkeypatch.setattr(command, "Record", lambda: pytest.fail("tokens were kept"))
+    """Without a page, JSON and a table of words nothing is recorded, so that a stream may be endless."""
+    monkeypatch.setattr(outcome, "Record", lambda: pytest.fail("tokens were kept"))
+    monkeypatch.setattr(outcome, "Occurrences", lambda keep: pytest.fail("words were kept"))
     assert read(ReadSettings(("-",), quiet=True, rule="static"), io.BytesIO(A.encode())).tokens
 
 

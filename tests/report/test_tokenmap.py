@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+from dynlm.report import page
 from dynlm.report.shades import THRESHOLDS, label, shade
 from dynlm.report.tokenmap import TokenMap, render, write_token_map
 
@@ -18,14 +19,22 @@ ARTICLES = [("One & <two>", 0), ("Second", 4)]
 TEXTS = ["A <b>", " tail &amp;", "\r", "\n", " \u65e5", "", "\u200b", "\n"]
 
 
-def make_map(texts=TEXTS, articles=ARTICLES):
+WORDS = [
+    {"word": "Quern<moor", "times": 6, "static": [39.7, 39.66, 42.2], "adapted": [39.7, 39.7, 8.49]},
+    {"word": "charter", "times": 2, "static": [10.5, 9.79], "adapted": [10.7, 8.08]},
+]
+MEAN = {"words": 3, "static": [35.2, 37.2, 36.7], "adapted": [35.2, 31.9, 11.3]}
+
+
+def make_map(texts=TEXTS, articles=ARTICLES, static_perplexity=None, **words):
     static_T = torch.linspace(0, 6, len(texts)).tolist()
     adapted_T = torch.linspace(3, 3, len(texts)).tolist()
-    totals = {"articles": len(articles), "tokens": len(texts), "words": 4, "bytes": 99, "seconds": 1.0}
-    totals |= {"static": sum(static_T), "adapted": sum(adapted_T)}
-    totals |= {"static_word_ppl": float("inf"), "adapted_word_ppl": 12.5}
+    totals = {"articles": len(articles), "tokens": len(texts), "words": 4, "lines": 2, "bytes": 99, "seconds": 1.0}
+    for name, nats, perplexity in (("static", sum(static_T), static_perplexity), ("adapted", sum(adapted_T), 12.5)):
+        figures = {"nats_per_token": nats / len(texts), "bits_per_byte": nats / 99, "word_perplexity": perplexity}
+        totals[name] = figures
     settings = {"model": "runs/x", "fingerprint of the model": "0123abcd", "rule: lr": 0.002}
-    return TokenMap("gated", articles, texts, static_T, adapted_T, totals, settings)
+    return TokenMap("gated", articles, texts, static_T, adapted_T, totals, settings, **words)
 
 
 class Page(HTMLParser):
@@ -61,17 +70,17 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_well_formed_and_loads_nothing():
-    source = render(make_map())
-    page = Page(source)
+    source = render(make_map(words=WORDS, mean=MEAN, note="Note"))
+    tree = Page(source)
     assert source.startswith("<!DOCTYPE html>")
-    assert page.open == []
-    assert not {"img", "iframe", "object", "embed", "base", "form"} & set(page.tags)
-    assert page.tags.count("script") == 1
-    loads = {value for key, value in page.attributes if key in ("src", "href", "xlink:href", "srcset", "data")}
+    assert tree.open == []
+    assert not {"img", "iframe", "object", "embed", "base", "form"} & set(tree.tags)
+    assert tree.tags.count("script") == 1
+    loads = {value for key, value in tree.attributes if key in ("src", "href", "xlink:href", "srcset", "data")}
     assert all(value.startswith("#") or value == "data:," for value in loads)
     assert not re.search(r"https?://|@import|url\((?!#)", source)
-    assert not any(key.startswith("on") for key, _ in page.attributes)
-    ids = [value for key, value in page.attributes if key == "id"]
+    assert not any(key.startswith("on") for key, _ in tree.attributes)
+    ids = [value for key, value in tree.attributes if key == "id"]
     assert len(ids) == len(set(ids))
 
 
@@ -86,12 +95,12 @@ def test_only_the_page_s_own_script_may_run():
 
 def test_every_token_is_there_once_in_order_with_its_losses():
     shown = make_map()
-    page = Page(render(shown))
-    assert [text for text, _ in page.tokens] == TEXTS
-    for (_, attributes), static, adapted in zip(page.tokens, shown.static_T, shown.adapted_T, strict=True):
+    shown_tokens = Page(render(shown)).tokens
+    assert [text for text, _ in shown_tokens] == TEXTS
+    for (_, attributes), static, adapted in zip(shown_tokens, shown.static_T, shown.adapted_T, strict=True):
         assert float(attributes["data-s"]) == pytest.approx(static, abs=6e-4)
         assert float(attributes["data-a"]) == pytest.approx(adapted, abs=6e-4)
-    kinds = [(attributes.get("class") or "").split() for _, attributes in page.tokens]
+    kinds = [(attributes.get("class") or "").split() for _, attributes in shown_tokens]
     assert kinds[0] == ["w4"]
     assert kinds[-1] == ["b4", "n"]
     assert kinds[5][-1] == "e"
@@ -99,17 +108,39 @@ def test_every_token_is_there_once_in_order_with_its_losses():
 
 def test_totals_titles_and_settings_are_told():
     source = render(make_map())
-    for part in (
-        "One &amp; &lt;two&gt;",
-        "Second",
-        "12.50",
-        "beyond a million",
-        "0123abcd",
-        "rule: lr",
-        "0.002",
-        "gated",
-    ):
+    parts = ("One &amp; &lt;two&gt;", "Second", "4 words in 2 lines", "0123abcd", "rule: lr", "0.002", "gated")
+    for part in (*parts, "<strong>0.242</strong>", "bits per byte; 3.00 nats per token"):
         assert part in source
+    assert "Note:" not in source
+    assert "Words that came again" not in source
+
+
+def test_a_perplexity_is_told_where_it_says_something():
+    assert "perplexity" not in render(make_map())  # static's is beyond all numbers
+    assert "perplexity" not in render(make_map(static_perplexity=792_896_221.84))
+    source = render(make_map(static_perplexity=4189.3))
+    assert "word perplexity 4,190" in source
+    assert "word perplexity 12.5" in source
+
+
+def test_words_come_first_with_their_occurrences_in_order():
+    source = render(make_map(words=WORDS, mean=MEAN, note="This text is far <away>"))
+    rows = re.findall(r'<tr[^>]*><th scope="row">([^<]+)</th><td>(\d*)</td>(.*?)</tr>', source, re.DOTALL)
+    cells = {word: (times, re.findall(r"<td>(.*?)</td>", pairs)) for word, times, pairs in rows}
+    assert cells["Quern&lt;moor"] == ("6", ["39.7&nbsp;→ 39.7", "39.7&nbsp;→ 39.7", "42.2&nbsp;→ 8.5"])
+    assert cells["charter"] == ("2", ["10.5&nbsp;→ 10.7", "9.8&nbsp;→ 8.1", ""])
+    assert cells["mean of 3 words"] == ("", ["35.2&nbsp;→ 35.2", "37.2&nbsp;→ 31.9", "36.7&nbsp;→ 11.3"])
+    assert "occurrence 3 of “Quern&lt;moor” 4.37 × 10¹⁴ × likelier than static did" in source
+    assert "This text is far &lt;away&gt;" in source
+    places = [source.index(f"<h2>{title}") for title in ("Words that came", "Where it came", "Gain along", "Token by")]
+    assert places == sorted(places)
+
+
+def test_a_token_without_characters_puts_none_on_the_page():
+    """It is a bar; a sign would look like part of the text."""
+    rules = re.findall(r"^\.e\b.*$", page.resource("style.css"), re.MULTILINE)
+    assert rules
+    assert not any("content" in rule for rule in rules)
 
 
 def test_equal_numbers_give_equal_bytes(tmp_path):

@@ -2,8 +2,8 @@
 
 Input and output embeddings are tied; 1 to 3 layers; the AWD-LSTM regularisers (Merity et al. 2017, arXiv:1708.02182)
 are options: weight drop on the recurrent matrices, locked dropout, embedding dropout, AR and TAR. The hidden state goes
-in and comes out, so that text can be read segment by segment. ``save_pretrained``, ``from_pretrained``,
-``AutoModelForCausalLM`` and ``generate`` work once ``dynlm.models.lstm`` is imported.
+in and comes out, so that text can be read segment by segment. ``save_pretrained``, ``from_pretrained``, the Auto
+classes, ``generate``, ``pipeline`` and ``Trainer`` work once ``dynlm.models.lstm`` is imported.
 """
 
 from __future__ import annotations
@@ -17,19 +17,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
-    GenerationMixin,
+    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
+from dynlm.models.generation import Hidden as Hidden
+from dynlm.models.generation import HiddenGenerationMixin
+from dynlm.models.padding import Padding, padding_of
 from dynlm.models.recurrence import lstm_layer, one_stream
 from dynlm.models.tied import Link, embed, read_out
 from dynlm.types import InputError
 
-Hidden = tuple[tuple[Tensor, Tensor], ...]
-"""Per layer (h, c), each (B, layer width)."""
+LOSS_ARGUMENTS = {"num_items_in_batch", "ignore_index", "shift_labels"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,7 @@ class LSTMConfig(PreTrainedConfig):
     """Sizes and regularisers. Dropouts are probabilities, active in training only."""
 
     model_type = "dynlm_lstm"
+    keys_to_ignore_at_inference = ["hidden", "penalty"]
 
     vocab_size: int = 4096
     embedding_size: int = 256
@@ -100,6 +107,15 @@ class LSTMConfig(PreTrainedConfig):
 
 
 @dataclass
+class LSTMModelOutput(ModelOutput):
+    """``last_hidden_state`` (B, T, D); ``hidden`` after the text; ``hidden_states``: embedding, layers' outputs."""
+
+    last_hidden_state: Tensor | None = None
+    hidden: Hidden | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
 class LSTMOutput(ModelOutput):
     """``loss``: mean nats a target plus ``penalty`` (AR + TAR); ``logits`` (B, T, V); ``hidden`` after the text."""
 
@@ -107,6 +123,7 @@ class LSTMOutput(ModelOutput):
     logits: Tensor | None = None
     hidden: Hidden | None = None
     penalty: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class LSTMLayer(nn.Module):
@@ -126,20 +143,21 @@ class LSTMLayer(nn.Module):
         nn.init.zeros_(self.bias)
         nn.init.ones_(self.bias[hidden_size : 2 * hidden_size])
 
-    def forward(self, inputs_BTD: Tensor, state: tuple[Tensor, Tensor], weight_drop: float) -> tuple[Tensor, Any]:
+    def forward(
+        self, inputs_BTD: Tensor, state: tuple[Tensor, Tensor], weight_drop: float, padding: Padding | None = None
+    ) -> tuple[Tensor, Any]:
+        run = padding.lstm if padding else lstm_layer
         weight_hh = F.dropout(self.weight_hh, weight_drop, self.training)
-        return lstm_layer(inputs_BTD, state, self.weight_ih, weight_hh, self.bias)
+        return run(inputs_BTD, state, self.weight_ih, weight_hh, self.bias)
 
 
-class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
-    """The LSTM language model. ``labels`` follow transformers: equal to ``input_ids``, shifted inside, -100 ignored."""
+class LSTMPreTrainedModel(PreTrainedModel):
+    """Embedding and layers: what the two classes of transformers below share."""
 
     config: LSTMConfig
     config_class = LSTMConfig
     base_model_prefix = "lstm"
     main_input_name = "input_ids"
-    _tied_weights_keys = {"lm_head.weight": "embedding.weight"}
-    _is_stateful = True
     _no_split_modules = ["LSTMLayer"]
 
     def __init__(self, config: LSTMConfig) -> None:
@@ -147,8 +165,6 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
         sizes = [config.embedding_size, *[config.hidden_size] * (config.num_hidden_layers - 1), config.embedding_size]
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
         self.layers = nn.ModuleList(LSTMLayer(a, b) for a, b in pairwise(sizes))
-        self.lm_head = nn.Linear(config.embedding_size, config.vocab_size)
-        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, LSTMLayer):
@@ -164,12 +180,6 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embedding = value  # type: ignore[assignment]
 
-    def get_output_embeddings(self) -> nn.Module:
-        return cast(nn.Module, self.lm_head)
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
-
     def initial_hidden(self, batch: int) -> Hidden:
         """Zeros: the state before the first token of an article."""
         weight = self.embedding.weight
@@ -178,62 +188,161 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
     def _widths(self) -> list[int]:
         return [cast(LSTMLayer, layer).weight_hh.shape[1] for layer in self.layers]
 
-    def forward(
-        self, input_ids: Tensor, hidden: Hidden | None = None, labels: Tensor | None = None, **ignored: Any
-    ) -> LSTMOutput:
-        """``input_ids`` (B, T); extra arguments that ``generate`` passes to every model are ignored."""
-        config = self.config
-        link = self._link(input_ids)
-        raw, new_hidden = self._run(input_ids, hidden or self.initial_hidden(input_ids.shape[0]), link)
-        dropped = locked_dropout(raw, config.output_dropout, self.training)
-        head = self.lm_head
-        logits = read_out(dropped[0], head.weight, head.bias, link)[None] if link else head(dropped)
-        penalty = self._activation_penalty(dropped, raw)
-        loss = None
-        if labels is not None:
-            loss = penalty + F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return LSTMOutput(loss=loss, logits=logits, hidden=new_hidden, penalty=penalty)
-
-    def _link(self, input_ids: Tensor) -> Link | None:
-        """For reading with tied weights: embedding and read-out share the buffer of their gradient."""
-        tied = self.embedding.weight is self.lm_head.weight
-        return Link() if tied and not self.training and torch.is_grad_enabled() and one_stream(input_ids) else None
-
-    def _run(self, input_ids: Tensor, hidden: Hidden, link: Link | None) -> tuple[Tensor, Hidden]:
-        config = self.config
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, link: Link | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InputError(f"{type(self).__name__} reads either input_ids or inputs_embeds: give one of them")
+        if input_ids is None:
+            return cast(Tensor, inputs_embeds)
         weight = self.embedding.weight
-        if self.training and config.embedding_dropout:
-            keep = torch.empty_like(weight[:, :1]).bernoulli_(1 - config.embedding_dropout)
-            weight = weight * (keep / (1 - config.embedding_dropout))  # whole words are dropped
-        embedded = embed(input_ids[0], weight, link)[None] if link else F.embedding(input_ids, weight)
-        x = locked_dropout(embedded, config.input_dropout, self.training)
-        new_hidden = []
-        for i, (layer, state) in enumerate(zip(self.layers, hidden, strict=True)):
-            if i:
-                x = locked_dropout(x, config.hidden_dropout, self.training)
-            x, state = layer(x, state, config.weight_drop)
-            new_hidden.append(state)
-        return x, tuple(new_hidden)
+        if self.training and self.config.embedding_dropout:
+            keep = torch.empty_like(weight[:, :1]).bernoulli_(1 - self.config.embedding_dropout)
+            weight = weight * (keep / (1 - self.config.embedding_dropout))  # whole words are dropped
+        return embed(input_ids[0], weight, link)[None] if link else F.embedding(input_ids, weight)
 
-    def _activation_penalty(self, dropped: Tensor, raw: Tensor) -> Tensor:
-        """AR + TAR of arXiv:1708.02182, zero outside training."""
+    def _run(self, embedded: Tensor, hidden: Hidden | None, padding: Padding | None) -> tuple[list[Tensor], Hidden]:
+        """The embedding and each layer's output, (B, T, width) each, and the hidden state after the text."""
+        config, batch = self.config, embedded.shape[0]
+        if hidden is None:
+            hidden = self.initial_hidden(batch)
+        expected = [(batch, n) for n in self._widths() for _ in "hc"]
+        found = [tuple(tensor.shape) for state in hidden for tensor in state]
+        if found != expected:
+            raise InputError(f"the hidden state has shapes {found}: this model and batch need {expected}")
+        states, new_hidden = [embedded], []
+        for i, (layer, state) in enumerate(zip(self.layers, hidden, strict=True)):
+            dropout = config.hidden_dropout if i else config.input_dropout
+            x, state = layer(locked_dropout(states[-1], dropout, self.training), state, config.weight_drop, padding)
+            states.append(x)
+            new_hidden.append(state)
+        return states, tuple(new_hidden)
+
+
+class LSTMModel(LSTMPreTrainedModel):
+    """The LSTM without its read-out, as ``AutoModel`` loads it."""
+
+    _keys_to_ignore_on_load_unexpected = [r"lm_head\."]
+
+    def __init__(self, config: LSTMConfig) -> None:
+        super().__init__(config)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        hidden: Hidden | None = None,
+        *,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> LSTMModelOutput:
+        """``input_ids`` (B, T), or ``inputs_embeds`` (B, T, D); ``attention_mask`` (B, T) is 0 at padded places."""
+        embedded = self._embed(input_ids, inputs_embeds, None)
+        states, new_hidden = self._run(embedded, hidden, padding_of(attention_mask, *embedded.shape[:2]))
+        return LSTMModelOutput(
+            last_hidden_state=states[-1],
+            hidden=None if use_cache is False else new_hidden,
+            hidden_states=tuple(states) if _asked(output_hidden_states, self.config) else None,
+        )
+
+
+class LSTMForCausalLM(LSTMPreTrainedModel, HiddenGenerationMixin):
+    """The LSTM language model. ``labels`` follow transformers: equal to ``input_ids``, shifted inside, -100 ignored."""
+
+    _tied_weights_keys = {"lm_head.weight": "embedding.weight"}
+
+    def __init__(self, config: LSTMConfig) -> None:
+        super().__init__(config)
+        self.lm_head = nn.Linear(config.embedding_size, config.vocab_size)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def get_output_embeddings(self) -> nn.Module:
+        return cast(nn.Module, self.lm_head)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        hidden: Hidden | None = None,
+        *,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int = 0,
+        **for_the_loss: Any,
+    ) -> LSTMOutput:
+        """``input_ids`` (B, T), or ``inputs_embeds`` (B, T, D); ``attention_mask`` (B, T) is 0 at padded places.
+
+        ``logits_to_keep``: logits of the last places alone; 0 is all. ``num_items_in_batch``, as ``Trainer`` gives it
+        when it accumulates gradients, divides the summed loss in place of this batch's targets.
+
+        Raises:
+            InputError: an argument of transformers that this model has no use for and must not ignore.
+        """
+        self._require_known(for_the_loss)
+        link = self._link(input_ids)
+        embedded = self._embed(input_ids, inputs_embeds, link)
+        padding = padding_of(attention_mask, *embedded.shape[:2])
+        states, new_hidden = self._run(embedded, hidden, padding)
+        dropped = locked_dropout(states[-1], self.config.output_dropout, self.training)
+        kept, head = dropped[:, -logits_to_keep:], self.lm_head
+        logits = read_out(kept[0], head.weight, head.bias, link)[None] if link else head(kept)
+        penalty = self._activation_penalty(dropped, states[-1], padding)
+        return LSTMOutput(
+            loss=None if labels is None else self._loss(logits, labels, penalty, for_the_loss),
+            logits=logits,
+            hidden=None if use_cache is False else new_hidden,
+            penalty=penalty,
+            hidden_states=tuple(states) if _asked(output_hidden_states, self.config) else None,
+        )
+
+    def _require_known(self, given: dict[str, Any]) -> None:
+        asked = {name for name, value in given.items() if value is not None and value is not False}
+        unknown = sorted(asked - LOSS_ARGUMENTS)
+        if unknown:
+            raise InputError(
+                f"{type(self).__name__} takes no {', '.join(unknown)}: it has neither positions nor attention, and "
+                "its hidden state goes in and out as `hidden`"
+            )
+
+    def _link(self, input_ids: Tensor | None) -> Link | None:
+        """For reading with tied weights: embedding and read-out share the buffer of their gradient."""
+        if input_ids is None or self.embedding.weight is not self.lm_head.weight:
+            return None
+        return Link() if not self.training and torch.is_grad_enabled() and one_stream(input_ids) else None
+
+    def _loss(self, logits: Tensor, labels: Tensor, penalty: Tensor, settings: dict[str, Any]) -> Tensor:
+        """Nats a target and the penalty, which counts once a target, so that micro-batches add up to their whole."""
+        nats: Tensor = self.loss_function(logits, labels, logits.shape[-1], **settings)
+        whole = settings.get("num_items_in_batch")
+        if whole is None:
+            return nats + penalty
+        targets = labels[:, 1:] if settings.get("shift_labels") is None else settings["shift_labels"]
+        share = (targets != settings.get("ignore_index", -100)).sum() / whole
+        total: Tensor = nats + penalty * share
+        return total
+
+    def _activation_penalty(self, dropped: Tensor, raw: Tensor, padding: Padding | None) -> Tensor:
+        """AR + TAR of arXiv:1708.02182, zero outside training; padded places do not count."""
         config, penalty = self.config, raw.new_zeros(())
         if self.training and config.activation_regularization:
-            penalty = penalty + config.activation_regularization * dropped.square().mean()
+            squares = dropped.square()
+            mean = padding.mean(squares) if padding else squares.mean()
+            penalty = penalty + config.activation_regularization * mean
         if self.training and config.temporal_activation_regularization and raw.shape[1] > 1:
-            penalty = penalty + config.temporal_activation_regularization * raw.diff(dim=1).square().mean()
+            change = padding.mean_change(raw) if padding else raw.diff(dim=1).square().mean()
+            penalty = penalty + config.temporal_activation_regularization * change
         return penalty
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, hidden: Hidden | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        return {"input_ids": input_ids if hidden is None else input_ids[:, -1:], "hidden": hidden}
 
-    def _update_model_kwargs_for_generation(
-        self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        model_kwargs["hidden"] = outputs.get("hidden")
-        return model_kwargs
+def _asked(output_hidden_states: bool | None, config: LSTMConfig) -> bool:
+    return bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states)
 
 
 def locked_dropout(x_BTD: Tensor, p: float, training: bool) -> Tensor:
@@ -245,4 +354,8 @@ def locked_dropout(x_BTD: Tensor, p: float, training: bool) -> Tensor:
 
 
 AutoConfig.register(LSTMConfig.model_type, LSTMConfig, exist_ok=True)
+AutoModel.register(LSTMConfig, LSTMModel, exist_ok=True)
 AutoModelForCausalLM.register(LSTMConfig, LSTMForCausalLM, exist_ok=True)
+AutoTokenizer.register(LSTMConfig, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
+# Trainer shifts the labels for label smoothing only where this table names the model, and pipelines look here too.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[LSTMConfig.model_type] = LSTMForCausalLM.__name__

@@ -54,7 +54,16 @@ def load_bare(settings: ReadSettings) -> Kit:
     pieces = tqdm(list(_pieces(articles, tokenizer, config.segment, device)), desc="prior", unit="segment")
     priors = measure_priors(model, score, iter(pieces), params)
     rule = _rule(kind, settings.lr, 1 / priors[0].relative_rms).requires_grad_(False).to(device)
-    return Kit(model, lambda m: scorer_for(m, context), tokenizer, rule, priors, config, f"{settings.model}, untuned")
+    return Kit(
+        model,
+        lambda m: scorer_for(m, context),
+        tokenizer,
+        rule,
+        priors,
+        config,
+        f"{settings.model}, untuned",
+        carry=settings.carry,
+    )
 
 
 def _replaced(text: str, pairs: tuple[tuple[str, str], ...]) -> str:

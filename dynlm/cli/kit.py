@@ -52,6 +52,8 @@ class Kit:
     """what the model was trained on"""
     home: float | None = None
     """static's nats per token on validation text of the kind that the model was trained on, where that is known"""
+    carry: str = "state"
+    """what the model sees of the text before a segment: its own recurrent state, or as context.carry of a run"""
 
     def readers(self) -> tuple[Reader, Reader]:
         """(static, adapted): the frozen one reads with a copy of the model."""
@@ -60,8 +62,12 @@ class Kit:
         return static, Reader(self.model, self.scorer(self.model), self.rule, self.priors, self.config)
 
     def fingerprints(self) -> Json:
-        """Of θ0 and of the rule: what a saved memory belongs to."""
+        """Of θ0 and of the rule."""
         return {"model": model_fingerprint(self.priors, self.model), "rule": fingerprint(self.rule)}
+
+    def memory_of(self) -> Json:
+        """What a saved memory must agree with."""
+        return self.fingerprints() | {"carry": self.carry}
 
 
 def model_fingerprint(priors: Sequence[Prior], model: nn.Module | None = None) -> str:
@@ -87,7 +93,7 @@ def load_kit(run_path: str, rule_name: str, reset: Any) -> Kit:
     if not run.path.is_dir():
         raise InputError(f"run directory {run.path} does not exist: `dynlm train` makes one, or leave --run out")
     settings = read_json(run.require(run.recipe, "train"))
-    model, scorer, params = _load_model(run, settings)
+    model, scorer, params, carry = _load_model(run, settings)
     read = settings.get("read", {})
     config = ReadConfig(read.get("segment", 32), reset, params, read.get("kernel", "auto"))
     adapted = adapted_parameters(model, config.params)
@@ -98,7 +104,7 @@ def load_kit(run_path: str, rule_name: str, reset: Any) -> Kit:
     tokenizer, rule = load_tokenizer(run.require(run.tokenizer, "train")), _load_rule(run, rule_name)
     name = run_path or f"shipped {DEFAULT_MODEL}"
     spacing, home = _known(run)
-    return Kit(model, scorer, tokenizer, rule.requires_grad_(False), priors, config, name, spacing, home)
+    return Kit(model, scorer, tokenizer, rule.requires_grad_(False), priors, config, name, spacing, home, carry)
 
 
 def _known(run: Run) -> tuple[Spacing, float | None]:
@@ -123,11 +129,11 @@ def best_validation(run: Run) -> float | None:
     return best if 0 < best < math.inf else None
 
 
-def _load_model(run: Run, settings: Json) -> tuple[nn.Module, Callable[[Any], Scorer], tuple[str, ...]]:
-    """A run's model, what makes it a scorer, and the globs of what is adapted."""
+def _load_model(run: Run, settings: Json) -> tuple[nn.Module, Callable[[Any], Scorer], tuple[str, ...], str]:
+    """A run's model, what makes it a scorer, the globs of what is adapted, and what it carries."""
     folder, params = run.require(run.model, "train"), tuple(settings.get("read", {}).get("params", ("*",)))
     if is_light(folder):
-        return load_light(folder), _itself, params
+        return load_light(folder), _itself, params, Kit.carry
     from dynlm.cli.adopt import load_base  # seconds of imports
     from dynlm.models.causal import scorer_for
     from dynlm.models.context import ContextConfig
@@ -135,7 +141,7 @@ def _load_model(run: Run, settings: Json) -> tuple[nn.Module, Callable[[Any], Sc
 
     context, lora = ContextConfig(**settings.get("context", {})), settings.get("lora", {"rank": 0})
     model, params = load_base(folder, LoraSettings(**lora | {"targets": tuple(lora.get("targets", ("*",)))}), params)
-    return model, lambda model: scorer_for(model, context), params
+    return model, lambda model: scorer_for(model, context), params, context.carry
 
 
 def _itself(model: LightLSTM) -> Scorer:

@@ -67,8 +67,9 @@ def load_memory(path: Path, adapted: Reader, belongs: runs.Json) -> Memory:
     if meta.get("kind") != KIND:
         raise InputError(f"{path} is no memory: `dynlm read --save-memory FILE` writes one")
     for name, own in belongs.items():
-        if meta.get(name) != own:
-            raise InputError(f"{path} belongs to another {name} ({meta.get(name)}, this one is {own}): read with that")
+        found = meta.get(name, own if name == "carry" else None)  # older memories do not say what they carry
+        if found != own:
+            raise InputError(f"{path} belongs to another {name} ({found}, this one is {own}): read with that")
     thetas = []
     try:
         for prior in adapted.priors:

@@ -86,7 +86,7 @@ class Outcome:
         if pair.lost:
             raise InputError(f"{target.name} was not written: nothing is left of what was learned")
         with target.writing() as path:
-            save_memory(path, pair.static, pair.adapted, self.kit.fingerprints())
+            save_memory(path, pair.static, pair.adapted, self.kit.memory_of())
         tell(f"memory: {target.name} ({target.megabytes()})")
 
     def write_page(self, target: Target) -> None:

@@ -169,6 +169,8 @@ class Pair:
         pieces = inputs_S.to(device), targets_S.to(device)
         static_S, adapted_S = self._scored(pieces)
         totals.tokens += len(ids)
+        unknown = (text for token, text in zip(ids, texts, strict=True) if token == self.kit.tokenizer.unk_id)
+        totals.unknown_bytes += len("".join(unknown).encode())
         totals.static += float(static_S.sum())
         totals.adapted += float(adapted_S.sum())
         self._count("".join(texts), totals)

@@ -151,7 +151,7 @@ def _targets(settings: ReadSettings) -> tuple[Target | None, Target | None]:
 
 
 def _go_on_from(path: Path, pair: Pair) -> None:
-    memory = load_memory(path, pair.adapted, pair.kit.fingerprints())
+    memory = load_memory(path, pair.adapted, pair.kit.memory_of())
     pair.start, pair.static_hidden = memory.position, memory.static_hidden
     pair.begin()
     if memory.segment not in (None, pair.size):

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Literal, TextIO
 
-from dynlm.report.shades import DARK, LIGHT, Palette, Rgb, contrast, cube, label, shade
+from dynlm.report.shades import DARK, LIGHT, Palette, Rgb, contrast, cube, least, shade
 
 Color = Literal["auto", "always", "never"]
 Theme = Literal["auto", "light", "dark"]
@@ -82,8 +82,8 @@ class Screen:
     def legend(self) -> None:
         """What the colours mean; nothing on plain output."""
         if self.depth:
-            samples = " ".join(f"{self.styles[n]} {label(n)} {RESET if n else ''}" for n in range(-4, 5))
-            self._write_line(f"gain in nats: {samples}")
+            samples = (f"{self.styles[n]} {least(n)} {RESET}" for n in range(-4, 5) if n)
+            self._write_line(f"gain in nats: {' '.join(samples)}")
 
     def _write_line(self, text: str) -> None:
         self.out.write(text + "\n")

@@ -24,8 +24,8 @@ class Totals:
 
     articles: int = 0
     tokens: int = 0
-    unknown: int = 0
-    """tokens that stand for characters or words that the tokenizer does not know"""
+    unknown_bytes: int = 0
+    """bytes of characters or words that the tokenizer does not know"""
     words: int = 0
     """what stands between blanks, as ``wc -w`` counts"""
     lines: int = 0
@@ -81,7 +81,7 @@ class Totals:
     def note(self, home: float | None) -> str:
         """Warn where the figures mislead; empty where they do not. ``home`` is static's nats per token at home."""
         parts = []
-        static, share = self.static / max(1, self.tokens), self.unknown / max(1, self.tokens)
+        static, share = self.static / max(1, self.tokens), self.unknown_bytes / max(1, self.bytes)
         if home is not None and self.tokens >= FAR_TOKENS and static > home + FAR:
             parts.append(
                 f"This text is far from what the model knows: static loses {three(static)} nats per token here, but "
@@ -89,13 +89,13 @@ class Totals:
             )
         if share >= UNKNOWN_SHARE:
             parts.append(
-                f"The tokenizer does not know {three(100 * share)} % of the tokens (characters or words) and reads "
-                "them all as one: a gain on them means nothing"
+                f"The tokenizer does not know {three(100 * share)} % of the text (characters or words) and reads all "
+                "of that as one token: a gain on it means nothing"
             )
         return ". ".join(parts)
 
 
-COUNTS = ("articles", "tokens", "unknown", "words", "lines", "bytes", "seconds")
+COUNTS = ("articles", "tokens", "unknown_bytes", "words", "lines", "bytes", "seconds")
 
 
 def perplexity(nats: float, n: int) -> float:

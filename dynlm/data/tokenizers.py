@@ -40,6 +40,8 @@ class Tokenizer(Protocol):
     vocab_size: int
     eos_id: int
     """the end-of-line token; it also stands before an article's first token"""
+    unk_id: int | None
+    """the token of everything that the tokenizer does not know; None where it knows all"""
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -103,6 +105,7 @@ class SentencePieceTokenizer:
             raise InputError(f"not a SentencePiece model ({error}): train the tokenizer again") from None
         self.vocab_size = self._processor.get_piece_size()
         self.eos_id = self._processor.piece_to_id("\n")
+        self.unk_id: int | None = self._processor.unk_id()
 
     @classmethod
     def train(cls, texts: Iterable[str], config: TokenizerConfig) -> SentencePieceTokenizer:
@@ -175,6 +178,7 @@ class HuggingFaceTokenizer:
         self.vocab_size = len(self._tokenizer)
         starts = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, 0)
         self.eos_id = next(token for token in starts if token is not None)
+        self.unk_id: int | None = self._tokenizer.unk_token_id
 
     def encode(self, text: str) -> list[int]:
         return cast(list[int], self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

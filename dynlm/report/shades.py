@@ -51,9 +51,22 @@ def label(level: int) -> str:
     size = abs(level)
     if not size:
         return f"within {THRESHOLDS[0]:g}"
-    sign = "+" if level > 0 else "\N{MINUS SIGN}"
-    low = f"{sign}{THRESHOLDS[size - 1]:g}"
-    return f"{low} to {sign}{THRESHOLDS[size]:g}" if size < len(THRESHOLDS) else f"beyond {low}"
+    low = _bound(level)
+    return f"{low} to {_sign(level)}{THRESHOLDS[size]:g}" if size < len(THRESHOLDS) else f"beyond {low}"
+
+
+def least(level: int) -> str:
+    """What a shade other than none means, in a few characters: all shades fit on one line of a terminal."""
+    rest = " or more" if level == len(THRESHOLDS) else " or less" if level == -len(THRESHOLDS) else ""
+    return f"{_bound(level)}{rest}"
+
+
+def _bound(level: int) -> str:
+    return f"{_sign(level)}{THRESHOLDS[abs(level) - 1]:g}"
+
+
+def _sign(level: int) -> str:
+    return "+" if level > 0 else "\N{MINUS SIGN}"
 
 
 def cube(code: int) -> Rgb:

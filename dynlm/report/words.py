@@ -51,15 +51,16 @@ class Splitter:
         if not text and 0 < len(self._text) <= LONGEST:
             self._held.append((len(self._text), static, adapted))
         taken = False
-        for character in text:
-            if not _in_word(character, bool(self._text)):
+        for run in _runs(text, bool(self._text)):
+            if not run:
                 yield from self.end()
                 continue
-            if not taken and len(self._text) <= LONGEST:
-                self._parts += [*self._held, (len(self._text), static, adapted)]
+            if len(self._text) <= LONGEST:
+                if not taken:
+                    self._parts += [*self._held, (len(self._text), static, adapted)]
+                self._text += run[: LONGEST + 1]
             taken = True
             self._held.clear()
-            self._text += character if len(self._text) <= LONGEST else ""
         if not taken and (mark := text.strip()):
             yield Word(mark, static, adapted, mark=True)
 
@@ -77,12 +78,22 @@ class Splitter:
         yield Word(word, sum(static for _, static, _ in kept), sum(adapted for *_, adapted in kept))
 
 
-@lru_cache(1 << 12)
-def _in_word(character: str, inside: bool) -> bool:
-    """Whether a character belongs to a word; marks on letters and apostrophes do where one is open."""
-    if character.isalnum() or character == "_":
-        return True
-    return inside and (character in APOSTROPHES or unicodedata.category(character)[0] == "M")
+@lru_cache(1 << 14)  # tokens come again and again
+def _runs(text: str, inside: bool) -> tuple[str, ...]:
+    """The runs of a token's text that are part of words, and ``""`` for each that is not. ``inside``: it begins while
+    a word is open, which marks on letters and apostrophes go on with."""
+    runs: list[str] = []
+    for character in text:
+        word = character.isalnum() or character == "_"
+        word = word or (inside and (character in APOSTROPHES or unicodedata.category(character)[0] == "M"))
+        if not word:
+            runs += [""] * (not runs or runs[-1] != "")
+        elif inside and runs:
+            runs[-1] += character
+        else:
+            runs.append(character)
+        inside = word
+    return tuple(runs)
 
 
 def words_of(tokens: Iterable[tuple[str, float, float]]) -> Iterator[Word]:

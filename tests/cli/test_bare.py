@@ -95,3 +95,15 @@ def test_settings_that_do_not_go_together_are_one_clear_line(model, text, tmp_pa
     fails(capsys, [*base, "--prior-text", tmp_path / "none.txt"], "does not exist")
     fails(capsys, ["read", text, "--lr", "1"], "--lr is for --model")
     fails(capsys, ["read", text, "--lora-rank", "1"], "--lora-rank is for --model")
+
+
+def test_a_memory_is_read_on_with_what_its_model_carried(model, text, tmp_path, capsys):
+    """Keys and values, or the tokens themselves: one is no use to the other."""
+    base = ["read", text, "--model", model, "--quiet", "--prior-text", text, "--rule", "sgd", "--lr", "0.01"]
+    for carry, other in (("cache", "overlap"), ("overlap", "cache")):
+        memory = str(tmp_path / carry)
+        assert main([*base, "--carry", carry, "--save-memory", memory]) == 0
+        assert main([*base, "--carry", carry, "--load-memory", memory]) == 0
+        fails(
+            capsys, [*base, "--carry", other, "--load-memory", memory], f"another carry ({carry}, this one is {other})"
+        )

@@ -84,3 +84,14 @@ def test_a_line_is_one_line_without_controls(raw, shown):
         screen = Screen(out, "never")
         screen.line(raw)
         assert out.getvalue() == shown + "\n"
+
+
+def test_the_legend_fits_on_a_line():
+    screen = Screen(out := Terminal(), "always")
+    screen.legend()
+    plain = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())
+    cells = ["−2 or less", "−1", "−0.5", "−0.1", "+0.1", "+0.5", "+1", "+2 or more"]
+    assert re.split(" {2,}", plain.split(":")[1].strip()) == cells
+    assert len(plain) <= 80
+    Screen(out := io.StringIO(), "never").legend()
+    assert out.getvalue() == ""

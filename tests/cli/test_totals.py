@@ -8,6 +8,7 @@ import pytest
 
 from dynlm.cli.kit import best_validation, load_kit
 from dynlm.cli.main import main
+from dynlm.cli.read import ReadSettings, read
 from dynlm.cli.totals import FAR_TOKENS, Totals, word_lines
 from dynlm.runs import Run
 
@@ -63,11 +64,11 @@ def test_text_far_from_what_the_model_knows_is_told(static, tokens, home, warned
     assert (f"{static:.2f} nats per token here, but 4.00 on" in note) == warned
 
 
-@pytest.mark.parametrize(("unknown", "warned"), [(9, False), (10, True), (363, True)])
+@pytest.mark.parametrize(("unknown", "warned"), [(39, False), (40, True), (1452, True)])
 def test_the_share_that_the_tokenizer_does_not_know_is_told(unknown, warned):
-    note = totals(unknown=unknown).note(4.0)
+    note = totals(unknown_bytes=unknown).note(4.0)
     assert note.startswith("The tokenizer does not know") == warned
-    assert (f"{unknown / 10:#.3g} % of the tokens" in note) == warned
+    assert (f"{unknown / 40:#.3g} % of the text" in note) == warned
 
 
 def test_the_shipped_model_knows_its_home():
@@ -117,3 +118,15 @@ def test_long_words_are_cut_and_an_empty_table_says_nothing():
     mean = {"words": 12, "static": [30.0, 20.0, 10.0], "adapted": [30.0, 10.0, 1.0]}
     assert word_lines([row], mean, "rms")[3].split()[:4] == ["mean", "of", "12", "words"]
     assert word_lines([], None, "rms") == []
+
+
+def test_characters_that_the_shipped_tokenizer_lacks_are_counted(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("人工智能是计算机科学的一个分支。\n" * 20)
+    assert (
+        read(ReadSettings((str(tmp_path / "a.txt"),), rule="static", quiet=True)).unknown_bytes
+        == len("人工智能是计算机科学的一个分支。".encode()) * 20
+    )
+    assert "The tokenizer does not know" in capsys.readouterr().err
+    (tmp_path / "a.txt").write_text(ENGLISH)
+    assert read(ReadSettings((str(tmp_path / "a.txt"),), rule="static", quiet=True)).unknown_bytes == 0
+    assert "tokenizer" not in capsys.readouterr().err

@@ -34,6 +34,8 @@ from dynlm.types import InputError
 CacheState = tuple[Tensor, FrozenCache | None]
 """(ids of the tokens in the cache, where these are needed again; the cache)"""
 
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""what ``forward`` calls its cache: since transformers 5.24, before, and of recurrent models before"""
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 PROBE = 8  # tokens
 
@@ -132,7 +134,7 @@ class CausalScorer:
         if "logits_to_keep" in self.accepted:
             arguments["logits_to_keep"] = size
         if cache is not None:
-            arguments["past_key_values" if "past_key_values" in self.accepted else "cache_params"] = cache
+            arguments[next((name for name in CACHE_NAMES if name in self.accepted), CACHE_NAMES[0])] = cache
         logits_SV: Tensor = cast(Any, self.model)(ids_T[None], **arguments).logits[0, -size:]
         return logits_SV
 

@@ -20,6 +20,7 @@ from dynlm.types import InputError
 
 POSITION_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 LONGEST_WINDOW, RECURRENT_WINDOW = 1024, 256
+RECURRENT_STATES = ("conv_states", "recurrent_states")  # of a layer: a tensor each, or several by number
 
 FrozenCache = tuple[tuple[tuple[str, Any], ...], ...]
 """per layer, (attribute, value): a tensor, a number, None, or a tuple of these"""
@@ -84,23 +85,24 @@ def thaw(frozen: FrozenCache | None, model: PreTrainedModel) -> DynamicCache:
     layers: list[Any] = cache.layers
     for layer, values in zip(layers, frozen or (), strict=frozen is not None):
         for name, value in values:
-            setattr(layer, name, _thaw(value))
+            setattr(layer, name, _thaw(value, name in RECURRENT_STATES))
             first = next((v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, Tensor)), None)
             if first is not None:
                 layer.dtype, layer.device = first.dtype, first.device
     return cache
 
 
-def _thaw(value: Any) -> Any:
-    if isinstance(value, tuple):  # recurrent states by number: models copy new ones into them
-        return {i: v.clone() if isinstance(v, Tensor) else v for i, v in enumerate(value)}
-    return value
+def _thaw(value: Any, updated_in_place: bool) -> Any:
+    if isinstance(value, tuple):
+        return {i: _thaw(v, updated_in_place) for i, v in enumerate(value)}
+    return value.clone() if updated_in_place and isinstance(value, Tensor) else value
 
 
 def recurrent_states(cache: Any) -> list[Tensor]:
     """The tensors of a cache that a model updates in place; none in a pure attention model."""
-    states = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, dict)]
-    return [tensor for state in states for tensor in state.values() if isinstance(tensor, Tensor)]
+    states = [getattr(layer, name, None) for layer in cache.layers for name in RECURRENT_STATES]
+    several = [list(state.values()) if isinstance(state, dict) else [state] for state in states]
+    return [tensor for tensors in several for tensor in tensors if isinstance(tensor, Tensor)]
 
 
 def is_recurrent(cache: Any) -> bool:

@@ -1,7 +1,7 @@
 """How ``generate`` of transformers carries the hidden state of a recurrent language model, beams included.
 
-Between two tokens the state is kept under a name that transformers knows for recurrent models, so that beam search
-reorders it with its beams. What needs keys and values of every token is refused.
+Between two tokens the state is kept where transformers keeps its caches, so that beam search reorders it with its
+beams. What needs keys and values of every token is refused.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.utils import ModelOutput
 
 from dynlm.types import InputError
@@ -17,7 +18,8 @@ from dynlm.types import InputError
 Hidden = tuple[tuple[Tensor, Tensor], ...]
 """Per layer (h, c), each (B, layer width)."""
 
-CARRIED = "cache_params"  # transformers' name for the states of recurrent models; tests/models/test_generation.py
+CARRIED: str = ALL_CACHE_NAMES[0]
+"""what transformers calls that which beam search reorders: ``cache``, or ``past_key_values`` before release 5.24"""
 
 PASSED = ("output_hidden_states", "output_attentions", "logits_to_keep")
 
@@ -28,7 +30,6 @@ class HiddenGenerationMixin(GenerationMixin):
     ``generate(..., hidden=state)`` goes on from a state: all of ``input_ids`` is read after it.
     """
 
-    _is_stateful = True
     _supported_generation_modes = ("greedy_search", "sample", "beam_search", "beam_sample")
 
     def prepare_inputs_for_generation(  # type: ignore[override]

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    initialization,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
@@ -136,12 +137,14 @@ class LSTMLayer(nn.Module):
         self.bias = nn.Parameter(torch.empty(4 * hidden_size))
 
     def reset_parameters(self) -> None:
+        """Draw new weights, but for those that were just loaded: functions of ``initialization`` know them."""
         hidden_size = self.weight_hh.shape[1]
         bound = hidden_size**-0.5
-        nn.init.uniform_(self.weight_ih, -bound, bound)
-        nn.init.uniform_(self.weight_hh, -bound, bound)
-        nn.init.zeros_(self.bias)
-        nn.init.ones_(self.bias[hidden_size : 2 * hidden_size])
+        initialization.uniform_(self.weight_ih, -bound, bound)
+        initialization.uniform_(self.weight_hh, -bound, bound)
+        bias = torch.zeros_like(self.bias)
+        bias[hidden_size : 2 * hidden_size] = 1
+        initialization.copy_(self.bias, bias)
 
     def forward(
         self, inputs_BTD: Tensor, state: tuple[Tensor, Tensor], weight_drop: float, padding: Padding | None = None
@@ -170,9 +173,9 @@ class LSTMPreTrainedModel(PreTrainedModel):
         if isinstance(module, LSTMLayer):
             module.reset_parameters()
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.05)
+            initialization.normal_(module.weight, std=0.05)
         elif isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+            initialization.zeros_(module.bias)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
@@ -251,6 +254,7 @@ class LSTMForCausalLM(LSTMPreTrainedModel, HiddenGenerationMixin):
     """The LSTM language model. ``labels`` follow transformers: equal to ``input_ids``, shifted inside, -100 ignored."""
 
     _tied_weights_keys = {"lm_head.weight": "embedding.weight"}
+    _is_stateful = True  # on the class itself: PreTrainedModel, which comes first, has another value
 
     def __init__(self, config: LSTMConfig) -> None:
         super().__init__(config)

@@ -29,8 +29,8 @@ class Padding:
     def lstm(
         self, x_BTD: Tensor, state: State, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor
     ) -> tuple[Tensor, State]:
-        """As :func:`dynlm.models.recurrence.lstm_layer`; outputs at padded places are zero, and the state is the one
-        after each row's last token."""
+        """As :func:`dynlm.models.recurrence.lstm_layer`. A padded place repeats the output of the token before it (zero
+        before the first), as the state does not change there; the state is the one after each row's last token."""
         packed = self._pack(x_BTD)
         assert packed.sorted_indices is not None  # None where enforce_sorted is True
         assert packed.unsorted_indices is not None
@@ -50,15 +50,17 @@ class Padding:
         return x_BTD.diff(dim=1)[pairs].square().sum() / max(1, int(pairs.sum()) * x_BTD.shape[2])
 
     def _pack(self, x_BTD: Tensor) -> PackedSequence:
-        front_BTD = x_BTD.gather(1, self._index(x_BTD))
+        front_BTD = _at(x_BTD, self.tokens_first_BT)
         return pack_padded_sequence(front_BTD, self.lengths_B.cpu(), batch_first=True, enforce_sorted=False)
 
     def _unpack(self, packed: PackedSequence) -> Tensor:
         front_BTD, _ = pad_packed_sequence(packed, batch_first=True, total_length=self.real_BT.shape[1])
-        return torch.zeros_like(front_BTD).scatter(1, self._index(front_BTD), front_BTD)
+        seen_BT = self.real_BT.cumsum(1)
+        return _at(front_BTD, (seen_BT - 1).clamp(min=0)) * (seen_BT > 0)[..., None]
 
-    def _index(self, x_BTD: Tensor) -> Tensor:
-        return self.tokens_first_BT[..., None].expand(-1, -1, x_BTD.shape[2])
+
+def _at(x_BTD: Tensor, places_BT: Tensor) -> Tensor:
+    return x_BTD.gather(1, places_BT[..., None].expand(-1, -1, x_BTD.shape[2]))
 
 
 def padding_of(mask_BT: Tensor | None, batch: int, length: int) -> Padding | None:

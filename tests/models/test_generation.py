@@ -7,6 +7,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerFast, pipeline
 
+from dynlm.models.generation import CARRIED
 from dynlm.models.lstm import LSTMConfig, LSTMForCausalLM
 from dynlm.types import InputError
 
@@ -35,17 +36,18 @@ def reading_all_again(model, monkeypatch, ids, **wish):
 
 
 @pytest.mark.parametrize("beams", [1, 2, 4])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", ["", "left", "right"])
 def test_beams_take_their_hidden_state_along(model, monkeypatch, beams, padded):
     mask = torch.ones_like(IDS)
     if padded:
         mask[0, :3] = mask[2, :1] = 0
+        mask = mask if padded == "left" else mask.flip(1)
     wish = {"num_beams": beams, "num_return_sequences": beams, "attention_mask": mask}
     expected = reading_all_again(model, monkeypatch, IDS, **wish)
     assert torch.equal(model.generate(IDS, **WISH | wish), expected)
     assert torch.equal(model.generate(IDS, **WISH | wish | {"use_cache": False}), expected)
     if padded:
-        alone = model.generate(IDS[:1, 3:], **WISH | wish | {"attention_mask": mask[:1, 3:]})
+        alone = model.generate(IDS[:1, mask[0] == 1], **WISH | wish | {"attention_mask": torch.ones(1, 3)})
         assert torch.equal(alone[:, 3:], expected[:beams, 6:])
 
 
@@ -73,9 +75,9 @@ def test_sampling_returns_several_sequences_and_all_that_was_asked_for(model):
     [
         ({"cache_implementation": "static"}, InputError, "takes no cache_implementation 'static'"),
         ({"cache_implementation": "quantized"}, InputError, "takes no cache_implementation 'quantized'"),
-        ({"past_key_values": DynamicCache()}, ValueError, "not used by the model"),
-        ({"prompt_lookup_num_tokens": 2}, ValueError, "only supports .*greedy_search"),
-        ({"penalty_alpha": 0.6, "top_k": 4, "trust_remote_code": True}, ValueError, "only supports .*greedy_search"),
+        ({CARRIED: DynamicCache()}, ValueError, "not used by the model"),
+        ({"prompt_lookup_num_tokens": 2}, ValueError, "only supports .*greedy_search|stateful models"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, ValueError, "only supports .*greedy_search|trust_remote_code"),
         ({"output_attentions": True, "return_dict_in_generate": True}, InputError, "takes no output_attentions"),
     ],
 )
@@ -85,7 +87,7 @@ def test_what_a_hidden_state_cannot_do_is_refused(model, wish, error, words):
 
 
 def test_another_model_as_assistant_is_refused(model):
-    with pytest.raises(ValueError, match=r"only supports .*greedy_search"):
+    with pytest.raises(ValueError, match=r"only supports .*greedy_search|stateful models"):
         model.generate(IDS[:1], **WISH, assistant_model=model)
 
 
@@ -97,7 +99,7 @@ def test_the_pipeline_writes_what_generate_writes(model, tmp_path):
     model.save_pretrained(tmp_path)
     assert len(AutoTokenizer.from_pretrained(tmp_path)) == VOCAB
     write = pipeline("text-generation", model=str(tmp_path), device="cpu")
-    texts = [" ".join(f"w{i}" for i in row) for row in (IDS[0, :3], IDS[1])]  # the shorter one is padded on the left
+    texts = [" ".join(f"w{i}" for i in row) for row in (IDS[0, :3], IDS[1])]  # the shorter one is padded
     found = write(texts, batch_size=2, max_new_tokens=5, do_sample=False, return_full_text=False)
     for text, ids, (got,) in zip(texts, (IDS[:1, :3], IDS[1:2]), found, strict=True):
         expected = model.generate(ids, **WISH | {"max_new_tokens": 5})[0, ids.shape[1] :]

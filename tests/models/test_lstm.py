@@ -18,11 +18,15 @@ def make(**settings):
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_save_load_and_auto_class_keep_weights_tied(tmp_path, layers):
     model = make(layers=layers).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)  # none is what a fresh model begins with
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert again.lm_head.weight is again.embedding.weight
     assert torch.equal(model(TOKENS).logits, again(TOKENS).logits)
     assert torch.equal(load_model(tmp_path)(TOKENS).logits, model(TOKENS).logits)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
 def test_hidden_state_carries_over_a_cut():

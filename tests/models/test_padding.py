@@ -68,7 +68,15 @@ def test_the_model_without_its_read_out_pads_alike():
     output = body(IDS, attention_mask=MASK, output_hidden_states=True)
     assert torch.equal(output.last_hidden_state, expected.hidden_states[-1])
     assert [tuple(x.shape) for x in output.hidden_states] == [(4, 7, 6), (4, 7, 9), (4, 7, 6)]
-    assert not output.last_hidden_state[MASK == 0].any()
+
+
+def test_a_padded_place_repeats_what_was_known_before_it():
+    output = make()(IDS, attention_mask=MASK)
+    before = [[None, None], [2, 2, 2, 2], [], [None, 1, 4]]  # the last token before each padded place
+    for row, places in enumerate(before):
+        for place, token in zip((MASK[row] == 0).nonzero().flatten(), places, strict=True):
+            expected = make().lm_head.bias if token is None else output.logits[row, token]
+            assert torch.equal(output.logits[row, place], expected)
 
 
 @pytest.mark.parametrize("mask", [torch.ones(4, 1, 7, 7), torch.ones(3, 7), torch.ones(4, 6)])

@@ -106,6 +106,7 @@ class Outcome:
             self._provenance(),
             words=words.rows(),
             mean=words.mean(),
+            limit=words.limit,
             note=self.note(),
         )
         with target.writing() as path:
@@ -128,6 +129,7 @@ class Outcome:
             "note": self.note() or None,
             "words": words.rows(),
             "words_mean": words.mean(),
+            "words_limit": words.limit or None,
             "articles": [
                 {"title": title, "first_token": start, "tokens": stop - start}
                 for (title, start), stop in zip(record.articles, [*starts[1:], len(record.texts)], strict=True)

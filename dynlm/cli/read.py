@@ -24,7 +24,6 @@ from dynlm.cli.targets import Target, is_memory, is_page, require_apart
 from dynlm.cli.terminal import Color, Screen, Theme, printable, tell
 from dynlm.cli.totals import Totals, word_lines
 from dynlm.data.texts import STDIN, Text, read_texts
-from dynlm.report.words import DISTINCT
 from dynlm.types import InputError
 
 TABLE_ROWS = 8
@@ -198,8 +197,8 @@ def _print_totals(screen: Screen, outcome: Outcome) -> None:
     if outcome.words and not outcome.settings.quiet:
         table = word_lines(outcome.words.rows()[:TABLE_ROWS], outcome.words.mean(), kit.rule.name)
         lines += ["", *table] if table else []
-        if table and outcome.words.full:
-            lines.append(f"(of the first {DISTINCT:,} different words)")
+        if table and outcome.words.limit:
+            lines.append(f"({outcome.words.limit})")
     for line in ("", *lines):
         screen.line(line)
     if note := outcome.note():

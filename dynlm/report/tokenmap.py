@@ -45,6 +45,8 @@ class TokenMap:
     """rows of :class:`dynlm.report.words.Occurrences`"""
     mean: Json | None = None
     """their mean"""
+    limit: str = ""
+    """why words are missing among them, if any are"""
     note: str = ""
     """a warning about the figures"""
 

@@ -186,6 +186,11 @@ class Occurrences:
         self._rows = list(best.values())[: self.keep]
         self._begin()
 
+    @property
+    def limit(self) -> str:
+        """What a reader of the rows must know where not all words were followed; empty where they were."""
+        return f"only the first {DISTINCT:,} different words of a text were followed" if self.full else ""
+
     def rows(self) -> list[Json]:
         """The words of all texts that have ended, see :meth:`Followed.json`."""
         return [followed.json() for followed in self._rows]

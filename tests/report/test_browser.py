@@ -8,7 +8,7 @@ from dynlm.report.html import write_report
 from dynlm.report.tokenmap import write_token_map
 from tests import browser
 from tests.report.conftest import FakeRun, pieces
-from tests.report.test_tokenmap import make_map
+from tests.report.test_tokenmap import MEAN, WORDS, make_map
 
 pytestmark = pytest.mark.skipif(
     browser.find() is None, reason="no chromium on PATH: the pages were not tried in a browser"
@@ -121,3 +121,33 @@ def test_the_token_page_works_too(page, tmp_path):
     for kind in ("keyDown", "keyUp"):
         page.call("Input.dispatchKeyEvent", type=kind, key="ArrowRight", code="ArrowRight")
     assert "tail" in page.evaluate(f"{PANEL}.textContent")
+
+
+def test_what_scrolls_can_be_reached_with_the_keyboard(page, report, tmp_path):
+    write_token_map(tmp_path / "page.html", make_map(words=WORDS, mean=MEAN))
+    style = "getComputedStyle(e)"
+    scrolls = f"['auto', 'scroll'].some(way => [{style}.overflowX, {style}.overflowY].includes(way))"
+    for path in (report, tmp_path / "page.html"):
+        for width in (390, 1000):
+            page.resize(width, 800)
+            page.open(path)
+            too_large = "(e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 1)"
+            regions = f"[...document.body.querySelectorAll('*')].filter(e => {scrolls} && {too_large})"
+            assert page.evaluate(f"{regions}.filter(e => e.tabIndex < 0).map(e => e.outerHTML.slice(0, 80))") == []
+
+
+def test_the_table_of_words_fits_on_a_telephone(page, tmp_path):
+    long = {"word": "LearnedOptimizerSettings", "times": 1234, "static": [68.2] * 3, "adapted": [43.9, 28.1, 16.4]}
+    write_token_map(tmp_path / "page.html", make_map(words=[long, *WORDS], mean=MEAN))
+    page.resize(390, 800)
+    page.open(tmp_path / "page.html")
+    box = "document.querySelector('.occurrences').parentElement"
+    assert page.evaluate(f"{box}.scrollWidth <= {box}.clientWidth")
+
+
+def test_tokens_without_characters_are_seen_and_leave_the_text_alone(page, tmp_path):
+    texts = ["node", "", "_", "", "rank", "\n"]
+    write_token_map(tmp_path / "page.html", make_map(texts, [("x", 0)]))
+    page.open(tmp_path / "page.html")
+    assert page.evaluate("document.querySelector('#map .tokens').innerText").strip() == "node_rank"
+    assert page.evaluate("document.querySelector('#map .e').getBoundingClientRect().width") > 1

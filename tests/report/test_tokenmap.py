@@ -124,7 +124,7 @@ def test_a_perplexity_is_told_where_it_says_something():
 
 
 def test_words_come_first_with_their_occurrences_in_order():
-    source = render(make_map(words=WORDS, mean=MEAN, note="This text is far <away>"))
+    source = render(make_map(words=WORDS, mean=MEAN, note="This text is far <away>", limit="only few"))
     rows = re.findall(r'<tr[^>]*><th scope="row">([^<]+)</th><td>(\d*)</td>(.*?)</tr>', source, re.DOTALL)
     cells = {word: (times, re.findall(r"<td>(.*?)</td>", pairs)) for word, times, pairs in rows}
     assert cells["Quern&lt;moor"] == ("6", ["39.7&nbsp;→ 39.7", "39.7&nbsp;→ 39.7", "42.2&nbsp;→ 8.5"])
@@ -132,6 +132,7 @@ def test_words_come_first_with_their_occurrences_in_order():
     assert cells["mean of 3 words"] == ("", ["35.2&nbsp;→ 35.2", "37.2&nbsp;→ 31.9", "36.7&nbsp;→ 11.3"])
     assert "occurrence 3 of “Quern&lt;moor” 4.37 × 10¹⁴ × likelier than static did" in source
     assert "This text is far &lt;away&gt;" in source
+    assert "(Here only few.)" in source
     places = [source.index(f"<h2>{title}") for title in ("Words that came", "Where it came", "Gain along", "Token by")]
     assert places == sorted(places)
 

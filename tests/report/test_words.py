@@ -81,7 +81,8 @@ def test_an_endless_stream_of_new_words_takes_bounded_memory(monkeypatch):
     tokens = [f" {letter * 3}{number}" for number in range(40) for letter in "abc"]
     for _ in range(3):
         occurrences.add(tokens, [9.0] * len(tokens), [1.0] * len(tokens))
-    assert occurrences.full
+    assert occurrences.limit == "only the first 50 different words of a text were followed"
+    assert Occurrences(keep=5).limit == ""
     occurrences.end_text()
     assert len(occurrences.rows()) == 5
     assert occurrences.mean()["words"] == 50  # those that are followed are followed exactly

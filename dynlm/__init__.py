@@ -23,7 +23,7 @@ _HOME = {
     "Adam": "dynlm.optim.handmade",
     "Gated": "dynlm.optim.gated",
     "LearnedOptimizer": "dynlm.optim.torch_optimizer",
-    "load_rule": "dynlm.optim.library",
+    "load_rule": "dynlm.optim.hub:load",
     "load_corpus": "dynlm.data.articles",
     "InputError": "dynlm.types",
 }
@@ -32,7 +32,8 @@ __all__ = list(_HOME)
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
+        module, _, attribute = _HOME[name].partition(":")
+        return getattr(importlib.import_module(module), attribute or name)
     raise AttributeError(f"module 'dynlm' has no attribute {name!r}")
 
 

@@ -118,6 +118,8 @@ class Rule(nn.Module, abc.ABC):
     kind: ClassVar[Literal["baseline", "hand-made", "learned"]] = "hand-made"
     """baseline: never changes the weights; hand-made: a formula whose settings are tuned; learned: a meta-trained
     network. Results carry it and the report reads it."""
+    made: dict[str, Any] = {}  # noqa: RUF012 (replaced, never changed)
+    """how the rule was found, of one that was loaded from a file"""
     config: Any = None
     """the dataclass that the rule is made from; hand-made rules have none"""
     n_slots: int = 0
@@ -135,6 +137,13 @@ class Rule(nn.Module, abc.ABC):
     def uses_prior(self) -> bool:
         """Whether ``step`` needs θ0 or the static RMS: an optimizer keeps them only then."""
         return True
+
+    @property
+    def reference_lr(self) -> float:
+        """The ``lr`` at which a :class:`LearnedOptimizer` makes this rule's own step: the rule's rate, or 1 without."""
+        rate = getattr(self, "lr", None)
+        value = float(rate.detach()) if isinstance(rate, Tensor) else float(getattr(self.config, "lr", 1.0))
+        return value if value > 0 else 1.0
 
     def init(self, priors: Sequence[Prior]) -> RuleState:
         """The state at θ0: all zeros."""

@@ -76,6 +76,11 @@ class General(Rule):
     def uses_prior(self) -> bool:
         return False
 
+    @property
+    def reference_lr(self) -> float:
+        """AdamW's default: the rule takes the place of AdamW at that rate, with its schedules and its decay."""
+        return 1e-3
+
     def observe(
         self, thetas: Sequence[Tensor], grads: Sequence[Tensor], state: RuleState, priors: Sequence[Prior]
     ) -> tuple[Seen, Any]:

@@ -25,29 +25,39 @@ REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load(name_or_path: str | Path) -> Rule:
-    """A rule by the name of one that ships, from a file or a folder that :func:`save_pretrained` wrote, or the hub.
+    """Load a rule: one that ships, a file or folder that :func:`save_pretrained` wrote, a run's, or one of the hub.
+
+    Hand-made rules go by their names too (``sgd``, ``adam``, ``rms``). How a rule was made is its ``made``.
 
     Raises:
         InputError: nothing of this name, a file that holds no rule, or a hub that does not answer.
     """
+    if not isinstance(name_or_path, str | Path):
+        raise InputError(f"a rule is loaded by name or path, not from {type(name_or_path).__name__} {name_or_path!r}")
     name = str(name_or_path)
-    if name in shipped():
-        return load_rule(PRETRAINED / f"{name}.safetensors")[0]
-    path = Path(name_or_path)
-    if path.is_dir():
-        return load_rule(path / FILE)[0]
-    if path.is_file():
-        return load_rule(path)[0]
-    if isinstance(name_or_path, str) and REPO.fullmatch(name):
-        return load_rule(_download(name))[0]
-    there = ", ".join(shipped()) or "none yet"
-    raise InputError(f"no rule {name!r}: give a file, a folder with {FILE}, user/repo, or one that ships ({there})")
+    if name in HANDMADE:
+        return make_rule(name)
+    path = PRETRAINED / f"{name}.safetensors" if name in shipped() else Path(name_or_path)
+    try:
+        path = path / FILE if path.is_dir() else path
+        exists = path.is_file()
+    except OSError:  # a name that no file system holds
+        exists = False
+    if not exists and isinstance(name_or_path, str) and REPO.fullmatch(name) and path.name != FILE:
+        path, exists = _download(name), True
+    if not exists:
+        known = ", ".join([*shipped(), *HANDMADE])
+        short = name if len(name) <= 80 else f"{name[:80]}…"
+        raise InputError(f"no rule {short!r}: give a file, a folder with {FILE}, user/repo, or one of {known}")
+    rule, made = load_rule(path)
+    rule.made = made
+    return rule
 
 
 def resolve(rule: str | Path | Rule) -> Rule:
     """A frozen copy of a rule, a hand-made one by its name (``sgd``, ``adam``, ``rms``), or what ``load`` finds."""
     if not isinstance(rule, Rule):
-        rule = make_rule(rule) if isinstance(rule, str) and rule in HANDMADE else load(rule)
+        rule = load(rule)
     return copy.deepcopy(rule).cpu().eval().requires_grad_(False)
 
 
@@ -56,18 +66,18 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
 
 
-def save_pretrained(rule: Rule, folder: str | Path, made: runs.Json | None = None, licence: str = "apache-2.0") -> Path:
+def save_pretrained(rule: Rule, folder: str | Path, made: runs.Json | None = None, license: str = "apache-2.0") -> Path:
     """Write ``rule.safetensors`` and a model card into ``folder``; returns the rule's file.
 
-    ``made`` tells how the rule was found (recipe, steps, seed, …) and stands in both.
+    ``made`` says how the rule was found (recipe, steps, seed, …) and stands in both; None: as it was loaded.
     """
-    path = Path(folder) / FILE
+    path, made = Path(folder) / FILE, rule.made if made is None else made
     save_rule(rule, path, made)
-    runs.write_text(Path(folder) / "README.md", model_card(rule, made or {}, licence))
+    runs.write_text(Path(folder) / "README.md", model_card(rule, made, license))
     return path
 
 
-def push_to_hub(rule: Rule, repo_id: str, made: runs.Json | None = None, licence: str = "apache-2.0") -> str:
+def push_to_hub(rule: Rule, repo_id: str, made: runs.Json | None = None, license: str = "apache-2.0") -> str:
     """Upload a rule as ``user/repo``, which is made where it does not exist; returns the address of the commit.
 
     Raises:
@@ -78,7 +88,7 @@ def push_to_hub(rule: Rule, repo_id: str, made: runs.Json | None = None, licence
     if not REPO.fullmatch(repo_id):
         raise InputError(f"{repo_id!r} is not the name of a hub repository: write it as user/repo")
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(rule, folder, made, licence)
+        save_pretrained(rule, folder, made, license)
         try:
             api = huggingface_hub.HfApi()
             api.create_repo(repo_id, exist_ok=True)
@@ -89,12 +99,12 @@ def push_to_hub(rule: Rule, repo_id: str, made: runs.Json | None = None, licence
             ) from error
 
 
-def model_card(rule: Rule, made: runs.Json, licence: str) -> str:
-    """A short ``README.md`` for the hub: licence, what the rule is, how it was made, how to use it."""
+def model_card(rule: Rule, made: runs.Json, license: str) -> str:
+    """A short ``README.md`` for the hub: license, what the rule is, how it was made, how to use it."""
     how = [f"- {key}: {value}" for key, value in made.items()] or ["- not recorded"]
     lines = [
         "---",
-        f"license: {licence}",
+        f"license: {license}",
         "library_name: dynlm",
         "tags:",
         "- learned-optimizer",

@@ -71,9 +71,9 @@ def save_rule(rule: Rule, path: Path, made: runs.Json | None = None) -> None:
     runs.write_tensors(path, rule.state_dict(), {"kind": rule.name, "config": rule_config(rule), "made": made or {}})
 
 
-def load_rule(path: Path) -> tuple[Rule, runs.Json]:
+def load_rule(path: str | Path) -> tuple[Rule, runs.Json]:
     """(rule, how it was made). A truncated or foreign file is one clear line."""
-    tensors, meta = runs.read_tensors(path)
+    tensors, meta = runs.read_tensors(Path(path))
     config = {key: tuple(value) if isinstance(value, list) else value for key, value in meta.get("config", {}).items()}
     try:
         rule = make_rule(meta.get("kind", ""), **config)

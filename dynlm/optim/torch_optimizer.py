@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,22 +28,6 @@ LEAST = 1e-30  # mean RMS of a tensor that has seen no gradient but zero: cells 
 Priors = Mapping[str, Tensor] | Mapping[Tensor, Tensor] | Sequence[Prior]
 
 
-class Options(TypedDict, total=False):
-    """The rarer arguments of :class:`LearnedOptimizer`."""
-
-    max_grad_norm: float | None
-    """gradients of all groups together are clipped to this norm before the rule sees them; None: not"""
-    maximize: bool
-    state_dtype: torch.dtype
-    """of the slots, float32 or bfloat16; the rest of the state is float32 (float64 for such parameters)"""
-    foreach: bool | None
-    capturable: bool
-    """these two are taken for torch's sake: tensors are always updated together, and the clock is on the host"""
-
-
-DEFAULTS = Options(max_grad_norm=None, maximize=False, state_dtype=torch.float32, foreach=None, capturable=False)
-
-
 class _Active(NamedTuple):
     """A parameter with a gradient; both (R, C) in the computing dtype, weights in their own memory where possible."""
 
@@ -56,41 +40,58 @@ class _Active(NamedTuple):
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
-    """Trains with an update rule of this package: θ ← (1 − lr weight_decay) θ + lr (rule(θ) − θ).
+    """Trains with an update rule of this package, in AdamW's units.
+
+    θ ← (1 − lr weight_decay) θ + (lr / reference) (rule(θ) − θ), where ``reference`` is the rate at which the rule
+    makes its own step: 1e-3 for ``general``, and the rule's own ``lr`` for one that has a rate. So what a script, a
+    scheduler or the Trainer does with AdamW's ``lr`` and ``weight_decay`` means the same here.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups with their own ``lr``, ``weight_decay``, ``maximize``.
             With names, a rule finds the tensors that it knows.
         rule: a rule (copied; its φ is not trained here), ``sgd``, ``adam`` or ``rms`` with their defaults, or what
             :func:`dynlm.optim.load` takes.
-        lr: multiplies the rule's own update, 1 where nothing else is wanted; any scheduler may move it.
-        weight_decay: share of a weight that a step at lr 1 removes, apart from the gradient as in AdamW.
+        lr: per step; None is the rule's reference. Any scheduler may move it.
+        weight_decay: a step removes ``lr × weight_decay`` of a weight, apart from the gradient, as in AdamW.
         priors: static RMS of the gradient for rules that use one, by name or parameter, or the priors of
             :func:`dynlm.measure_priors`. Without it, it is the running RMS of the gradient, bias-corrected, of decay
             0.999, taken before each update (learned cells keep the row and column levels of the first step).
+        max_grad_norm: gradients of all groups together are clipped to this norm before the rule sees them; None: not.
+        maximize: climb instead.
+        state_dtype: of the slots, float32 or bfloat16, which is rounded at random (repeatably) so that slow averages
+            move; the rest of the state is float32 (float64 for such parameters).
+        betas, eps, foreach, fused, capturable, amsgrad: taken where AdamW takes them, and without effect: the rule has
+            averages of its own, tensors are always updated together, and the clock is on the host.
 
     θ0 is a weight at its first step. All arithmetic is float32 (float64 for such parameters): half-precision weights
-    are updated as a float32 copy and rounded. A parameter without a gradient is left out of a step and does not age.
+    are updated as a float32 copy and rounded. State follows a parameter that is converted or moved. A parameter
+    without a gradient is left out of a step and does not age.
 
     Raises:
-        InputError: a setting out of bounds, a complex parameter, a prior or rule that is missing or does not fit.
+        InputError: a setting out of bounds, a complex parameter, a prior or rule that is missing or does not fit; in
+            ``step`` a gradient that is not finite (on a CPU), with weights and state as they were.
     """
 
     def __init__(
         self,
         params: ParamsT,
         rule: str | Path | Rule = "general",
-        lr: float | Tensor = 1.0,
+        lr: float | Tensor | None = None,
         weight_decay: float = 0.0,
         *,
         priors: Priors | None = None,
-        **options: Unpack[Options],
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        state_dtype: torch.dtype = torch.float32,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        amsgrad: bool = False,
     ) -> None:
-        if unknown := [name for name in options if name not in DEFAULTS]:
-            raise TypeError(f"LearnedOptimizer() got an unexpected keyword argument {unknown[0]!r}")
-        chosen: dict[str, Any] = {**DEFAULTS, **options}
         self.rule = resolve(rule)
-        self.state_dtype, self.max_grad_norm = chosen["state_dtype"], chosen["max_grad_norm"]
+        self.state_dtype, self.max_grad_norm = state_dtype, max_grad_norm
         if self.state_dtype not in (torch.float32, torch.bfloat16):
             raise InputError(f"state_dtype is {self.state_dtype}: choose torch.float32 or torch.bfloat16")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
@@ -98,10 +99,19 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._given = _by_key(priors) if priors is not None and self.rule.uses_prior else None
         self._static: dict[Tensor, Prior] = {}
         self._kernels: dict[torch.device, FusedStep] = {}
+        self._fits: dict[Tensor, tuple[Any, ...]] = {}
         self._memory_kind = _memory_kind(self.rule)
-        defaults = {name: chosen[name] for name in ("maximize", "foreach", "capturable")}
+        self.reference_lr = self.rule.reference_lr
+        settings = {"lr": self.reference_lr if lr is None else lr, "weight_decay": weight_decay}
+        of_adamw = {"betas": betas, "eps": eps, "amsgrad": amsgrad, "foreach": foreach, "fused": fused}
         own = {"rule": fingerprint(self.rule), "loss": math.nan, "baseline": math.nan}
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **defaults, **own})
+        super().__init__(params, settings | of_adamw | {"maximize": maximize, "capturable": capturable} | own)
+
+    def __repr__(self) -> str:
+        """The rule, and of each group what a user sets."""
+        shown = ("lr", "weight_decay", "maximize")
+        groups = [", ".join(f"{key}={group[key]}" for key in shown) for group in self.param_groups]
+        return f"{type(self).__name__}(rule={self.rule.name!r}, {'; '.join(groups)})"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; a group may have its own ``lr``, ``weight_decay`` and ``maximize``, but not its own rule."""
@@ -123,6 +133,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
             raise InputError(f"a group asks for the rule {group['rule']!r}: use one optimizer for each rule")
         if any(p.is_complex() for p in group["params"]):
             raise InputError("a parameter is complex: optimize torch.view_as_real of it")
+        if any(hasattr(p, "to_local") for p in group["params"]):
+            raise InputError(
+                "a parameter is sharded (a DTensor, as fully_shard makes them), and a rule looks at whole tensors: "
+                "train with DistributedDataParallel, or shard with another optimizer"
+            )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -134,8 +149,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         with torch.enable_grad():
             loss = closure() if closure else None
         value = loss.detach() if isinstance(loss, Tensor) else loss
+        active = self._active()
+        self._require_finite(active)
         clock = self._tick(math.nan if value is None else float(value))
-        active = self._clipped(self._active())
+        active = self._clipped(active)
         batches: dict[Any, list[tuple[_Active, Prior]]] = {}
         for a, prior in zip(active, self._priors(active), strict=True):
             key = (a.theta.device, a.theta.dtype, a.state["step"])
@@ -162,7 +179,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         active = []
         for group in self.param_groups:
             lr = float(group["lr"])
-            scale = Scale(lr, 1 - lr * float(group["weight_decay"]))
+            scale = Scale(lr / self.reference_lr, 1 - lr * float(group["weight_decay"]))
             for name, p in _named(group):
                 if p.grad is None or p.numel() == 0:
                     continue
@@ -172,9 +189,29 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 grad = p.grad if p.grad.layout == torch.strided else p.grad.to_dense()
                 grad = as_matrix(grad.to(dtype).contiguous())
                 theta = as_matrix(p.detach().to(dtype).contiguous())
-                state = self.state[p] = self.state.get(p) or self._initial(p)
+                state = self.state[p] = self._fitting(p)
                 active.append(_Active(p, name, theta, -grad if group["maximize"] else grad, scale, state))
         return active
+
+    def _require_finite(self, active: list[_Active]) -> None:
+        """Look at gradients on a CPU, before anything changes; on a GPU that would wait for it at every step."""
+        for a in active:
+            if a.grad.device.type == "cpu" and not math.isfinite(float(a.grad.sum())) and not a.grad.isfinite().all():
+                called = f"parameter {a.name!r}" if a.name else f"a parameter of shape {tuple(a.parameter.shape)}"
+                raise InputError(
+                    f"the gradient of {called} is not finite: skip this step, or lower lr or the loss scale"
+                )
+
+    def _fitting(self, p: Tensor) -> dict[str, Any]:
+        """The state of a parameter, converted where the parameter has been: ``net.double()`` keeps the objects."""
+        now = (p.dtype, p.device, p.shape)
+        state = self.state.get(p)
+        if not state:
+            state = self._initial(p)
+        elif self._fits.get(p, now) != now or p not in self._fits:
+            state = self._own(p, state)
+        self._fits[p] = now
+        return state
 
     def _clipped(self, active: list[_Active]) -> list[_Active]:
         """As ``torch.nn.utils.clip_grad_norm_``, but the parameters' own gradients stay as they are."""
@@ -257,9 +294,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
         own: dict[Tensor, dict[str, Any]] = {}
 
         def take(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
+            self._fits.clear()
             found = incoming["param_groups"][0].get("rule", "another optimizer")
             if found != self.defaults["rule"]:
                 raise InputError(f"this state is of {found}, not of {self.defaults['rule']}: load the rule's own")
+            if "betas" not in incoming["param_groups"][0]:
+                raise InputError(
+                    "this state is of an earlier version, whose lr multiplied the rule's step: in each of its groups "
+                    f"multiply lr by {self.reference_lr:g}, divide weight_decay by it, and add betas"
+                )
             places = [place for group in incoming["param_groups"] for place in group["params"]]
             parameters = [p for group in self.param_groups for p in group["params"]]
             for place, p in zip(places, parameters, strict=False):  # torch compares their numbers
@@ -284,8 +327,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Compiled functions are not pickled: they are built again when needed."""
-        names = ("rule", "state_dtype", "max_grad_norm", "_given", "_static", "_memory_kind")
-        return super().__getstate__() | {name: getattr(self, name) for name in names} | {"_kernels": {}}
+        names = ("rule", "reference_lr", "state_dtype", "max_grad_norm", "_given", "_static", "_memory_kind")
+        return super().__getstate__() | {name: getattr(self, name) for name in names} | {"_kernels": {}, "_fits": {}}
 
 
 def _computing(p: Tensor) -> torch.dtype:

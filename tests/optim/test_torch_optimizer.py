@@ -1,5 +1,6 @@
 """The contract of a torch optimizer, for every rule: its steps and its options."""
 
+import copy
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from lab import needs_compiler
 from optimizer_lab import (
     SEE_SURPRISE,
     as_matrix,
+    assert_same_state,
     for_rules,
     give,
     gradients,
@@ -59,7 +61,8 @@ def test_steps_equal_the_functional_update(name, kernel, monkeypatch):
     if kernel == "compiled":
         monkeypatch.delenv("DYNLM_KERNEL")
     reference, parameters = Reference(name, [(0.7, 1 - 0.7 * 0.03)] * 4), make_parameters()
-    optimizer = LearnedOptimizer(parameters, moved(name), lr=0.7, weight_decay=0.03)
+    unit = moved(name).reference_lr
+    optimizer = LearnedOptimizer(parameters, moved(name), lr=0.7 * unit, weight_decay=0.03 / unit)
     for step in range(6):
         run(optimizer, parameters, [step])
         reference.step(step)
@@ -72,8 +75,10 @@ def test_steps_equal_the_functional_update(name, kernel, monkeypatch):
 @for_rules
 def test_groups_have_their_own_rate_and_decay_and_are_seen_together(name):
     a, b, c, d = parameters = make_parameters()
-    groups = [{"params": [a, b], "lr": 0.5}, {"params": [c], "weight_decay": 0.1}, {"params": [d], "lr": 0.0}]
-    optimizer = LearnedOptimizer(groups, moved(name), lr=0.8)
+    unit = moved(name).reference_lr
+    groups = [{"params": [a, b], "lr": 0.5 * unit}, {"params": [c], "weight_decay": 0.1 / unit}]
+    groups.append({"params": [d], "lr": 0.0})
+    optimizer = LearnedOptimizer(groups, moved(name), lr=0.8 * unit)
     reference = Reference(name, [(0.5, 1.0), (0.5, 1.0), (0.8, 1 - 0.8 * 0.1), (0.0, 1.0)])
     for step in range(4):
         run(optimizer, parameters, [step])
@@ -93,15 +98,18 @@ def test_the_loss_of_a_closure_reaches_the_rule(name):
 
 @for_rules
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_gradients_that_are_not_finite_show(name, bad):
+def test_a_gradient_that_is_not_finite_is_one_clear_line_and_changes_nothing(name, bad):
     optimizer, parameters = trained(name, 2)
+    before = [p.detach().clone() for p in parameters]
+    state = copy.deepcopy(optimizer.state_dict())
     give(parameters, 2)
     parameters[0].grad[3, 1] = bad
-    optimizer.step()
-    assert not torch.isfinite(parameters[0][3, 1])
-    clean = LearnedOptimizer(fresh := make_parameters(), moved(name))
-    run(clean, fresh, range(3))
-    assert torch.isfinite(fresh[0]).all()
+    with pytest.raises(InputError, match=r"gradient of a parameter of shape \(7, 3\) is not finite: skip this step"):
+        optimizer.step()
+    same(parameters, before)
+    assert_same_state(optimizer.state_dict(), state)
+    run(optimizer, parameters, [2])
+    assert all(torch.isfinite(p).all() for p in parameters)
 
 
 @for_rules

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dynlm.adapt import Reader, Snapshot, detach
+from dynlm.meta.buffers import unchanged_buffers
 from dynlm.meta.unroll import Unroll, UnrollConfig
 from dynlm.models.params import as_matrix, split_like
 from dynlm.models.recurrence import differentiable_twice
@@ -157,7 +158,7 @@ def _implicit(reader: Reader, task: Task, cg_steps: int) -> OuterGradient:
 
 def _hessian(reader: Reader, pieces: Sequence[Piece]) -> Callable[[Tensor], Tensor]:
     """v ↦ H v with the Hessian of the mean loss over ``pieces`` at the present weights, the hidden state left at 0."""
-    with differentiable_twice():
+    with differentiable_twice(), unchanged_buffers():
         mean = torch.stack([reader.score(*piece, None)[0].mean() for piece in pieces]).mean()
         slopes = torch.autograd.grad(mean, reader.parameters, create_graph=True, materialize_grads=True)
     reached = [slope for slope in slopes if slope.requires_grad]

@@ -6,7 +6,7 @@ graph is one node a segment that knows g_t. Backwards it sends w_t g_t to θ_t, 
 again for the Hessian-vector product H_t v that the cotangent v of g_t asks for.
 
 Slices are recomputed on the way back (``torch.utils.checkpoint``, Chen et al. 2016, arXiv:1604.06174; its theory for
-unrolls: Gruslys et al. 2016, arXiv:1606.03401), nested ones too, with dropout replayed.
+unrolls: Gruslys et al. 2016, arXiv:1606.03401), nested ones too, with dropout replayed and buffers as they were.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from dynlm.adapt import Scorer, Snapshot, detach
 from dynlm.allocator import give_back_memory
 from dynlm.compiler import supported
+from dynlm.meta.buffers import BufferLog, unchanged_buffers
 from dynlm.meta.slices import SliceCost
 from dynlm.models.params import Adapted, as_matrix, pointed
 from dynlm.models.recurrence import differentiable_twice
@@ -114,7 +115,8 @@ class Unroll:
             start = Snapshot(thetas, RuleState(slots, memory, tensors, clock), hidden)
             return self._run(start, pieces, weights, slices)
 
-        unrolled: Unrolled = checkpoint(run, *leaves, use_reentrant=False)
+        log = BufferLog()
+        unrolled: Unrolled = checkpoint(run, *leaves, use_reentrant=False, context_fn=lambda: (log.recording(), log))
         return unrolled
 
     def _segment(self, position: Snapshot, piece: Piece, weight: float) -> Unrolled:
@@ -136,7 +138,7 @@ class Unroll:
 
         thetas = [theta.detach().requires_grad_() for theta in position.thetas]
         fixed = {t.data_ptr() for prior in self.priors for t in (prior.theta0, prior.rms)}
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), unchanged_buffers():
             unrolled = self._segment(position._replace(thetas=thetas), piece, 1.0)
         ends = [unrolled.loss, *(slot for of_tensor in unrolled.position.state.slots for slot in of_tensor)]
         nodes = count_nodes([*ends, *unrolled.position.thetas])
@@ -177,26 +179,34 @@ def second_order() -> Iterator[None]:
 
 
 class _Scoring:
-    """One segment's losses and gradients at given weights; remembers the random state, so that dropout is replayed."""
+    """One segment's losses and gradients at given weights; remembers the random state and the buffers, so that they are
+    the same when the segment is run again."""
 
     def __init__(self, unroll: Unroll, piece: Piece, hidden: Any) -> None:
         self.unroll, self.piece, self.start = unroll, piece, hidden
         self.hidden: Any = None
         self.devices = [piece[0].device.index] if piece[0].is_cuda else []
+        self.buffers = BufferLog()
         self.rng = torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self.devices)
 
-    def mean_loss(self, leaves: Sequence[Tensor]) -> Tensor:
+    def first(self, leaves: Sequence[Tensor]) -> Tensor:
+        """The mean loss, for the first time."""
+        with self.buffers.recording() if self.unroll.config.order == 2 else nullcontext():
+            return self._mean_loss(leaves)
+
+    def _mean_loss(self, leaves: Sequence[Tensor]) -> Tensor:
         with pointed(self.unroll.adapted, leaves):
             losses_S, hidden = self.unroll.score(*self.piece, self.start)
         self.hidden = detach(hidden)
         return losses_S.mean()
 
     def again(self, leaves: Sequence[Tensor]) -> Tensor:
-        with torch.random.fork_rng(self.devices):
+        """The mean loss once more, for its second derivative."""
+        with torch.random.fork_rng(self.devices), self.buffers:
             torch.set_rng_state(self.rng[0])
             for device, state in zip(self.devices, self.rng[1:], strict=True):
                 torch.cuda.set_rng_state(state, device)
-            return self.mean_loss(leaves)
+            return self._mean_loss(leaves)
 
 
 class _Score(torch.autograd.Function):
@@ -206,7 +216,7 @@ class _Score(torch.autograd.Function):
     def forward(ctx: Any, scoring: _Scoring, *thetas: Tensor) -> tuple[Tensor, ...]:
         leaves = [theta.detach().requires_grad_() for theta in thetas]
         with scoring.unroll.model_graph():
-            mean = scoring.mean_loss(leaves)
+            mean = scoring.first(leaves)
             grads = torch.autograd.grad(mean, leaves, materialize_grads=True)
         grads = tuple(as_matrix(g.contiguous()) for g in grads)  # of a convolution it may be channels-last
         ctx.scoring, ctx.second = scoring, scoring.unroll.config.order == 2

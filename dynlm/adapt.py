@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from dynlm.allocator import keep_freed_memory
 from dynlm.data.segments import article_segments
-from dynlm.models.params import Adapted, adapted_parameters, as_matrix
+from dynlm.models.params import Adapted, adapted_parameters, as_matrix, matched_parameters
 from dynlm.optim.base import Prior, Rule, RuleState, Seen
 from dynlm.optim.kernel import FusedStep
 from dynlm.types import InputError, TokenizedArticle
@@ -176,9 +177,13 @@ def measure_priors(
 ) -> list[Prior]:
     """θ0 and the static RMS of the segment gradient, sqrt(mean g²) a weight, over ``pieces`` of training text.
 
-    The hidden state is carried from piece to piece. Weights that never saw a gradient have RMS 0.
+    The hidden state is carried from piece to piece. Weights that never saw a gradient have RMS 0. Frozen parameters are
+    left out, with a warning.
     """
     adapted = adapted_parameters(model, globs)
+    frozen = [a.name for a in matched_parameters(model, globs) if not a.parameter.requires_grad]
+    if frozen:
+        warnings.warn(f"{len(frozen)} frozen parameters are not adapted, such as {frozen[0]!r}", stacklevel=2)
     squares = [torch.zeros_like(a.matrix_RC) for a in adapted]
     hidden: Any = None
     n_pieces = 0

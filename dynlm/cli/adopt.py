@@ -18,7 +18,7 @@ from dynlm.data.tokenizers import HuggingFaceTokenizer, Tokenizer, TokenizerConf
 from dynlm.models.causal import load_model, scorer_for
 from dynlm.models.context import ContextConfig
 from dynlm.models.lora import LoraSettings, add_lora
-from dynlm.models.params import adapted_parameters
+from dynlm.models.params import adapted_parameters, matched_parameters
 from dynlm.types import InputError
 
 EVERYTHING = ("*",)
@@ -46,7 +46,7 @@ def with_lora(model: PreTrainedModel, lora: LoraSettings, params: tuple[str, ...
     globs = add_lora(model, lora)
     if params == EVERYTHING:
         return globs
-    frozen = next((a.name for a in adapted_parameters(model, params) if not a.parameter.requires_grad), None)
+    frozen = next((a.name for a in matched_parameters(model, params) if not a.parameter.requires_grad), None)
     if frozen:
         raise InputError(
             f"read.params {params} names {frozen!r}, which lora.rank {lora.rank} freezes: leave read.params out, or "

@@ -36,6 +36,7 @@ CacheState = tuple[Tensor, FrozenCache | None]
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """what ``forward`` calls its cache: since transformers 5.24, before, and of recurrent models before"""
+QUANTISED = ("torch.ao.nn.", "torch.nn.quantized")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 PROBE = 8  # tokens
 
@@ -44,6 +45,7 @@ class LSTMScorer:
     """Scores segments of one article with an LSTM that carries its hidden state."""
 
     def __init__(self, model: LSTMForCausalLM) -> None:
+        _require_float(model)
         self.model = model
 
     def __call__(self, inputs_S: Tensor, targets_S: Tensor, hidden: Hidden | None) -> tuple[Tensor, Hidden]:
@@ -64,11 +66,12 @@ class CausalScorer:
     start a longer text from zero. ``none``: nothing.
 
     Raises:
-        InputError: a window or segment longer than the model's positions, a model that sees later tokens, or one
-            whose cache cannot be carried.
+        InputError: a window or segment longer than the model's positions, a model that sees later tokens, one with
+            quantised layers, or one whose cache cannot be carried.
     """
 
     def __init__(self, model: PreTrainedModel, config: ContextConfig | None = None) -> None:
+        _require_float(model)
         self.model, self.config = model, config or ContextConfig()
         self.name = type(model).__name__
         self.window = self.config.tokens(model)
@@ -171,6 +174,17 @@ class CausalScorer:
             raise InputError(f"{self.name} carries no cache ({reason[0]}): set context.carry to 'overlap'") from None
         if not agrees:
             raise InputError(f"{self.name} goes on from its cache with other scores: set context.carry to 'overlap'")
+
+
+def _require_float(model: PreTrainedModel) -> None:
+    """No layer of torch's own quantisation: it has no gradient, and its activations share a scale with later tokens."""
+    quantised = [n for n, module in model.named_modules() if type(module).__module__.startswith(QUANTISED)]
+    if quantised:
+        raise InputError(
+            f"{type(model).__name__} has quantised layers, such as {quantised[0]!r}: quantised weights cannot be "
+            "adapted, and activations that are quantised at run time see later tokens: load the model without, or "
+            "quantise weights alone and use LoRA or adapt other tensors"
+        )
 
 
 def _last(ids_T: Tensor, n: int) -> Tensor:

@@ -99,26 +99,43 @@ def _refresh(adapted: Sequence[Adapted]) -> None:
 
 
 def adapted_parameters(model: nn.Module, globs: Sequence[str] = ("*",)) -> list[Adapted]:
-    """The parameters whose names match any glob, in the module's order, each shared tensor once.
+    """The trainable parameters whose names match any glob, in the module's order, each shared tensor once.
 
     Raises:
-        InputError: a glob that matches no parameter, or a parameter that is not contiguous floating point.
+        InputError: a glob that matches no parameter, globs that match frozen ones alone (``requires_grad`` is False, as
+            of quantised weights), or a parameter that is not contiguous.
+    """
+    matched = matched_parameters(model, globs)
+    chosen = [adapted for adapted in matched if adapted.parameter.requires_grad]
+    if not chosen:
+        name, dtype = matched[0].name, matched[0].parameter.dtype
+        raise InputError(
+            f"all parameters of {type(model).__name__} that match {' '.join(globs)} are frozen ({name!r}, {dtype}): "
+            "unfreeze some; quantised weights cannot be adapted: use LoRA or adapt other tensors"
+        )
+    scattered = next((adapted.name for adapted in chosen if not adapted.parameter.is_contiguous()), None)
+    if scattered:
+        raise InputError(f"parameter {scattered!r} is not contiguous: leave it out, or make it so")
+    return chosen
+
+
+def matched_parameters(model: nn.Module, globs: Sequence[str]) -> list[Adapted]:
+    """The parameters whose names match any glob, frozen ones too.
+
+    Raises:
+        InputError: a glob that matches no parameter.
     """
     every = _every(model)
     names = [name for aliases, _ in every for name in aliases]
     if not names:
         raise InputError(f"{type(model).__name__} has no parameter: nothing to adapt")
     wanted = set(matching(names, globs, "glob", f"parameter of {type(model).__name__}"))
-    chosen = []
+    found = []
     for aliases, adapted in every:
         name = next((alias for alias in aliases if alias in wanted), None)
-        if name is None:
-            continue
-        if not adapted.parameter.is_floating_point() or not adapted.parameter.is_contiguous():
-            dtype = adapted.parameter.dtype
-            raise InputError(f"parameter {name!r} ({dtype}) is not contiguous floating point: leave it out")
-        chosen.append(adapted._replace(name=name))
-    return chosen
+        if name is not None:
+            found.append(adapted._replace(name=name))
+    return found
 
 
 def matching(names: Sequence[str], globs: Sequence[str], setting: str, kind: str) -> list[str]:

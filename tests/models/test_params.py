@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from dynlm.models.params import adapted_parameters, as_matrix, flat_view, get_params, pointed
+from dynlm.models.params import adapted_parameters, as_matrix, flat_view, get_params, matched_parameters, pointed
 from dynlm.types import InputError
 from lab import make_lab
 
@@ -33,14 +33,26 @@ def test_a_glob_that_matches_nothing_names_the_nearest_parameter():
         adapted_parameters(make_lab()[0], ("*", "layer.0.bias"))
 
 
+def test_frozen_parameters_are_left_out():
+    model = Tied()
+    model.blocks.requires_grad_(False)
+    assert [a.name for a in adapted_parameters(model)] == ["embedding.weight", "unused.weight", "unused.bias"]
+    assert [a.name for a in adapted_parameters(model, ("blocks.*", "unused.bias"))] == ["unused.bias"]
+    assert "frozen" in [a.name for a in matched_parameters(model, ("*",))]
+    with pytest.raises(InputError, match=r"all parameters of Tied that match blocks\.\* frozen are frozen \('frozen'"):
+        adapted_parameters(model, ("blocks.*", "frozen"))
+
+
 def test_integer_and_strided_parameters_are_refused():
     module = nn.Module()
-    module.register_parameter("count", nn.Parameter(torch.arange(3), requires_grad=False))
-    with pytest.raises(InputError, match=r"'count' .* is not contiguous floating point"):
+    module.register_parameter("packed", nn.Parameter(torch.arange(3, dtype=torch.uint8), requires_grad=False))
+    with pytest.raises(InputError, match=r"\('packed', torch.uint8\): .* cannot be adapted: use LoRA"):
         adapted_parameters(module)
+    module.register_parameter("low_rank", nn.Parameter(torch.ones(2, 3)))
+    assert [a.name for a in adapted_parameters(module)] == ["low_rank"]
     module = nn.Module()
     module.register_parameter("turned", nn.Parameter(torch.ones(2, 3).t()))
-    with pytest.raises(InputError, match="'turned'"):
+    with pytest.raises(InputError, match="'turned' is not contiguous"):
         adapted_parameters(module)
 
 
@@ -218,7 +230,7 @@ def test_dropped_weights_follow_the_raw_stand_in():
 def test_flat_view_shares_storage_and_keeps_values_and_ties(model):
     before, score = {n: p.clone() for n, p in names_held(model).items()}, model(inputs())
     held = names_held(model)
-    adapted = adapted_parameters(model)
+    adapted = matched_parameters(model, ("*",))
     theta_N = flat_view(adapted)
     after = names_held(model)
     assert theta_N.shape == (sum(p.numel() for p in model.parameters()),)
@@ -236,7 +248,7 @@ def test_flat_view_shares_storage_and_keeps_values_and_ties(model):
 
 def test_flat_view_of_some_parameters_leaves_the_others():
     model = Tied()
-    chosen = adapted_parameters(model, ("blocks.*", "frozen"))
+    chosen = matched_parameters(model, ("blocks.*", "frozen"))
     others = {n: p.data_ptr() for n, p in names_held(model).items() if n.startswith(("embedding", "head", "unused"))}
     assert flat_view(chosen).shape == (13,)
     assert {n: p.data_ptr() for n, p in names_held(model).items() if n in others} == others

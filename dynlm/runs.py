@@ -13,6 +13,7 @@ earlier file whole. Tensors are safetensors, everything else JSON; nothing is pi
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -166,7 +167,22 @@ def resuming(meta: Json, config: Any, table: str, owner: str = "run") -> Iterato
 
 
 def append_log(path: Path, record: Json) -> None:
-    """One JSON line a record: what a stage did, readable while it runs."""
+    """One JSON line a step: what a stage did, readable while it runs.
+
+    Call it before the step's checkpoint is written: work that was stopped between the two does the step again, and its
+    record then takes the place of the first one, and of later ones.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if _step(line) < record["step"]]
+    if len(kept) < len(lines):
+        write_text(path, "".join(f"{line}\n" for line in kept))
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # cut short, as by a full disk
+        return math.inf

@@ -78,3 +78,14 @@ def test_a_run_touches_nothing_and_logs_line_by_line(tmp_path):
     for step in range(2):
         append_log(run.log("train"), {"step": step})
     assert [json.loads(line)["step"] for line in run.log("train").read_text().splitlines()] == [0, 1]
+
+
+def test_a_step_that_is_done_again_is_logged_once(tmp_path):
+    path = tmp_path / "run" / "train.jsonl"
+    for step in (0, 10, 20):
+        append_log(path, {"step": step, "loss": 1.0})
+    path.write_text(path.read_text() + '{"step": 30, "lo')  # cut short
+    append_log(path, {"step": 10, "loss": 0.5})
+    append_log(path, {"step": 20, "loss": 0.25})
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert records == [{"step": 0, "loss": 1.0}, {"step": 10, "loss": 0.5}, {"step": 20, "loss": 0.25}]

@@ -5,21 +5,25 @@ from __future__ import annotations
 import torch
 
 from dynlm.cli.recipe import Recipe
+from dynlm.cli.stages import free
 from dynlm.meta.tasks import GeneralTrainer, meta_train_general
 from dynlm.meta.train import MetaProgress
 from dynlm.optim.base import Rule
 from dynlm.optim.general import General
 from dynlm.optim.library import save_rule
 from dynlm.runs import Run
-from dynlm.types import InputError
 
 
 def learn_optimizer(recipe: Recipe) -> None:
     """Writes the rule to the run's rules; every validation leaves a checkpoint to resume from."""
     run, config = Run(recipe.run), recipe.general
-    path = run.rule(General.name)
-    if path.exists() and not (recipe.overwrite or recipe.resume):
-        raise InputError(f"{path} exists: add --overwrite to replace it, or choose another --run")
+    path, checkpoint = run.rule(General.name), run.checkpoint("learn-optimizer")
+    if recipe.resume:
+        run.require(checkpoint, "learn-optimizer")
+    else:
+        free(path, recipe, checkpoint)
+        for stale in (checkpoint, run.log("learn-optimizer")):
+            stale.unlink(missing_ok=True)
     torch.set_num_threads(1)  # such small networks lose by threads
     trainer = GeneralTrainer(General(seed=config.seed), config)
 
@@ -28,4 +32,5 @@ def learn_optimizer(recipe: Recipe) -> None:
         save_rule(rule, path, {**made, "settings": trainer.state()[1]["config"]})
 
     progress = meta_train_general(trainer, run, save, recipe.resume)
+    checkpoint.unlink(missing_ok=True)
     print(f"rule: {path} (lowest mean log(last / first held-out loss) {progress.best:.4f})")

@@ -9,10 +9,8 @@ the gradients that follow; on whole trainings it drives the momentum up until th
 from __future__ import annotations
 
 import math
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -25,6 +23,7 @@ from tqdm import tqdm
 from dynlm import runs
 from dynlm.adapt import Reader
 from dynlm.meta.train import MetaProgress, set_rate
+from dynlm.meta.workers import make_workers
 from dynlm.models.params import adapted_parameters
 from dynlm.models.tasks import TaskConfig, TrainingTask, sample_task
 from dynlm.optim.base import Prior, Rule
@@ -130,8 +129,7 @@ class GeneralTrainer:
         self.sigma = torch.cat([torch.full((p.numel(),), config.sigma * moves) for p, moves in parts])
         self.optimizer = torch.optim.Adam([self.phi], lr=config.lr, betas=(0.9, 0.95))
         self.progress = MetaProgress()
-        context = multiprocessing.get_context("fork")  # tasks share what their data is made of
-        self.pool = ProcessPoolExecutor(config.workers, context) if config.workers > 1 else None
+        self.pool = make_workers(config.workers) if config.workers > 1 else None
 
     def step(self) -> float:
         """Train the step's tasks and update φ; returns their mean outcome."""
@@ -184,20 +182,22 @@ def meta_train_general(
     The last rule counts, not the one that validates best: a few dozen tasks cannot tell them apart (docs/LOG.md).
     """
     config, path = trainer.config, run.checkpoint("learn-optimizer")
+    validated = None
     if resume:
         trainer.load(*runs.read_tensors(path))
+        validated = trainer.progress.step
     started, outcomes = time.perf_counter() - trainer.progress.seconds, list[float]()
     with tqdm(total=config.steps, initial=trainer.progress.step, desc="learn-optimizer", unit="step") as bar:
         while True:
             step = trainer.progress.step
-            if step % config.validate_every == 0 or step == config.steps:
+            if step != validated and (step % config.validate_every == 0 or step == config.steps):
                 valid, best = trainer.validate(), trainer.progress.best
                 trainer.progress = MetaProgress(step, min(valid, best), 0, time.perf_counter() - started)
                 save(trainer.rule, trainer.progress)
-                runs.write_tensors(path, *trainer.state())
                 mean = sum(outcomes) / len(outcomes) if outcomes else None
                 record = {"step": step, "train": mean, "valid": valid, "seconds": round(trainer.progress.seconds, 1)}
                 runs.append_log(run.log("learn-optimizer"), record)
+                runs.write_tensors(path, *trainer.state())
                 bar.write(f"step {step}: mean log(last / first held-out loss) {valid:.4f}")
                 outcomes = []
             if step == config.steps:

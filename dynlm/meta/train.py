@@ -203,8 +203,8 @@ def meta_train(
             trainer.progress = MetaProgress(step, min(valid, trainer.progress.best), stale, seconds)
             if improved:
                 save_best(copy.deepcopy(trainer.rule), trainer.progress)
-            runs.write_tensors(path, *trainer.state())
             record = {"step": step, "train": loss, "valid": valid, "seconds": round(seconds, 1)}
             runs.append_log(run.log(stage), record)
+            runs.write_tensors(path, *trainer.state())
             bar.write(f"step {step}: meta-validation {valid:.4f} nats/token ({'best' if improved else 'no better'})")
     return trainer.progress

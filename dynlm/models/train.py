@@ -92,9 +92,9 @@ def train_base_model(
             if accelerator.is_main_process:
                 if improved:
                     save_best(trainer.bare_model)
-                runs.write_tensors(path, *trainer.state())
                 record = {"step": step, "train": loss, "valid": valid, "seconds": round(seconds, 1)}
                 runs.append_log(run.log("train"), record)
+                runs.write_tensors(path, *trainer.state())
                 word_ppl = math.exp(valid * trainer.valid_tokens_per_word)
                 bar.write(f"step {step}: validation {valid:.4f} nats/token, word perplexity {word_ppl:.1f}")
     accelerator.wait_for_everyone()

@@ -1,6 +1,7 @@
 """Meta-training on tasks: outcomes, antithetic pairs, what stays fixed, workers, exact resume."""
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -90,6 +91,10 @@ def test_it_resumes_exactly_and_saves_at_each_validation(tmp_path):
     progress = meta_train_general(resumed, Run(tmp_path / "cut"), lambda *_: None, resume=True)
     assert progress.step == 4
     assert torch.equal(straight.phi, resumed.phi)
+    logs = [Run(tmp_path / name).log("learn-optimizer").read_text().splitlines() for name in ("straight", "cut")]
+    records = [[json.loads(line) | {"seconds": 0} for line in log] for log in logs]
+    assert [record["step"] for record in records[0]] == [0, 2, 4]
+    assert records[0] == records[1]
     other = GeneralTrainer(General(), replace(CONFIG, sigma=0.2))
     with pytest.raises(InputError, match=r"other \[general\] settings"):
         meta_train_general(other, Run(tmp_path / "cut"), lambda *_: None, resume=True)

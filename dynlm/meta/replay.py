@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from dynlm.allocator import MIB
-from dynlm.compiler import supported
 from dynlm.meta.recording import Recording
 from dynlm.meta.sampling import Stratum
 from dynlm.optim.base import Coordinates, Rule
@@ -70,7 +69,8 @@ class Replay:
 
     def _adjoint(self, recording: Recording, tensor: int, chosen: range, context_WN: Tensor) -> Tensor:
         """∂J/∂context (W − 1, N) from the chosen coordinates of one tensor, summed over blocks."""
-        fused = self.config.fused and self.rule.traceable and supported(recording.theta[tensor])
+        features = len(recording.rows[tensor]), len(recording.cols[tensor])
+        fused = self.config.fused and self.fused.serves(recording.theta[tensor], *features)
         replay_block = self.fused if fused else self._plain_block
         stratum = recording.strata[tensor]
         weight = stratum.weight * stratum.index_K.numel() / len(chosen)

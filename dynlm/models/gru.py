@@ -7,68 +7,82 @@ known before the way back begins, so a step back is one elementwise product and 
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dynlm.compiler import build, pointers, supported
+from dynlm.kernels import Array, Kernel, readable
+from dynlm.models.recurrence import needs_torch
 
 
 def gru(gates_SBG: Tensor, recurrent_GD: Tensor) -> Tensor:
     """States (S, B, D) from h = 0: r, z = σ(x_rz + U_rz h), n = tanh(x_n + r ⊙ U_n h), h ← n + z ⊙ (h − n).
 
-    ``gates_SBG`` holds x (G = 3 D: r, z, n), ``recurrent_GD`` U. Differentiable once.
+    ``gates_SBG`` holds x (G = 3 D: r, z, n), ``recurrent_GD`` U. Differentiable once,
+    or as often as asked inside ``differentiable_twice`` and under ``torch.func``.
     """
-    states_SBD: Tensor = _GRU.apply(gates_SBG, recurrent_GD)  # type: ignore[no-untyped-call]
-    return states_SBD
+    if torch.compiler.is_compiling():
+        states: Tensor = _run_as_op(gates_SBG, recurrent_GD)[0]
+    elif needs_torch():
+        states = _forward(gates_SBG, recurrent_GD)[0]
+    else:
+        states = _GRU.apply(gates_SBG, recurrent_GD)  # type: ignore[no-untyped-call]
+    return states[1:]
+
+
+def _run(gates_SBG: Tensor, recurrent_GD: Tensor) -> tuple[Tensor, Tensor]:
+    run = _forward_in_c if in_c(gates_SBG) else _forward
+    return run(gates_SBG, recurrent_GD)
+
+
+def _run_back(grad_SBD: Tensor, recurrent_GD: Tensor, states: Tensor, multiples: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the gates and of U from those of the states but the first."""
+    n_steps, n_batch, width = grad_SBD.shape
+    grads = grad_SBD.new_empty(n_steps, n_batch, 4 * width)
+    run = _backward_in_c if in_c(grad_SBD) else _backward
+    run(grad_SBD, recurrent_GD, multiples, grads)
+    flat = grads.view(n_steps * n_batch, 4 * width)
+    grad_recurrent = flat[:, width:].t() @ states[:-1].view(n_steps * n_batch, width)
+    # of x: r and z as of U h, n its own
+    grad_gates = torch.cat([flat[:, width : 3 * width], flat[:, :width]], 1)
+    return grad_gates.view(n_steps, n_batch, 3 * width), grad_recurrent
 
 
 class _GRU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gates_SBG: Tensor, recurrent_GD: Tensor) -> Tensor:
-        n_steps, n_batch, n_gates = gates_SBG.shape
-        states = gates_SBG.new_zeros(n_steps + 1, n_batch, n_gates // 3)
-        multiples = gates_SBG.new_empty(n_steps, n_batch, n_gates // 3 * 5)
-        run = _forward_in_c if in_c(gates_SBG) else _forward
-        run(gates_SBG.contiguous(), recurrent_GD, states, multiples)
-        ctx.save_for_backward(states, multiples, recurrent_GD)
-        return states[1:]
+        states, multiples = _run(gates_SBG, recurrent_GD)
+        ctx.save_for_backward(recurrent_GD, states, multiples)
+        return states
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_SBD: Tensor) -> tuple[Tensor, Tensor]:
-        states, multiples, recurrent_GD = ctx.saved_tensors
-        n_steps, n_batch, width = grad_SBD.shape
-        grads = grad_SBD.new_empty(n_steps, n_batch, 4 * width)
-        run = _backward_in_c if in_c(grad_SBD) else _backward
-        run(grad_SBD.contiguous(), recurrent_GD.contiguous(), multiples, grads)
-        flat = grads.view(n_steps * n_batch, 4 * width)
-        grad_recurrent = flat[:, width:].t() @ states[:-1].view(n_steps * n_batch, width)
-        # of x: r and z as of U h, n its own
-        grad_gates = torch.cat([flat[:, width : 3 * width], flat[:, :width]], 1)
-        return grad_gates.view(n_steps, n_batch, 3 * width), grad_recurrent
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return _run_back(grad[1:], *ctx.saved_tensors)
 
 
 def in_c(like: Tensor) -> bool:
-    return like.dtype == torch.float32 and supported(like)
+    return like.dtype == torch.float32 and _FORWARD.serves(like) and _BACKWARD.serves(like)
 
 
-def _forward(gates_SBG: Tensor, recurrent_GD: Tensor, states: Tensor, multiples: Tensor) -> None:
-    """Fills ``states`` (S + 1, B, D) but the first, and ``multiples`` (S, B, 5 D) of ∂h: in ∂ of x_n, of U h, of h."""
-    n_steps, width = len(gates_SBG), states.shape[2]
-    recurrent_DG = recurrent_GD.t()
-    for t in range(n_steps):
-        h, (x_r, x_z, x_n) = states[t], gates_SBG[t].split(width, 1)
+def _forward(gates_SBG: Tensor, recurrent_GD: Tensor) -> tuple[Tensor, Tensor]:
+    """(states from h = 0 on (S + 1, B, D), multiples (S, B, 5 D) of ∂h: in ∂ of x_n, of U h, of h).
+
+    The plain form, through which autograd differentiates as often as it likes.
+    """
+    width, recurrent_DG = recurrent_GD.shape[1], recurrent_GD.t()
+    states, multiples = [gates_SBG.new_zeros(gates_SBG.shape[1], width)], []
+    for gates_BG in gates_SBG:
+        h, (x_r, x_z, x_n) = states[-1], gates_BG.split(width, 1)
         u_r, u_z, u_n = (h @ recurrent_DG).split(width, 1)
         r, z = torch.sigmoid(x_r + u_r), torch.sigmoid(x_z + u_z)
         n = torch.tanh(torch.addcmul(x_n, r, u_n))
-        torch.lerp(n, h, z, out=states[t + 1])
+        states.append(torch.lerp(n, h, z))
         by_n = (1 - z) * (1 - n * n)
-        parts = [by_n, by_n * u_n * r * (1 - r), (h - n) * z * (1 - z), by_n * r, z]
-        torch.cat(parts, 1, out=multiples[t])
+        multiples.append(torch.cat([by_n, by_n * u_n * r * (1 - r), (h - n) * z * (1 - z), by_n * r, z], 1))
+    return torch.stack(states), torch.stack(multiples)
 
 
 def _backward(grad_SBD: Tensor, recurrent_GD: Tensor, multiples: Tensor, grads: Tensor) -> None:
@@ -82,17 +96,16 @@ def _backward(grad_SBD: Tensor, recurrent_GD: Tensor, multiples: Tensor, grads: 
         grad_h = torch.addmm(every[:, 4], grads[t, :, width:], recurrent_GD)
 
 
-_SOURCE = """
-void forward(long S, long B, long D, T **data) {
-  const T *x = data[0], *U = data[1];  /* U transposed: (D, 3 D) */
-  T *states = data[2], *multiples = data[3];
+_FORWARD = Kernel(
+    "forward",
+    """
   T *restrict u = malloc(3 * D * sizeof(T));
   for (long i = 0; i < S * B; i++) {
-    const T *restrict h = states + i * D, *restrict g = x + i * 3 * D;
+    const T *restrict h = states + i * D, *restrict g = gates + i * 3 * D;
     T *restrict next = states + (i + B) * D, *restrict m = multiples + i * 5 * D;
     for (long k = 0; k < 3 * D; k++) u[k] = 0;
     for (long d = 0; d < D; d++) {
-      const T a = h[d], *restrict w = U + d * 3 * D;
+      const T a = h[d], *restrict w = recurrent + d * 3 * D;
       for (long k = 0; k < 3 * D; k++) u[k] += a * w[k];
     }
     for (long j = 0; j < D; j++) {
@@ -106,11 +119,18 @@ void forward(long S, long B, long D, T **data) {
       m[4 * D + j] = z;
     }
   }
-  free(u);
-}
-void backward(long S, long B, long D, T **data) {
-  const T *grad = data[0], *U = data[1], *multiples = data[2];
-  T *grads = data[3];
+  free(u);""",
+    sizes=("S", "B", "D"),
+    arrays=(
+        Array("gates", "S, B, 3 * D"),
+        Array("recurrent", "D, 3 * D"),  # transposed
+        Array("states", "S + 1, B, D", out=True),
+        Array("multiples", "S, B, 5 * D", out=True),
+    ),
+)
+_BACKWARD = Kernel(
+    "backward",
+    """
   T *restrict grad_h = calloc(B * D, sizeof(T));
   for (long i = S * B - 1; i >= 0; i--) {
     T *restrict h = grad_h + i % B * D, *restrict out = grads + i * 4 * D;
@@ -120,20 +140,71 @@ void backward(long S, long B, long D, T **data) {
       for (long j = 0; j < D; j++) out[k * D + j] = m[k * D + j] * h[j];
     for (long j = 0; j < D; j++) h[j] *= m[4 * D + j];
     for (long k = 0; k < 3 * D; k++) {
-      const T a = out[D + k], *restrict w = U + k * D;
+      const T a = out[D + k], *restrict w = recurrent + k * D;
       for (long j = 0; j < D; j++) h[j] += a * w[j];
     }
   }
-  free(grad_h);
-}
-"""
+  free(grad_h);""",
+    sizes=("S", "B", "D"),
+    arrays=(
+        Array("grad", "S, B, D"),
+        Array("recurrent", "3 * D, D"),
+        Array("multiples", "S, B, 5 * D"),
+        Array("grads", "S, B, 4 * D", out=True),
+    ),
+)
 
 
-def _forward_in_c(gates_SBG: Tensor, recurrent_GD: Tensor, states: Tensor, multiples: Tensor) -> None:
-    tensors = [gates_SBG, recurrent_GD.t().contiguous(), states, multiples]
-    build(_SOURCE, gates_SBG.dtype).forward(*map(ctypes.c_long, states[1:].shape), pointers(tensors))
+def _forward_in_c(gates_SBG: Tensor, recurrent_GD: Tensor) -> tuple[Tensor, Tensor]:
+    n_steps, n_batch, n_gates = gates_SBG.shape
+    width = n_gates // 3
+    states = gates_SBG.new_zeros(n_steps + 1, n_batch, width)
+    multiples = gates_SBG.new_empty(n_steps, n_batch, 5 * width)
+    arrays = {"gates": readable(gates_SBG), "recurrent": readable(recurrent_GD.t())}
+    _FORWARD((n_steps, n_batch, width), {**arrays, "states": states, "multiples": multiples})
+    return states, multiples
 
 
 def _backward_in_c(grad_SBD: Tensor, recurrent_GD: Tensor, multiples: Tensor, grads: Tensor) -> None:
-    tensors = [grad_SBD, recurrent_GD, multiples, grads]
-    build(_SOURCE, grad_SBD.dtype).backward(*map(ctypes.c_long, grad_SBD.shape), pointers(tensors))
+    arrays = {"grad": readable(grad_SBD), "recurrent": readable(recurrent_GD), "multiples": multiples, "grads": grads}
+    _BACKWARD(grad_SBD.shape, arrays)
+
+
+# torch.compile sees one operation each way, of which it knows the shapes; without it they cost more than _GRU
+_run_as_op = torch.library.custom_op(
+    "dynlm::gru", _run, mutates_args=(), schema="(Tensor gates, Tensor recurrent) -> (Tensor, Tensor)"
+)
+_run_back_as_op = torch.library.custom_op(
+    "dynlm::gru_backward",
+    _run_back,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor recurrent, Tensor states, Tensor multiples) -> (Tensor, Tensor)",
+)
+
+
+def _shapes(gates_SBG: Tensor, recurrent_GD: Tensor) -> tuple[Tensor, Tensor]:
+    n_steps, n_batch, n_gates = gates_SBG.shape
+    width = n_gates // 3
+    return gates_SBG.new_empty(n_steps + 1, n_batch, width), gates_SBG.new_empty(n_steps, n_batch, 5 * width)
+
+
+def _gradient_shapes(
+    grad_SBD: Tensor, recurrent_GD: Tensor, states: Tensor, multiples: Tensor
+) -> tuple[Tensor, Tensor]:
+    n_steps, n_batch, width = grad_SBD.shape
+    return grad_SBD.new_empty(n_steps, n_batch, 3 * width), recurrent_GD.new_empty(recurrent_GD.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[1], *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _back(ctx: Any, grad: Tensor, unused: Tensor) -> tuple[Tensor, Tensor]:
+    grads: tuple[Tensor, Tensor] = _run_back_as_op(grad[1:], *ctx.saved_tensors)
+    return grads
+
+
+_run_as_op.register_fake(_shapes)
+_run_back_as_op.register_fake(_gradient_shapes)
+_run_as_op.register_autograd(_back, setup_context=_save)

@@ -8,7 +8,6 @@ depend on the choice; gradients agree to rounding (tests/models/test_recurrence.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dynlm.compiler import build, pointers, supported
+from dynlm.kernels import Array, Kernel, readable
+from dynlm.types import InputError
 
 State = tuple[Tensor, Tensor]
 
@@ -35,18 +35,47 @@ def differentiable_twice() -> Iterator[None]:
         _twice.reset(token)
 
 
+def needs_torch() -> bool:
+    """Whether only torch's own operations will do: for a second derivative, or transforms of ``torch.func``."""
+    return _twice.get() or _transformed()
+
+
+def _transformed() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
 def one_stream(batch: Tensor) -> bool:
-    """Whether the fast first-order paths serve this batch: one stream on a CPU, full precision, one derivative."""
+    """Whether the fast first-order paths serve this batch: one stream on a CPU, full precision, in eager mode."""
     on_cpu = batch.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    return batch.shape[0] == 1 and on_cpu and not _twice.get()
+    return batch.shape[0] == 1 and on_cpu and not torch.compiler.is_compiling() and not needs_torch()
 
 
 def lstm_layer(x_BTD: Tensor, state: State, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor) -> tuple[Tensor, State]:
-    """Gates (i, f, g, o) = W_ih x + W_hh h + b. ``state``: (h, c), each (B, H). Returns (B, T, H) and the new state."""
-    if one_stream(x_BTD) and torch.is_grad_enabled() and not state[0].requires_grad:
+    """Gates (i, f, g, o) = W_ih x + W_hh h + b. ``state``: (h, c), each (B, H). Returns (B, T, H) and the new state.
+
+    Raises:
+        InputError: shapes that do not fit each other, which torch's kernel would read past.
+    """
+    _require_shapes(x_BTD, state, weight_ih, weight_hh, bias)
+    first_order = torch.is_grad_enabled() and not state[0].requires_grad and not state[1].requires_grad
+    if first_order and one_stream(x_BTD):
         output, h, c = _OneStream.apply(x_BTD[0], *state, weight_ih, weight_hh, bias)  # type: ignore[no-untyped-call]
         return output[None], (h, c)
-    return _torch_lstm(x_BTD, state, weight_ih, weight_hh, bias)
+    if first_order and torch.compiler.is_compiling() and x_BTD.shape[0] == 1 and x_BTD.device.type == "cpu":
+        output, h, c = _run_as_op(x_BTD[0], *state, weight_ih, weight_hh, bias)
+        return output[None], (h, c)
+    run = _step_by_step if _transformed() else _torch_lstm
+    return run(x_BTD, state, weight_ih, weight_hh, bias)
+
+
+def _require_shapes(x_BTD: Tensor, state: State, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor) -> None:
+    batch, width, n_inputs = x_BTD.shape[0], weight_hh.shape[-1], x_BTD.shape[-1]
+    found = (state[0].shape, state[1].shape, weight_ih.shape, weight_hh.shape, bias.shape)
+    expected = ((batch, width), (batch, width), (4 * width, n_inputs), (4 * width, width), (4 * width,))
+    if found != expected or x_BTD.dim() != 3:
+        names = ("h", "c", "weight_ih", "weight_hh", "bias")
+        wrong = [f"{n} is {list(f)}, not {list(e)}" for n, f, e in zip(names, found, expected, strict=True) if f != e]
+        raise InputError(f"an LSTM layer of inputs {list(x_BTD.shape)} does not fit: {'; '.join(wrong)}")
 
 
 def _torch_lstm(
@@ -57,6 +86,19 @@ def _torch_lstm(
     weights = [weight_ih, weight_hh, bias, torch.zeros_like(bias)]
     output, h, c = torch.lstm(x_BTD, [h[None], c[None]], weights, True, 1, 0.0, True, False, True)
     return output, (h[0], c[0])
+
+
+def _step_by_step(
+    x_BTD: Tensor, state: State, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor
+) -> tuple[Tensor, State]:
+    """In basic operations, for transforms of ``torch.func``: torch's kernel has no rules for some of them."""
+    (h, c), outputs = state, []
+    for gates in torch.nn.functional.linear(x_BTD, weight_ih, bias).unbind(1):
+        i, f, g, o = (gates + h @ weight_hh.t()).chunk(4, dim=1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        outputs.append(h)
+    return torch.stack(outputs, 1), (h, c)
 
 
 class Factors(NamedTuple):
@@ -87,11 +129,9 @@ def _run_back(grad_TH: Tensor, factors: Factors, weight_hh: Tensor) -> Tensor:
     return grad_gates.flatten(1)
 
 
-_SOURCE = """
-void back(long steps, long H, T **data) {
-  const T *grad = data[0], *c_to_gates = data[1], *h_to_gate = data[2], *h_to_c = data[3], *c_to_before = data[4];
-  const T *weight = data[5];
-  T *gates = data[6];
+_BACK = Kernel(
+    "back",
+    """
   T *restrict grad_c = calloc(2 * H, sizeof(T)), *restrict grad_h = grad_c + H;
   for (long t = steps - 1; t >= 0; t--) {
     T *restrict out = gates + t * 4 * H;
@@ -108,50 +148,104 @@ void back(long steps, long H, T **data) {
       for (long j = 0; j < H; j++) grad_h[j] += a * w[j] + b * w[H + j] + c * w[2 * H + j] + d * w[3 * H + j];
     }
   }
-  free(grad_c);
-}
-"""
+  free(grad_c);""",
+    sizes=("steps", "H"),
+    arrays=(
+        Array("grad", "steps, H"),
+        Array("c_to_gates", "steps, 3, H"),
+        Array("h_to_gate", "steps, H"),
+        Array("h_to_c", "steps, H"),
+        Array("c_to_before", "steps, H"),
+        Array("weight", "4 * H, H"),
+        Array("gates", "steps, 4 * H", out=True),
+    ),
+)
 
 
 def _run_back_in_c(grad_TH: Tensor, factors: Factors, weight_hh: Tensor) -> Tensor:
     """The same, without a call into torch at every step."""
     n_steps, width = grad_TH.shape
     grad_gates = grad_TH.new_empty(n_steps, 4 * width)
-    tensors = [grad_TH, *factors, weight_hh, grad_gates]
-    build(_SOURCE, grad_TH.dtype).back(ctypes.c_long(n_steps), ctypes.c_long(width), pointers(tensors))
+    _BACK((n_steps, width), {"grad": grad_TH, **factors._asdict(), "weight": weight_hh, "gates": grad_gates})
     return grad_gates
+
+
+def _run(
+    x_TD: Tensor, h0: Tensor, c0: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    output, (h, c) = _torch_lstm(x_TD[None], (h0, c0), weight_ih, weight_hh, bias)
+    return output[0], h, c
 
 
 class _OneStream(torch.autograd.Function):
     """One stream (T, D) whose initial state (1, H) and final state carry no gradient (truncated backpropagation)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x_TD: Tensor, h0: Tensor, c0: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        output, (h, c) = _torch_lstm(x_TD[None], (h0, c0), weight_ih, weight_hh, bias)
-        ctx.save_for_backward(x_TD, h0, c0, weight_ih, weight_hh, bias, output[0])
-        ctx.mark_non_differentiable(h, c)
-        return output[0], h, c
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        outputs = _run(*inputs)
+        _save(ctx, inputs, outputs)
+        return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, h0, c0, weight_ih, weight_hh, bias, output_TH = ctx.saved_tensors
-        before_TH = torch.cat([h0, output_TH[:-1]])
-        gates = torch.addmm(bias, x_TD, weight_ih.t()).addmm_(before_TH, weight_hh.t())
-        i, f, g, o = gates.chunk(4, dim=1)
-        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-        cells = [c0[0]]
-        for candidate, forget in zip((i * g).unbind(), f.unbind(), strict=True):
-            cells.append(torch.addcmul(candidate, forget, cells[-1]))
-        c_before, tanh_c = torch.stack(cells[:-1]), torch.stack(cells[1:]).tanh_()
-        # what one unit of ∂c (first three) or ∂h (last) sends to each gate, and ∂h to ∂c
-        from_c = torch.stack([g * i * (1 - i), c_before * f * (1 - f), i * (1 - g * g)], dim=1)
-        from_h = tanh_c * o * (1 - o)
-        h_to_c = o * (1 - tanh_c * tanh_c)
-        factors = Factors(from_c, from_h, h_to_c, f.contiguous())
-        run_back = _run_back_in_c if supported(grad_TH) else _run_back
-        grad_gates = run_back(grad_TH.contiguous(), factors, weight_hh.contiguous())
-        by_time = grad_gates.t()
-        return grad_gates @ weight_ih, None, None, by_time @ x_TD, by_time @ before_TH, grad_gates.sum(0)
+        grad_x, grad_ih, grad_hh, grad_bias = _gradients(grad_TH, *ctx.saved_tensors)
+        return grad_x, None, None, grad_ih, grad_hh, grad_bias
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[0], *inputs)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _gradients(grad_TH: Tensor, output_TH: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of x, both weights and the bias; ``inputs`` are those of ``_run``."""
+    x_TD, h0, c0, weight_ih, weight_hh, bias = inputs
+    before_TH = torch.cat([h0, output_TH[:-1]])
+    gates = torch.addmm(bias, x_TD, weight_ih.t()).addmm_(before_TH, weight_hh.t())
+    i, f, g, o = gates.chunk(4, dim=1)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    cells = [c0[0]]
+    for candidate, forget in zip((i * g).unbind(), f.unbind(), strict=True):
+        cells.append(torch.addcmul(candidate, forget, cells[-1]))
+    c_before, tanh_c = torch.stack(cells[:-1]), torch.stack(cells[1:]).tanh_()
+    # what one unit of ∂c (first three) or ∂h (last) sends to each gate, and ∂h to ∂c
+    from_c = torch.stack([g * i * (1 - i), c_before * f * (1 - f), i * (1 - g * g)], dim=1)
+    from_h = tanh_c * o * (1 - o)
+    h_to_c = o * (1 - tanh_c * tanh_c)
+    factors = Factors(from_c, from_h, h_to_c, f.contiguous())
+    run_back = _run_back_in_c if _BACK.serves(grad_TH) else _run_back
+    grad_gates = run_back(readable(grad_TH), factors, readable(weight_hh))
+    by_time = grad_gates.t()
+    return grad_gates @ weight_ih, by_time @ x_TD, by_time @ before_TH, grad_gates.sum(0)
+
+
+# torch.compile sees one operation each way, of which it knows the shapes; without it they cost more than _OneStream
+_SCHEMA = "Tensor x, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor bias"
+_run_as_op = torch.library.custom_op(
+    "dynlm::lstm", _run, mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor, Tensor)"
+)
+_gradients_as_op = torch.library.custom_op(
+    "dynlm::lstm_backward",
+    _gradients,
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor output, {_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def _shapes(x_TD: Tensor, h0: Tensor, c0: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x_TD.new_empty(x_TD.shape[0], h0.shape[1]), torch.empty_like(h0), torch.empty_like(c0)
+
+
+def _gradient_shapes(grad: Tensor, output: Tensor, x: Tensor, h: Tensor, c: Tensor, *weights: Tensor) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (x, *weights)]
+
+
+def _back(ctx: Any, grad_TH: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x, grad_ih, grad_hh, grad_bias = _gradients_as_op(grad_TH, *ctx.saved_tensors)
+    return grad_x, None, None, grad_ih, grad_hh, grad_bias
+
+
+_run_as_op.register_fake(_shapes)
+_gradients_as_op.register_fake(_gradient_shapes)
+_run_as_op.register_autograd(_back, setup_context=_save)

@@ -6,29 +6,33 @@ plain reference is ``Rule.step`` itself (tests/optim/test_adjoint.py).
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dynlm.compiler import pointer, pointers
 from dynlm.optim.base import Coordinates, Rule, Slots
-from dynlm.optim.kernel import FusedStep, TracedFunctions
-from dynlm.optim.source import adjoint_source
+from dynlm.optim.kernel import FusedStep, TracedKernels, arrays_of
+from dynlm.optim.source import adjoint_kernel, numbered
 
 
 class FusedAdjoint:
     """Stands in for ``Rule.flat_step`` in ``Rule.update``: differentiable once in θ, θ0, g, the state and φ."""
 
     def __init__(self, rule: Rule) -> None:
-        self.forwards = FusedStep(rule, compiled=True)
-        self.functions = TracedFunctions(rule, adjoint_source, "adjoint")
+        self.rule, self.forwards = rule, FusedStep(rule, compiled=True)
+        self.kernels = TracedKernels(rule, adjoint_kernel)
 
     def __call__(self, w: Coordinates, slots: Slots, context_N: Tensor) -> tuple[Tensor, Slots]:
+        if not self._serves(w, slots):
+            return self.rule.flat_step(w, slots, context_N)
         theta, *new = _Node.apply(self, w, context_N, w.theta, w.theta0, w.grad, *slots)  # type: ignore[no-untyped-call]
         return theta, tuple(new)
+
+    def _serves(self, w: Coordinates, slots: Slots) -> bool:
+        both = self.kernels(len(w.row), len(w.col)), self.forwards.kernel(w, slots, None)
+        return all(kernel is not None and kernel.serves(w.theta) for kernel in both)
 
 
 class _Node(torch.autograd.Function):
@@ -52,17 +56,13 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, *adjoints: Tensor) -> tuple[Tensor | None, ...]:
         context_N, theta, theta0, rms, grad, *others = (t.contiguous() for t in ctx.saved_tensors)
         slots, features, threads = others[: ctx.n_slots], others[ctx.n_slots :], torch.get_num_threads()
-        d_state = [adjoint.contiguous().clone() for adjoint in adjoints]
+        d_theta, *d_slots = (adjoint.contiguous().clone() for adjoint in adjoints)
         d_grad, d_theta0 = torch.empty_like(grad), torch.empty_like(theta0)
-        d_context = torch.zeros(threads, max(1, context_N.numel()), dtype=torch.float64)
-        rows, columns = map(ctypes.c_long, theta.shape)
-        ctx.fused.functions(theta.dtype, ctx.n_row, len(features) - ctx.n_row)(
-            rows,
-            columns,
-            ctypes.c_int(threads),
-            pointer(context_N),
-            pointer(d_context),
-            pointers([theta, theta0, rms, grad, *slots, *features, *d_state, d_grad, d_theta0]),
+        d_context = torch.zeros(threads, context_N.numel(), dtype=torch.float64)
+        w = Coordinates(theta, theta0, rms, grad, tuple(features[: ctx.n_row]), tuple(features[ctx.n_row :]))
+        adjoint_arrays = {"d_theta": d_theta, **numbered("d_slot", d_slots), "d_grad": d_grad, "d_theta0": d_theta0}
+        ctx.fused.kernels(len(w.row), len(w.col))(
+            (*theta.shape, threads),
+            {"context": context_N, "context_grad": d_context, **arrays_of(w, tuple(slots)), **adjoint_arrays},
         )
-        d_flat = d_context.sum(0)[: context_N.numel()].to(context_N)
-        return None, None, d_flat, d_state[0], d_theta0, d_grad, *d_state[1:]
+        return None, None, d_context.sum(0).to(context_N), d_theta, d_theta0, d_grad, *d_slots

@@ -24,6 +24,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dynlm.kernels import Kernel
+
 Slots = tuple[Tensor, ...]
 
 
@@ -213,8 +215,8 @@ class Rule(nn.Module, abc.ABC):
         ``expand`` asks for scalar code instead of matrix products: dynlm.optim.trace turns it into C.
         """
 
-    def step_source(self, n_row: int, n_col: int) -> str | None:
-        """C of one tensor's step (dynlm.optim.recurrent_kernel), for rules that are not traceable. Default: none."""
+    def step_kernel(self, n_row: int, n_col: int) -> Kernel | None:
+        """One tensor's step in C (dynlm.optim.recurrent_kernel), for rules that are not traceable. Default: none."""
         return None
 
     def flat_step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> tuple[Tensor, Slots]:

@@ -6,7 +6,6 @@ Everything evaluated once a coordinate uses only + − × ÷ and |x|: transcende
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dynlm.compiler import build, pointers, supported
+from dynlm.kernels import Array, Each, Kernel, readable
 from dynlm.optim.base import Clock, Prior, Seen, Slots
 
 N_ROW, N_COL, N_SCALARS = 2, 1, 4
@@ -73,7 +72,7 @@ def look(
     surprise = clock.loss - clock.baseline
     surprise = surprise if math.isfinite(surprise) else 0.0  # an optimizer may be called without a loss
     scalars = [0.0, surprise / (1 + abs(surprise)), math.log2(clock.step) / 8, 1.0]
-    look_at = _look_in_c if supported(*grads) else _look
+    look_at = _look_in_c if _LOOK.serves(*grads) else _look
     rows, cols, activity_n = look_at(grads, memory)
     scalars_nS = grads[0].new_tensor([scalars]).repeat(len(grads), 1)
     scalars_nS[:, 0] = activity_n
@@ -99,20 +98,13 @@ def _look(grads: Sequence[Tensor], memory: Sequence[Statistics]) -> tuple[list[S
     return rows, cols, torch.stack(tensors)
 
 
-_SOURCE = (
-    f"#define NEGLIGIBLE {NEGLIGIBLE}"
-    + """
-static T activity(T square, T level, T least) {
-  const T x = (T)0.25 * LOG2((square + least) / (level + least));
-  return x / (1 + ABS(x));
-}
-void look(long n, const long *dims, int threads, double tiny, double decay, T **data) {
+_LOOK = Kernel(
+    "look",
+    """
   #pragma omp parallel num_threads(threads)
   {
     for (long k = 0; k < n; k++) {
-      const long R = dims[3 * k], C = dims[3 * k + 1];
-      const T *grad = data[9 * k];
-      T *row = data[9 * k + 5];
+      EACH(k)
       #pragma omp for schedule(static) nowait
       for (long r = 0; r < R; r++) {
         T square = 0;
@@ -124,27 +116,41 @@ void look(long n, const long *dims, int threads, double tiny, double decay, T **
     #pragma omp barrier
     #pragma omp for schedule(dynamic)
     for (long k = 0; k < n; k++) {  /* a tensor is one thread's, in the order of rows: sums are repeatable */
-      const long R = dims[3 * k], C = dims[3 * k + 1], stride = dims[3 * k + 2];
-      T **d = data + 9 * k;
-      const T *grad = d[0], *row_level = d[1], *col_level = d[2], *level = d[3], *memory = d[4];
-      T *restrict row = d[5], *restrict row_memory = d[6], *restrict col = d[7];
-      const T least = (T)NEGLIGIBLE * *level + (T)tiny;
+      EACH(k)
+      const T least = (T)NEGLIGIBLE * *tensor_level + (T)tiny;
       double sum = 0;
       for (long r = 0; r < R; r++) sum += row[r];
       for (long r = 0; r < R; r++) {
-        row[r] = activity(row[r] / C, row_level[r], least);
+        row[r] = activity_of(row[r] / C, row_level[r], least);
         row_memory[r] = (T)decay * memory[r] + (1 - (T)decay) * row[r];
       }
-      *d[8] = activity(sum / ((double)R * C), *level, least);
+      *activity = activity_of(sum / ((double)R * C), *tensor_level, least);
       for (long c = 0; c < C; c++) col[c] = 0;
       for (long r = 0; r < R; r += stride)
         for (long c = 0; c < C; c++) col[c] += grad[r * C + c] * grad[r * C + c];
       const long seen = (R + stride - 1) / stride;
-      for (long c = 0; c < C; c++) col[c] = activity(col[c] / seen, col_level[c], least);
+      for (long c = 0; c < C; c++) col[c] = activity_of(col[c] / seen, col_level[c], least);
     }
-  }
-}
-"""
+  }""",
+    sizes=("threads",),
+    numbers=("tiny", "decay"),
+    each_sizes=("R", "C", "stride"),
+    each=(
+        Array("grad", "R, C"),
+        Array("row_level", "R, 1"),
+        Array("col_level", "1, C"),
+        Array("tensor_level"),
+        Array("memory", "R, 1"),
+        Array("row", "R, 1", out=True),
+        Array("row_memory", "R, 1", out=True),
+        Array("col", "1, C", out=True),
+        Array("activity", out=True),
+    ),
+    head=f"""#define NEGLIGIBLE {NEGLIGIBLE}
+static T activity_of(T square, T level, T least) {{
+  const T x = (T)0.25 * LOG2((square + least) / (level + least));
+  return x / (1 + ABS(x));
+}}""",
 )
 
 
@@ -154,23 +160,24 @@ def _look_in_c(grads: Sequence[Tensor], memory: Sequence[Statistics]) -> tuple[l
     sizes = [n for grad in grads for n in (grad.shape[0], grad.shape[0], grad.shape[1])]
     parts = iter(first.new_empty(sum(sizes)).split(sizes))
     activity_n = first.new_empty(len(grads))
-    rows, cols, addresses = list[Slots](), list[Slots](), []
-    kept = [grad.contiguous() for grad in grads]
-    for i, (grad, m) in enumerate(zip(kept, memory, strict=True)):
+    rows, cols, each = list[Slots](), list[Slots](), []
+    for grad, m, activity in zip(grads, memory, activity_n.unbind(), strict=True):
         row, row_memory, col = next(parts)[:, None], next(parts)[:, None], next(parts)[None]
         rows.append((row, row_memory))
         cols.append((col,))
-        addresses += [grad, m.row_level, m.col_level, m.tensor_level, m.row_memory, row, row_memory, col]
-        addresses.append(activity_n[i])
-    dims = [n for grad in grads for n in (*grad.shape, _stride(grad.shape[0]))]
-    build(_SOURCE, first.dtype).look(
-        ctypes.c_long(len(grads)),
-        (ctypes.c_long * len(dims))(*dims),
-        ctypes.c_int(torch.get_num_threads()),
-        ctypes.c_double(_tiny(first.dtype)),
-        ctypes.c_double(MEMORY_DECAY),
-        pointers(addresses),
-    )
+        arrays = {
+            "grad": readable(grad),
+            "row_level": m.row_level,
+            "col_level": m.col_level,
+            "tensor_level": m.tensor_level,
+            "memory": m.row_memory,
+            "row": row,
+            "row_memory": row_memory,
+            "col": col,
+            "activity": activity,
+        }
+        each.append(Each((*grad.shape, _stride(grad.shape[0])), arrays))
+    _LOOK((torch.get_num_threads(),), {}, numbers=(_tiny(first.dtype), MEMORY_DECAY), each=each)
     return rows, cols, activity_n
 
 

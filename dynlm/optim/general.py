@@ -13,7 +13,6 @@ loss, and no prior is needed: it starts at Adam with a rate that falls with time
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynlm.compiler import build, pointer, pointers, supported
+from dynlm.kernels import Array, Each, Kernel, readable
 from dynlm.optim.base import Coordinates, Prior, Rule, RuleState, Seen, Shared, Slots
 from dynlm.optim.features import affine, softsign
 from dynlm.optim.learned import Weights, assemble, power
@@ -85,8 +84,8 @@ class General(Rule):
         self, thetas: Sequence[Tensor], grads: Sequence[Tensor], state: RuleState, priors: Sequence[Prior]
     ) -> tuple[Seen, Any]:
         """Twelve numbers a tensor; the memory is each tensor's first RMS (n,)."""
-        plain = not supported(*thetas) or state.slots[0][0].dtype != thetas[0].dtype
-        look = _means if plain else _means_in_c
+        half = state.slots[0][0].dtype == torch.bfloat16
+        look = _means if half or not _MEANS.serves(*thetas) else _means_in_c
         means_n6 = look(thetas, grads, state.slots)
         square, m_square, n_square, v, agreement, size = means_n6.unbind(1)
         first = size.sqrt() if state.memory is None else state.memory
@@ -173,30 +172,32 @@ def _means(thetas: Sequence[Tensor], grads: Sequence[Tensor], slots: Sequence[Sl
     return torch.stack(rows)
 
 
-_SOURCE = """
-void means(long n, const long *sizes, T **data, T *out) {
+_MEANS = Kernel(
+    "means",
+    """
   for (long k = 0; k < n; k++) {
-    const long size = sizes[2 * k], stride = sizes[2 * k + 1];
-    const T *t = data[5 * k], *g = data[5 * k + 1], *m = data[5 * k + 2], *s = data[5 * k + 3], *v = data[5 * k + 4];
+    EACH(k)
+    const long size = R * C;
     T sums[6] = {0, 0, 0, 0, 0, 0};
     for (long i = 0; i < size; i += stride) {
-      sums[0] += g[i] * g[i]; sums[1] += m[i] * m[i]; sums[2] += s[i] * s[i];
-      sums[3] += v[i]; sums[4] += g[i] * m[i]; sums[5] += t[i] * t[i];
+      sums[0] += grad[i] * grad[i]; sums[1] += fast[i] * fast[i]; sums[2] += slow[i] * slow[i];
+      sums[3] += square[i]; sums[4] += grad[i] * fast[i]; sums[5] += theta[i] * theta[i];
     }
     for (int j = 0; j < 6; j++) out[6 * k + j] = sums[j] / ((size + stride - 1) / stride);
-  }
-}
-"""
+  }""",
+    arrays=(Array("out", "n, 6", out=True),),
+    each_sizes=("R", "C", "stride"),
+    each=tuple(Array(name, "R, C") for name in ("theta", "grad", "fast", "slow", "square")),
+)
 
 
 def _means_in_c(thetas: Sequence[Tensor], grads: Sequence[Tensor], slots: Sequence[Slots]) -> Tensor:
     """The same in one call."""
-    first = thetas[0]
-    fields = [(theta, grad, *s) for theta, grad, s in zip(thetas, grads, slots, strict=True)]
-    kept = [x for five in fields for x in five]
-    sizes = [n for theta in thetas for n in (theta.numel(), _stride(theta))]
-    out = first.new_empty(len(thetas), 6)
-    build(_SOURCE, first.dtype).means(
-        ctypes.c_long(len(thetas)), (ctypes.c_long * len(sizes))(*sizes), pointers(kept), pointer(out)
-    )
+    out = thetas[0].new_empty(len(thetas), 6)
+    names = ("theta", "grad", "fast", "slow", "square")
+    each = [
+        Each((*t.shape, _stride(t)), dict(zip(names, map(readable, (t, g, *three)), strict=True)))
+        for t, g, three in zip(thetas, grads, slots, strict=True)
+    ]
+    _MEANS((), {"out": out}, each=each)
     return out

@@ -6,7 +6,6 @@ The plain references are ``Rule.update`` and ``Replay._plain_block``. Without a 
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable, Hashable, Sequence
 from importlib.util import find_spec
@@ -15,29 +14,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dynlm.compiler import build, find_compiler, pointer, pointers, supported
+from dynlm.compiler import kernel_choice, supported, why_not
+from dynlm.kernels import Each, Kernel, readable
 from dynlm.optim.base import Coordinates, Prior, Rule, RuleState, Seen, Slots
-from dynlm.optim.source import replay_source, update_source
-from dynlm.optim.trace import Traced, trace_step
+from dynlm.optim.source import numbered, replay_kernel, update_kernel
+from dynlm.optim.trace import trace_step
 from dynlm.types import InputError
 
 
-class TracedFunctions:
-    """The C functions that one printer makes of a rule's step, each traced and built when it is first asked for.
+class TracedKernels:
+    """The kernels that one printer makes of a rule's step, each traced and printed when it is first asked for.
 
     Further arguments of a call go to the printer.
     """
 
-    def __init__(self, rule: Rule, source: Callable[..., str], name: str) -> None:
-        self.rule, self.source, self.name = rule, source, name
-        self._built: dict[Hashable, Any] = {}
+    def __init__(self, rule: Rule, printer: Callable[..., Kernel]) -> None:
+        self.rule, self.printer = rule, printer
+        self._printed: dict[Hashable, Kernel] = {}
 
-    def __call__(self, dtype: torch.dtype, n_row: int, n_col: int, **options: Any) -> Any:
-        key = (dtype, n_row, n_col, *options.values())
-        if key not in self._built:
-            traced: Traced = trace_step(self.rule, n_row, n_col)
-            self._built[key] = getattr(build(self.source(traced, **options), dtype), self.name)
-        return self._built[key]
+    def __call__(self, n_row: int, n_col: int, **options: Any) -> Kernel:
+        key = (n_row, n_col, *options.values())
+        if key not in self._printed:
+            self._printed[key] = self.printer(trace_step(self.rule, n_row, n_col), **options)
+        return self._printed[key]
 
 
 class Scale(NamedTuple):
@@ -52,11 +51,12 @@ class FusedStep:
 
     def __init__(self, rule: Rule, compiled: bool | None = None) -> None:
         self.rule = rule
-        if compiled and find_compiler() is None:
-            raise InputError("read.kernel is 'compiled', but no C compiler was found: install gcc, or use 'auto'")
-        self.compiled = find_compiler() is not None if compiled is None else compiled
-        self.functions = TracedFunctions(rule, update_source, "step")
-        self.own: dict[Hashable, Any] = {}
+        if compiled and (reason := why_not()):
+            raise InputError(f"read.kernel is 'compiled', but {reason}: install gcc, or use 'auto'")
+        kernel_choice()  # a wrong one is told before anything is read
+        self.compiled = compiled is not False
+        self.kernels = TracedKernels(rule, update_kernel)
+        self.own: dict[Hashable, Kernel | None] = {}
         self.torch_compiled: Callable[..., None] | None = None
 
     @torch.no_grad()
@@ -72,6 +72,7 @@ class FusedStep:
 
         Slots may be bfloat16 where the weights are float32.
         """
+        grads = [readable(grad) for grad in grads]
         seen, state.memory = self.rule.observe(thetas, grads, state, priors)
         shared = self.rule.shared(priors, seen.scalars, [state.clock.step])
         context_nN, state.tensors = self.rule.tensor_step(shared, state.tensors)
@@ -80,56 +81,49 @@ class FusedStep:
             Coordinates(theta, prior.theta0, prior.rms, grad, row, col)
             for theta, prior, grad, row, col in zip(thetas, priors, grads, seen.rows, seen.cols, strict=True)
         ]
-        fused = self.compiled and supported(*thetas)
-        if fused and self.rule.traceable:
+        scale = None if scale == Scale() else scale
+        possible = self.compiled and supported(*thetas) and _contiguous(thetas, state.slots)
+        kernel = self.kernel(ws[0], state.slots[0], scale) if possible else None
+        served = kernel is not None and kernel.serves(*thetas)
+        if served and self.rule.traceable:
             self.fused(ws, state.slots, context_nN, scale)
             return seen
         one_step = self._plain_step
-        if fused and self.rule.step_source(0, 0):
+        if served:
             one_step = self._own_step
         elif self.rule.traceable and _torch_compiles(thetas[0]):
             one_step = self._torch_step
         for w, slots, context_N in zip(ws, state.slots, context_nN, strict=True):
-            before = None if scale in (None, Scale()) else w.theta.clone()
+            before = None if scale is None else w.theta.clone()
             one_step(w, slots, context_N)
             if scale and before is not None:
                 w.theta.sub_(before).mul_(scale.lr).add_(before, alpha=scale.keep)
         return seen
 
+    def kernel(self, like: Coordinates, slots: Slots, scale: Scale | None) -> Kernel | None:
+        """Of a traceable rule the step of all tensors, of others the one that they bring for a single tensor."""
+        shape = len(like.row), len(like.col)
+        if self.rule.traceable:
+            state = "bf16" if slots and slots[0].dtype == torch.bfloat16 else "T"
+            return self.kernels(*shape, state=state, scaled=scale is not None)
+        if shape not in self.own:
+            self.own[shape] = self.rule.step_kernel(*shape)
+        return self.own[shape]
+
     def fused(self, ws: Sequence[Coordinates], slots: Sequence[Slots], context_nN: Tensor, scale: Scale | None) -> None:
         """The update of n tensors in one pass over their memory."""
-        first, scaled = ws[0], scale is not None and scale != Scale()
-        state = "bf16" if slots[0] and slots[0][0].dtype == torch.bfloat16 else "T"
-        function = self.functions(first.theta.dtype, len(first.row), len(first.col), state=state, scaled=scaled)
-        tensors = [
-            t
-            for w, of_tensor in zip(ws, slots, strict=True)
-            for t in (w.theta, w.theta0, w.rms, w.grad, *of_tensor, *w.row, *w.col)
-        ]
-        tensors = [t if t.is_contiguous() else t.contiguous() for t in tensors]
-        assert all(w.theta.is_contiguous() for w in ws), "weights must be contiguous to change in place"
-        dims, scale = [n for w in ws for n in w.theta.shape], scale or Scale()
-        function(
-            ctypes.c_long(len(ws)),
-            (ctypes.c_long * len(dims))(*dims),
-            ctypes.c_int(torch.get_num_threads()),
-            pointer(context_nN.contiguous()),
-            ctypes.c_double(scale.lr),
-            ctypes.c_double(scale.keep),
-            pointers(tensors),
-        )
+        kernel, factors = self.kernel(ws[0], slots[0], scale), scale or Scale()
+        assert kernel is not None
+        each = [Each(w.theta.shape, arrays_of(w, of_tensor)) for w, of_tensor in zip(ws, slots, strict=True)]
+        sizes, context = (torch.get_num_threads(),), {"context": context_nN.contiguous()}
+        kernel(sizes, context, numbers=(factors.lr, factors.keep), each=each)
 
     def _own_step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> None:
         """By the rule's own C, one tensor at a time."""
-        shape = w.theta.dtype, len(w.row), len(w.col)
-        if shape not in self.own:
-            source = self.rule.step_source(*shape[1:])
-            assert source is not None
-            self.own[shape] = build(source, w.theta.dtype).step
-        rows, columns = map(ctypes.c_long, w.theta.shape)
-        fields = [w.theta, w.theta0, w.rms, w.grad.contiguous(), *slots, *w.row, *w.col]
-        threads = ctypes.c_int(torch.get_num_threads())
-        self.own[shape](rows, columns, threads, pointer(context_N.contiguous()), pointers(fields))
+        kernel = self.kernel(w, slots, None)
+        assert kernel is not None
+        arrays = {"context": context_N.contiguous(), **arrays_of(w, slots)}
+        kernel((*w.theta.shape, torch.get_num_threads()), arrays)
 
     def _torch_step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> None:
         """By ``torch.compile``, which makes one kernel of the scalar code: Triton on a GPU."""
@@ -149,6 +143,18 @@ class FusedStep:
         w.theta.copy_(theta)
         for slot, new in zip(slots, new_slots, strict=True):
             slot.copy_(new)
+
+
+def arrays_of(w: Coordinates, slots: Slots) -> dict[str, Tensor]:
+    """A tensor's arrays by the names that kernels give them; what they only read is copied where it must be."""
+    arrays = {"theta0": w.theta0, "rms": w.rms, "grad": w.grad, **numbered("row", w.row), **numbered("col", w.col)}
+    arrays = {name: readable(array) for name, array in arrays.items()}
+    return {"theta": w.theta, **numbered("slot", slots), **arrays}
+
+
+def _contiguous(thetas: Sequence[Tensor], slots: Sequence[Slots]) -> bool:
+    """Whether all that changes in place lies as kernels take it."""
+    return all(t.is_contiguous() for t in thetas) and all(t.is_contiguous() for of_one in slots for t in of_one)
 
 
 def _torch_compiles(like: Tensor) -> bool:
@@ -179,25 +185,22 @@ class FusedReplay:
     """Replays windows of one rule, forwards through the updates and back, in one pass over the recorded gradients."""
 
     def __init__(self, rule: Rule) -> None:
-        self.functions = TracedFunctions(rule, replay_source, "replay")
+        self.kernels = TracedKernels(rule, replay_kernel)
 
     def __call__(self, work: ReplayWork, context_WN: Tensor) -> Tensor:
         """∂J/∂context, (W − 1, N) in double precision, from the contexts of all W − 1 steps."""
         threads = torch.get_num_threads()
         result = torch.zeros(threads, *context_WN.shape, dtype=torch.float64)
-        fields = [work.theta, work.theta0, work.rms, work.grads_WK, work.weights_W]
-        tensors = [t.contiguous() for t in (*fields, *work.slots, *work.row, *work.col)]
-        window, n = work.grads_WK.shape
+        arrays = {"theta": work.theta, "theta0": work.theta0, "rms": work.rms, "grad": work.grads_WK}
+        arrays |= {"weight": work.weights_W, "place": work.place_2K, "context": context_WN.detach()}
+        arrays |= {**numbered("slot", work.slots), **numbered("row", work.row), **numbered("col", work.col)}
+        arrays = {name: readable(array) for name, array in arrays.items()}
+        steps, n = work.grads_WK.shape[0] - 1, work.theta.shape[0]
         lengths = [features[0].shape[1] if features else 0 for features in (work.row, work.col)]
-        numbers, place = context_WN.detach().contiguous(), work.place_2K.contiguous()
-        self.functions(work.theta.dtype, len(work.row), len(work.col))(
-            ctypes.c_long(n),
-            ctypes.c_long(window),
-            ctypes.c_int(threads),
-            (ctypes.c_long * 3)(*lengths, n),
-            pointer(numbers),
-            pointer(result),
-            pointer(place),
-            pointers(tensors),
-        )
+        kernel = self.kernels(len(work.row), len(work.col))
+        kernel((n, steps, threads, *lengths), {**arrays, "context_grad": result})
         return result.sum(0)
+
+    def serves(self, theta: Tensor, n_row: int, n_col: int) -> bool:
+        """Whether the kernel exists for these weights and numbers of features."""
+        return self.kernels.rule.traceable and self.kernels(n_row, n_col).serves(theta)

@@ -14,10 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dynlm.kernels import Kernel
 from dynlm.optim.base import Coordinates, Shared, Slots
 from dynlm.optim.features import N_COL, N_ROW, N_SCALARS
 from dynlm.optim.learned import CellConfig, Frame, Learned, Weights, assemble, embedded, frame, moved
-from dynlm.optim.recurrent_kernel import recurrent_source
+from dynlm.optim.recurrent_kernel import recurrent_kernel
 
 LOG_RANGE = 5.0  # k of LogAndSign: sizes between e^−k and 1 are seen as logarithms
 N_INPUTS = 3 + N_ROW + N_COL
@@ -77,8 +78,8 @@ class Recurrent(Learned):
         numbers = torch.cat([self.rms_settings(shared), scale.to(like), shared.mean_rms[:, None]], 1)
         return assemble(shared, layers[:2], first, [*layers[3:], self.output_weight], numbers)
 
-    def step_source(self, n_row: int, n_col: int) -> str:
-        return recurrent_source(self.name, self.config.hidden, self.config.layers, n_row, n_col)
+    def step_kernel(self, n_row: int, n_col: int) -> Kernel:
+        return recurrent_kernel(self.name, self.config.hidden, self.config.layers, n_row, n_col)
 
     def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
         *layers, output_weight, numbers = context

@@ -1,4 +1,4 @@
-"""C source of one update in place of one tensor by a recurrent cell: the fused form of ``Recurrent.step``.
+"""The kernel of one update in place of one tensor by a recurrent cell: the fused form of ``Recurrent.step``.
 
 A thread takes a small block of weights through all layers while everything but their state stays in the first cache, so
 nothing of the size of the tensor is allocated. The gates are a small matrix product, summed in vector registers over a
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from typing import Literal, NamedTuple
+
+from dynlm.kernels import Array, Kernel
 
 BLOCK = 16  # weights that pass through all layers together: a multiple of every tile
 SIGMOID, TANH = -1 / math.log(2), -2 / math.log(2)  # σ(x) = 1 / (1 + e), tanh(x) = (1 − e) / (1 + e), e = 2^(factor x)
@@ -57,17 +59,31 @@ GRU = Cell(
 )
 
 
-def recurrent_source(kind: Literal["lstm", "gru"], hidden: int, layers: int, n_row: int, n_col: int) -> str:
-    """``void step(long R, long C, int threads, const T *context, T **data)``: weights and slots change in place.
+def recurrent_kernel(kind: Literal["lstm", "gru"], hidden: int, layers: int, n_row: int, n_col: int) -> Kernel:
+    """Weights and slots of one tensor change in place.
 
-    ``data`` points to theta, theta0, rms, grad (R × C), the slots (R × C × H), the row features (R) and column features
-    (C). ``context`` is flat: input weight, hidden weight and bias of each layer, output weight, then lr, eps, decay,
-    scale and the typical RMS.
+    ``context`` is flat: input weight, hidden weight and bias of each layer, output weight, then lr, eps, decay, scale
+    and the typical RMS.
     """
     cell = {"lstm": LSTM, "gru": GRU}[kind]
     powers = [_power("float", "unsigned", 127, 23), _power("double", "unsigned long long", 1023, 52)]
-    parts = [_sizes(hidden), *powers, _pack(cell), _tile(), _layer(cell), _features(n_row, n_col)]
-    return "\n".join([*parts, _step(cell, layers, n_row, n_col)])
+    n_inputs, n_slots = 3 + n_row + n_col, len(cell.states) * layers
+    of_first = cell.n_gates * hidden * (1 + n_inputs + hidden)
+    n_context = of_first + (layers - 1) * cell.n_gates * hidden * (1 + 2 * hidden) + hidden + 5
+    return Kernel(
+        "step",
+        _step(cell, layers, n_row, n_col),
+        sizes=("R", "C", "threads"),
+        arrays=(
+            Array("context", str(n_context)),
+            Array("theta", "R, C", out=True),
+            *(Array(name, "R, C") for name in ("theta0", "rms", "grad")),
+            *(Array(f"slot{k}", f"R, C, {hidden}", out=True) for k in range(n_slots)),
+            *(Array(f"row{k}", "R, 1") for k in range(n_row)),
+            *(Array(f"col{k}", "1, C") for k in range(n_col)),
+        ),
+        head="\n".join([_sizes(hidden), *powers, _pack(cell), _tile(), _layer(cell), CLIPPED]),
+    )
 
 
 def _sizes(hidden: int) -> str:
@@ -184,48 +200,46 @@ def _layer(cell: Cell) -> str:
 """
 
 
+CLIPPED = "static inline T clipped(T x) { return x > 1 ? 1 : x < -1 ? -1 : x; }\n"
+
+
 def _features(n_row: int, n_col: int) -> str:
     """The first layer's inputs, the new weight as it is without the read-out, and the unit of the read-out."""
-    rows = [f"x[{3 + k}] = row[{k}][i / C];" for k in range(n_row)]
-    columns = [f"x[{3 + n_row + k}] = col[{k}][i % C];" for k in range(n_col)]
-    return f"""static inline T clipped(T x) {{ return x > 1 ? 1 : x < -1 ? -1 : x; }}
-
-static void features(long start, long n, long C, const T *number, T **data, T **row, T *x, T *rest, T *units) {{
-  const T lr = number[0], eps = number[1], decay = number[2], scale = number[3], typical = number[4];
-  const T tiny = sizeof(T) == 4 ? (T){2.0**-126!r} : (T){2.0**-1022!r};
-  T **col = row + {n_row};
-  for (long w = 0; w < n; w++, x += {3 + n_row + n_col}) {{
-    const long i = start + w;
-    const T theta = data[0][i], delta = theta - data[1][i], rms = data[2][i], grad = data[3][i];
-    const T floor = rms + (T)0.1 * typical, inverse = 1 / (rms + eps), normalised = grad / floor;
-    const T unit = scale * floor * inverse, pull = decay * rms;
-    x[0] = clipped(LOG2(ABS(normalised) + tiny) * (T){math.log(2) / 5!r});
-    x[1] = clipped(normalised * (T){math.exp(5)!r});
-    x[2] = delta / (4 * unit + ABS(delta));
-    {" ".join([*rows, *columns])}
-    rest[w] = theta - lr * grad * inverse - (pull > 1 ? 1 : pull) * delta;
-    units[w] = unit;
-  }}
-}}
-"""
+    rows = [f"in[{3 + k}] = row{k}[i / C];" for k in range(n_row)]
+    columns = [f"in[{3 + n_row + k}] = col{k}[i % C];" for k in range(n_col)]
+    return f"""for (long w = 0; w < n; w++) {{
+        T *in = x + w * {3 + n_row + n_col};
+        const long i = start + w;
+        const T delta = theta[i] - theta0[i];
+        const T floor = rms[i] + (T)0.1 * typical, inverse = 1 / (rms[i] + eps), normalised = grad[i] / floor;
+        const T unit = scale * floor * inverse, pull = decay * rms[i];
+        in[0] = clipped(LOG2(ABS(normalised) + tiny) * (T){math.log(2) / 5!r});
+        in[1] = clipped(normalised * (T){math.exp(5)!r});
+        in[2] = delta / (4 * unit + ABS(delta));
+        {" ".join([*rows, *columns])}
+        rest[w] = theta[i] - lr * grad[i] * inverse - (pull > 1 ? 1 : pull) * delta;
+        units[w] = unit;
+      }}"""
 
 
 def _step(cell: Cell, layers: int, n_row: int, n_col: int) -> str:
     n_inputs, n_states = 3 + n_row + n_col, len(cell.states)
     packing, passing, read, packed, x = [], [], "context", "packed", "x"
     for k, n_in in enumerate([str(n_inputs), *["H"] * (layers - 1)]):
-        gates, slot = f"{cell.n_gates} * H", 4 + n_states * k
+        gates, slot = f"{cell.n_gates} * H", n_states * k
         packing.append(f"pack({read}, {read} + {gates} * {n_in}, {read} + {gates} * ({n_in} + H), {n_in}, {packed});")
-        states = ", ".join(f"data[{slot + s}] + start * H" for s in range(n_states))
+        states = ", ".join(f"slot{slot + s} + start * H" for s in range(n_states))
         passing.append(f"layer({packed}, {x}, {n_in}, n, sums, gates, {states});")
         read += f" + {gates} * (1 + {n_in} + H)"
         packed += f" + PADDED * (1 + {n_in} + H)"
-        x = f"data[{slot}] + start * H"  # the next layer reads this one's new output
+        x = f"slot{slot} + start * H"  # the next layer reads this one's new output
     pack, layer = "\n  ".join(packing), "\n      ".join(passing)
-    return f"""void step(long R, long C, int threads, const T *context, T **data) {{
+    return f"""
   T *packed = aligned_alloc(BYTES, sizeof(T) * PADDED * ({1 + n_inputs} + H + {layers - 1} * (1 + 2 * H)));
   {pack}
-  const T *output = {read};
+  const T *output = {read}, *number = output + H;
+  const T lr = number[0], eps = number[1], decay = number[2], scale = number[3], typical = number[4];
+  const T tiny = sizeof(T) == 4 ? (T){2.0**-126!r} : (T){2.0**-1022!r};
   const long N = R * C;
   #pragma omp parallel num_threads(threads) if(N > BLOCK)
   {{
@@ -234,17 +248,15 @@ def _step(cell: Cell, layers: int, n_row: int, n_col: int) -> str:
     #pragma omp for schedule(dynamic, 16)
     for (long start = 0; start < N; start += BLOCK) {{
       const long n = start + BLOCK < N ? BLOCK : N - start;
-      features(start, n, C, output + H, data, data + {4 + n_states * layers}, x, rest, units);
+      {_features(n_row, n_col)}
       {layer}
       const T *h = {x};
       for (long w = 0; w < n; w++) {{
         T sum = 0;
         for (long u = 0; u < H; u++) sum += h[w * H + u] * output[u];
-        data[0][start + w] = rest[w] - units[w] * sum;
+        theta[start + w] = rest[w] - units[w] * sum;
       }}
     }}
     free(sums);
   }}
-  free(packed);
-}}
-"""
+  free(packed);"""

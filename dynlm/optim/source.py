@@ -1,9 +1,14 @@
-"""C source of a traced step: the update in place, its adjoint, and the reverse-mode replay of a window of updates."""
+"""Kernels of a traced step: the update in place, its adjoint, and the reverse-mode replay of a window of updates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Literal
 
+from torch import Tensor
+
+from dynlm.kernels import Array, Kernel
 from dynlm.optim.trace import Node, Traced
 
 COLUMNS = 1024  # coordinates of one row that a thread updates at a time
@@ -46,16 +51,29 @@ static inline bf16 narrow(float x) {  /* to nearest, ties to even; a NaN stays o
 """
 
 
-def update_source(traced: Traced, state: str = "T", scaled: bool = False) -> str:
-    """``void step(long n, const long *dims, int threads, const T *context, double lr, double keep, void **data)``.
+def numbered(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Slots or features by the names that the kernels here give them."""
+    return dict(zip(_names(name, len(tensors)), tensors, strict=True))
 
-    Changes weights and slots of n tensors in place. ``dims``: R, C of each; ``context`` (n, N). ``data`` points, for
-    each, to theta, theta0, rms, grad, the slots (all R × C), the row features (R) and column features (C). Slots are of
-    type ``state``: T, or bf16 for half the memory. ``scaled``: θ ← keep θ + lr (step(θ) − θ) instead of step(θ).
+
+@cache
+def _names(name: str, n: int) -> list[str]:
+    return [f"{name}{k}" for k in range(n)]
+
+
+def feature_arrays(traced: Traced, rows: str = "R, 1", columns: str = "1, C") -> list[Array]:
+    """The row and column features."""
+    arrays = [Array(f"row{k}", rows) for k in range(traced.n_row)]
+    return arrays + [Array(f"col{k}", columns) for k in range(traced.n_col)]
+
+
+def update_kernel(traced: Traced, state: Literal["T", "bf16"] = "T", scaled: bool = False) -> Kernel:
+    """One update in place of n tensors.
+
+    Slots are of type ``state``: T, or bf16 for half the memory. ``scaled``: θ ← keep θ + lr (step(θ) − θ) instead of
+    step(θ).
     """
     slots = traced.slots
-    arrays = ["theta", "theta0", "rms", "grad", *slots]
-    arrays += [f"row{k}" for k in range(traced.n_row)] + [f"col{k}" for k in range(traced.n_col)]
     places = {"field": "{0}[i]", "row": "r{0}", "col": "col{0}[c]", "context": "s{0}", "const": "(T){0}"}
     half = state == "bf16"
 
@@ -63,19 +81,16 @@ def update_source(traced: Traced, state: str = "T", scaled: bool = False) -> str
         text = places[node.op].format(node.name)
         return f"widen({text})" if half and node.op == "field" and node.name in slots else text
 
-    of_tensor, of_row, body = _forward_by_level(traced, leaf)
+    of_tensor, of_row, of_each = _forward_by_level(traced, leaf)
     theta, *rest = (f"v{n}" for n in traced.outputs)
     moved = f"(T)keep * theta[i] + (T)lr * ({theta} - theta[i])" if scaled else theta
     stores = [f"theta[i] = {moved};"]
     stores += [f"{slot}[i] = {f'narrow({v})' if half else v};" for slot, v in zip(slots, rest, strict=True)]
-    kinds = {name: state if name in slots else "T" for name in arrays}
-    return f"""{BF16 if half else ""}
-void step(long n, const long *dims, int threads, const T *context, double lr, double keep, void **data) {{
+    body = f"""
   #pragma omp parallel num_threads(threads)
   for (long k = 0; k < n; k++) {{
-    const long R = dims[2 * k], C = dims[2 * k + 1];
+    EACH(k)
     const T *numbers = context + k * {traced.n_context};
-{_lines(f"{kind} *restrict {name} = data[k * {len(arrays)} + {a}];" for a, (name, kind) in enumerate(kinds.items()))}
 {_lines(f"const T s{k} = numbers[{k}];" for k in range(traced.n_context))}
 {_lines(of_tensor)}
     #pragma omp for collapse(2) schedule(static) nowait
@@ -87,36 +102,44 @@ void step(long n, const long *dims, int threads, const T *context, double lr, do
       #pragma omp simd
       for (long c = start; c < end; c++) {{
         const long i = r * C + c;
-{_lines([*body, *stores])}
+{_lines([*of_each, *stores])}
       }}
     }}
-  }}
-}}
-"""
+  }}"""
+    return Kernel(
+        "step",
+        body,
+        sizes=("threads",),
+        numbers=("lr", "keep"),
+        arrays=(Array("context", f"n, {traced.n_context}"),),
+        each_sizes=("R", "C"),
+        each=(
+            Array("theta", "R, C", out=True),
+            *(Array(name, "R, C") for name in ("theta0", "rms", "grad")),
+            *(Array(slot, "R, C", state, out=True) for slot in slots),
+            *feature_arrays(traced),
+        ),
+        head=BF16 if half else "",
+    )
 
 
-def adjoint_source(traced: Traced) -> str:
-    """``void adjoint(long R, long C, int threads, context, double *context_grad, T **data)``: one step backwards.
+def adjoint_kernel(traced: Traced) -> Kernel:
+    """One step of one tensor backwards.
 
-    ``data`` points to theta, theta0, rms, grad, the slots, row features (R) and column features (C) before the update,
-    then to the adjoints of the new theta and slots, which become those of the old ones, and to those of grad and
-    theta0, which are written; ``context_grad`` (threads, n) is added to.
+    ``d_theta`` and ``d_slot*`` hold the adjoints of the new weights and slots, and become those of the old ones; those
+    of the gradient and of θ0 are written, and those of the context, a row a thread, are added to.
     """
     state = ["theta", *traced.slots]
-    arrays = ["theta", "theta0", "rms", "grad", *traced.slots]
-    arrays += [f"row{k}" for k in range(traced.n_row)] + [f"col{k}" for k in range(traced.n_col)]
-    adjoints = [f"d_{name}" for name in (*state, "grad", "theta0")]
     places = {"field": "{0}[i]", "row": "r{0}", "col": "col{0}[c]", "context": "s{0}", "const": "(T){0}"}
     forward = _forward(traced, lambda node: places[node.op].format(node.name))
     reverse, contributions = _reverse(traced, state, ("grad", "theta0"), "i")
     used = sorted(contributions)
     reduction = f" reduction(+: {', '.join(f'c{k}' for k in used)})" if used else ""
-    return f"""void adjoint(long R, long C, int threads, const T *context, double *context_grad, T **data) {{
-{_lines(f"T *restrict {name} = data[{k}];" for k, name in enumerate([*arrays, *adjoints]))}
+    body = f"""
 {_lines(f"const T s{k} = context[{k}];" for k in range(traced.n_context))}
   #pragma omp parallel num_threads(threads)
   {{
-    double *own = context_grad + (long)omp_get_thread_num() * {max(traced.n_context, 1)};
+    double *own = context_grad + (long)omp_get_thread_num() * {traced.n_context};
     #pragma omp for collapse(2) schedule(static)
     for (long r = 0; r < R; r++)
     for (long start = 0; start < C; start += {LANES}) {{
@@ -131,21 +154,28 @@ def adjoint_source(traced: Traced) -> str:
       }}
 {_lines(f"own[{k}] += c{k};" for k in used)}
     }}
-  }}
-}}
-"""
+  }}"""
+    return Kernel(
+        "adjoint",
+        body,
+        sizes=("R", "C", "threads"),
+        arrays=(
+            Array("context", str(traced.n_context)),
+            Array("context_grad", f"threads, {traced.n_context}", "double", out=True),
+            *(Array(name, "R, C") for name in ("theta", "theta0", "rms", "grad", *traced.slots)),
+            *feature_arrays(traced),
+            *(Array(f"d_{name}", "R, C", out=True) for name in (*state, "grad", "theta0")),
+        ),
+    )
 
 
-def replay_source(traced: Traced) -> str:
-    """``void replay(long K, long W, int threads, sizes, context, context_grad, place, data)``: W − 1 updates and back.
+def replay_kernel(traced: Traced) -> Kernel:
+    """``steps`` updates of K coordinates of one tensor over recorded gradients, and back.
 
-    ``data`` points to theta, theta0, rms (K), grad (W, K), weight (W), the slots (K), row features (W, R), column
-    features (W, C); ∂J/∂θ_t is weight[t] grad[t]. ``place``: row and column of each coordinate (2, K); ``sizes``: R, C
-    and the row length of grad; ``context`` (W − 1, n); ``context_grad`` (threads, W − 1, n), which is added to.
+    The objective's derivative by the weights after t steps is weight[t] grad[t]. ``place`` holds the row and the column
+    of each coordinate; the adjoints of the contexts, of each thread apart, are added to.
     """
     n, slots = traced.n_context, traced.slots
-    arrays = ["theta", "theta0", "rms", "grad", "weight", *slots]
-    arrays += [f"row{k}" for k in range(traced.n_row)] + [f"col{k}" for k in range(traced.n_col)]
     state = ["theta", *slots]
     places = {
         "row": "row{0}[t * R + place[k]]",
@@ -159,22 +189,18 @@ def replay_source(traced: Traced) -> str:
             return places[node.op].format(node.name)
         if node.name in state:
             return f"at_{node.name}[t * {LANES} + l]"
-        return "grad[t * stride + k]" if node.name == "grad" else f"{node.name}[k]"
+        return "grad[t * K + k]" if node.name == "grad" else f"{node.name}[k]"
 
     forward = _forward(traced, leaf)
     advance = [f"at_{s}[(t + 1) * {LANES} + l] = v{o};" for s, o in zip(state, traced.outputs, strict=True)]
     reverse, contributions = _reverse(traced, state, (), "l")
     used = sorted(contributions)
     reduction = f" reduction(+: {', '.join(f'c{k}' for k in used)})" if used else ""
-    return f"""#define N {max(n, 1)}
-void replay(long K, long W, int threads, const long *sizes, const T *context, double *context_grad, const int *place,
-            T **data) {{
-  const long R = sizes[0], C = sizes[1], stride = sizes[2];
-{_lines(f"const T *restrict {name} = data[{k}];" for k, name in enumerate(arrays))}
+    body = f"""
   #pragma omp parallel num_threads(threads)
   {{
-    double *own = context_grad + (long)omp_get_thread_num() * (W - 1) * N;
-{_lines(f"T *at_{s} = malloc(sizeof(T) * W * {LANES});" for s in state)}
+    double *own = context_grad + (long)omp_get_thread_num() * steps * N;
+{_lines(f"T *at_{s} = malloc(sizeof(T) * (steps + 1) * {LANES});" for s in state)}
 {_lines(f"T d_{s}[{LANES}];" for s in state)}
     #pragma omp for schedule(static)
     for (long start = 0; start < K; start += {LANES}) {{
@@ -182,20 +208,20 @@ void replay(long K, long W, int threads, const long *sizes, const T *context, do
       for (long l = 0; l < n; l++) {{
 {_lines(f"at_{s}[l] = {s}[start + l]; d_{s}[l] = 0;" for s in state)}
       }}
-      for (long t = 0; t < W - 1; t++) {{
+      for (long t = 0; t < steps; t++) {{
         #pragma omp simd
         for (long l = 0; l < n; l++) {{
           const long k = start + l;
 {_lines([*forward, *advance])}
         }}
       }}
-      for (long t = W - 2; t >= 0; t--) {{
+      for (long t = steps - 1; t >= 0; t--) {{
 {_lines(f"T c{k} = 0;" for k in used)}
         #pragma omp simd{reduction}
         for (long l = 0; l < n; l++) {{
           const long k = start + l;
 {_lines(forward)}
-          d_theta[l] += weight[t + 1] * grad[(t + 1) * stride + k];
+          d_theta[l] += weight[t + 1] * grad[(t + 1) * K + k];
 {_lines(reverse)}
 {_lines(f"c{k} += {contributions[k]};" for k in used)}
         }}
@@ -203,9 +229,22 @@ void replay(long K, long W, int threads, const long *sizes, const T *context, do
       }}
     }}
 {_lines(f"free(at_{s});" for s in state)}
-  }}
-}}
-"""
+  }}"""
+    return Kernel(
+        "replay",
+        body,
+        sizes=("K", "steps", "threads", "R", "C"),
+        arrays=(
+            Array("context", f"steps, {n}"),
+            Array("context_grad", f"threads, steps, {n}", "double", out=True),
+            Array("place", "2, K", "int"),
+            *(Array(name, "K") for name in ("theta", "theta0", "rms", *slots)),
+            Array("grad", "steps + 1, K"),
+            Array("weight", "steps + 1"),
+            *feature_arrays(traced, "steps + 1, R", "steps + 1, C"),
+        ),
+        head=f"#define N {n}",
+    )
 
 
 def _lines(statements: object) -> str:

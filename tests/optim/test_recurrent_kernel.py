@@ -1,16 +1,16 @@
 """The recurrent cells' C update against their plain step."""
 
-import ctypes
 import math
 
 import pytest
 import torch
 
-from dynlm.compiler import build, find_compiler, pointer, pointers
+from dynlm.compiler import find_compiler
 from dynlm.optim.base import Coordinates
 from dynlm.optim.features import N_COL, N_ROW
+from dynlm.optim.kernel import arrays_of
 from dynlm.optim.recurrent import GRUCell, LSTMCell, RecurrentConfig
-from dynlm.optim.recurrent_kernel import recurrent_source
+from dynlm.optim.recurrent_kernel import recurrent_kernel
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
 
@@ -46,14 +46,12 @@ def inputs_of(rule, shape, dtype, step):
     return Coordinates(theta0.clone(), theta0, rms, grad, row, col), context
 
 
-def compiled_step(kind, hidden, layers, dtype, threads):
-    function = build(recurrent_source(kind, hidden, layers, N_ROW, N_COL), dtype).step
+def compiled_step(kind, hidden, layers, threads):
+    kernel = recurrent_kernel(kind, hidden, layers, N_ROW, N_COL)
 
     def step(w, slots, context):
         flat = torch.cat([t.reshape(-1) for t in context])
-        features = [t.contiguous() for t in (*w.row, *w.col)]
-        data = pointers([w.theta, w.theta0, w.rms, w.grad, *slots, *features])
-        function(*map(ctypes.c_long, w.theta.shape), ctypes.c_int(threads), pointer(flat), data)
+        kernel((*w.theta.shape, threads), {"context": flat, **arrays_of(w, slots)})
         return w.theta, slots
 
     return step
@@ -83,7 +81,7 @@ def assert_same(got, wanted, tolerance):
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 def test_compiled_step_equals_the_plain_one(kind, hidden, layers, dtype, tolerance):
     rule = moved_rule(kind, dtype, hidden, layers)
-    compiled = compiled_step(kind, hidden, layers, dtype, 2)
+    compiled = compiled_step(kind, hidden, layers, 2)
     for shape in SHAPES:
         plain = run(rule.step, rule, shape, dtype, 5)
         assert_same(run(compiled, rule, shape, dtype, 5), plain, tolerance)
@@ -99,13 +97,13 @@ def test_gates_shut_and_open_alike(kind, dtype, tolerance):
         rule.output_weight.normal_(generator=torch.Generator().manual_seed(3))
     plain = run(rule.step, rule, (17, 5), dtype, 1)
     assert torch.isfinite(plain[0]).all()
-    assert_same(run(compiled_step(kind, 7, 2, dtype, 1), rule, (17, 5), dtype, 1), plain, 10 * tolerance)
+    assert_same(run(compiled_step(kind, 7, 2, 1), rule, (17, 5), dtype, 1), plain, 10 * tolerance)
 
 
 @pytest.mark.parametrize("kind", list(CELLS))
 def test_threads_do_not_change_a_bit(kind):
     rule, dtype = moved_rule(kind, torch.float32, 20, 2), torch.float32
-    one, two = (run(compiled_step(kind, 20, 2, dtype, n), rule, (17, 15), dtype, 3) for n in (1, 2))
+    one, two = (run(compiled_step(kind, 20, 2, n), rule, (17, 15), dtype, 3) for n in (1, 2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
@@ -119,7 +117,7 @@ def test_a_gradient_that_is_no_number_stays_visible(kind, dtype, tolerance, bad)
     slots = no_slots(rule, (17, 5), dtype)
     with torch.no_grad():
         plain, plain_slots = rule.step(w, slots, context)
-        theta, slots = compiled_step(kind, 7, 2, dtype, 2)(w, slots, context)
+        theta, slots = compiled_step(kind, 7, 2, 2)(w, slots, context)
     assert_same([theta, *slots], [plain, *plain_slots], tolerance)
     assert not theta[2, 2].isfinite()
     assert torch.isfinite(theta).sum() == theta.numel() - 1

@@ -213,9 +213,8 @@ def test_torch_compiles_the_same_step(monkeypatch):
 
 def test_compiled_kernel_without_a_compiler_is_an_error(monkeypatch):
     monkeypatch.setenv("DYNLM_KERNEL", "eager")
-    with pytest.raises(InputError, match="no C compiler was found"):
+    with pytest.raises(InputError, match="'compiled', but DYNLM_KERNEL is 'eager'"):
         FusedStep(SGD(), compiled=True)
-    assert not FusedStep(SGD()).compiled
 
 
 @pytest.mark.parametrize("kind", [*HANDMADE, *LEARNED])

@@ -1,0 +1,251 @@
+"""The door into C: every array of every kernel is checked before the call, in real calls of the whole package."""
+
+import copy
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dynlm
+from dynlm.kernels import Array, Each, Kernel, readable
+from dynlm.meta.replay import Replay
+from dynlm.models.gru import gru
+from dynlm.models.recurrence import lstm_layer
+from dynlm.optim.adjoint import FusedAdjoint
+from dynlm.optim.base import Clock, Coordinates, Prior
+from dynlm.optim.kernel import FusedStep, ReplayWork, Scale
+from dynlm.types import InputError
+from lab import needs_compiler
+from optimizer_lab import moved
+
+pytestmark = needs_compiler
+
+SHAPES = [(5, 4), (1, 6), (3, 3)]
+
+
+def draw(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def priors():
+    return [Prior(f"t{i}", draw(*s, seed=i), draw(*s, seed=9 + i).abs() + 0.1, 0.8, 1.0) for i, s in enumerate(SHAPES)]
+
+
+def fused_step(name, scale=None, dtype=torch.float32):
+    def run():
+        rule = moved(name)
+        state, thetas = rule.init(priors()), [p.theta0.clone() for p in priors()]
+        state.slots = [tuple(slot.to(dtype) for slot in of_one) for of_one in state.slots]
+        state.clock.tick(3.0)
+        FusedStep(rule)(thetas, [draw(*s, seed=20) for s in SHAPES], state, priors(), scale)
+
+    return run
+
+
+def adjoint():
+    rule, prior = moved("gated"), priors()[0]
+    state = rule.init([prior])
+    state.clock = Clock(3, 2.0, 2.5)
+    theta, grad = prior.theta0.clone().requires_grad_(), draw(5, 4, seed=1)
+    seen, _ = rule.observe([theta.detach()], [grad], state, [prior])
+    w = Coordinates(theta, prior.theta0, prior.rms, grad, seen.rows[0], seen.cols[0])
+    context_nN, _ = rule.tensor_step(rule.shared([prior], seen.scalars, [3]), state.tensors)
+    new, _ = FusedAdjoint(rule)(w, state.slots[0], context_nN[0])
+    new.sum().backward()
+
+
+def replay():
+    rule = moved("diagonal")
+    k, steps = 6, 3
+    work = ReplayWork(
+        *(draw(k, seed=i) for i in range(3)),
+        tuple(draw(k, seed=3 + i) for i in range(rule.n_slots)),
+        draw(steps + 1, k, seed=8),
+        torch.ones(steps + 1),
+        torch.zeros(2, k, dtype=torch.int32),
+        (draw(steps + 1, 4), draw(steps + 1, 4)),
+        (draw(steps + 1, 5),),
+    )
+    Replay(rule).fused(work, draw(steps, sum(np.prod(s, dtype=int) for s in rule.context_shapes)))
+
+
+def lstm():
+    x, h, c = draw(1, 4, 3), draw(1, 5), draw(1, 5)
+    output, _ = lstm_layer(x, (h, c), *(w.requires_grad_() for w in (draw(20, 3), draw(20, 5), draw(20))))
+    output.sum().backward()
+
+
+def gru_both_ways():
+    gru(draw(4, 2, 9).requires_grad_(), draw(9, 3).requires_grad_()).sum().backward()
+
+
+DOORS = {
+    "step": fused_step("adam"),
+    "scaled": fused_step("rms", Scale(0.5, 0.9)),
+    "half": fused_step("adam", dtype=torch.bfloat16),
+    "look": fused_step("gated"),
+    "means": fused_step("general"),
+    "own-lstm": fused_step("lstm"),
+    "own-gru": fused_step("gru"),
+    "adjoint": adjoint,
+    "replay": replay,
+    "back": lstm,
+    "gru": gru_both_ways,
+}
+
+
+def calls_of(run, monkeypatch):
+    """(kernel, sizes, arrays, options) of every call into C."""
+    calls, call = [], Kernel.__call__
+
+    def record(self, sizes, arrays, **options):
+        calls.append((self, sizes, arrays, options))
+        call(self, sizes, arrays, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Kernel, "__call__", record)
+        run()
+    assert calls
+    return calls
+
+
+def shorter(t):
+    return t.reshape(-1)[:-1].clone() if t.dim() < 2 else t[:, :-1].contiguous()
+
+
+def scattered(t):
+    """The same values, every second place."""
+    return torch.stack([t, t], -1)[..., 0]
+
+
+FAULTS = {
+    "float64": lambda t: t.float() if t.dtype == torch.float64 else t.double(),
+    "integers": lambda t: t.to(torch.int64),
+    "shorter": shorter,
+    "longer": lambda t: torch.cat([t.reshape(-1), t.reshape(-1)]),
+    "scattered": scattered,
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse(),
+    "negated": torch._neg_view,
+    "nothing": lambda t: None,
+    "numpy": lambda t: np.zeros(t.shape),
+}
+
+
+def faulty(tensor):
+    """Everything that an array can be instead, but what is the same to C."""
+    for name, change in FAULTS.items():
+        if (name == "scattered" and tensor.numel() < 2) or (name == "negated" and tensor.dtype == torch.int32):
+            continue
+        yield name, change(tensor)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_every_array_of_every_door_is_checked(door, monkeypatch):
+    for kernel, sizes, arrays, options in calls_of(DOORS[door], monkeypatch):
+        each = options.pop("each", ())
+        groups = [(arrays, ""), *((e.arrays, f" of tensor {k}") for k, e in enumerate(each))]
+        before = {id(t): t.clone() for of_one, _ in groups for t in of_one.values()}
+        for number, (of_one, where) in enumerate(groups):
+            for name, tensor in of_one.items():
+                for fault, wrong in faulty(tensor):
+                    changed = [{**g, name: wrong} if i == number else g for i, (g, _) in enumerate(groups)]
+                    now = [Each(e.sizes, g) for e, g in zip(each, changed[1:], strict=True)]
+                    with pytest.raises(InputError, match=f"^kernel '{kernel.name}' takes ") as error:
+                        kernel(sizes, changed[0], each=now, **options)
+                    assert "\n" not in str(error.value), fault
+                    assert fault in ("float64", "integers") or f"takes {name}{where} as " in str(error.value)
+        for of_one, _ in groups:
+            assert all(torch.equal(t, before[id(t)]) for t in of_one.values())  # C never ran
+        kernel(sizes, arrays, each=each, **options)  # as it was, it runs
+
+
+def test_an_array_too_few_or_under_another_name_is_refused(monkeypatch):
+    ((kernel, sizes, arrays, _),) = calls_of(DOORS["back"], monkeypatch)
+    for wrong in ({k: v for k, v in arrays.items() if k != "h_to_c"}, {**arrays, "more": arrays["grad"]}):
+        with pytest.raises(InputError, match="takes the arrays"):
+            kernel(sizes, wrong)
+    with pytest.raises(InputError, match="takes h_to_c as"):
+        kernel(sizes, {"other" if k == "h_to_c" else k: v for k, v in arrays.items()})
+    with pytest.raises(InputError, match="float32 or float64, not float16"):
+        kernel(sizes, {k: v.half() for k, v in arrays.items()})
+
+
+def test_sizes_follow_the_arrays(monkeypatch):
+    ((kernel, (steps, width), arrays, _),) = calls_of(DOORS["back"], monkeypatch)
+    for sizes in ((steps + 1, width), (steps, width + 1), (steps - 1, width)):
+        with pytest.raises(InputError, match=r"takes \w+ as float32"):
+            kernel(sizes, arrays)
+
+
+def test_arrays_reach_c_by_name_and_sums_and_products_of_sizes_count():
+    kernel = Kernel(
+        "add",
+        "for (long k = 0; k < n; k++) { EACH(k) for (long i = 0; i < m; i++) y[i] = factor * x[i] + *bias + m; }",
+        numbers=("factor",),
+        arrays=(Array("bias"),),
+        each_sizes=("m",),
+        each=(Array("x", "m"), Array("y", "m", out=True)),
+    )
+    for dtype in (torch.float32, torch.float64):
+        xs = [torch.arange(3.0, dtype=dtype), torch.ones(2, dtype=dtype)]
+        ys = [torch.zeros_like(x) for x in xs]
+        each = [Each((len(x),), {"y": y, "x": x}) for x, y in zip(xs, ys, strict=True)]
+        kernel((), {"bias": torch.tensor(0.5, dtype=dtype)}, numbers=(2.0,), each=each)
+        assert [y.tolist() for y in ys] == [[3.5, 5.5, 7.5], [4.5, 4.5]]
+    shapes = Kernel("f", "", sizes=("S", "D"), arrays=(Array("a", "S + 1, 3 * D"), Array("b", "2 * D + S")))
+    shapes((2, 4), {"a": torch.zeros(3, 12), "b": torch.zeros(10)})
+    with pytest.raises(InputError, match=re.escape("takes b as float32 [10]")):
+        shapes((2, 4), {"a": torch.zeros(3, 12), "b": torch.zeros(9)})
+
+
+@pytest.mark.parametrize("name", ["sgd", "rms", "adam", "general", "gated", "lstm"])
+def test_a_gradient_with_its_sign_beside_its_memory_moves_weights_the_right_way(name):
+    """``(z.conj() * 1j).real`` leaves such gradients; a tensor of one number of them is contiguous, too."""
+    ends = []
+    for grad in (torch.full((1,), 0.5), torch._neg_view(torch.full((1,), -0.5))):
+        weight = torch.nn.Parameter(torch.ones(1))
+        optimizer = dynlm.LearnedOptimizer([weight], rule=moved(name))
+        weight.grad = grad
+        optimizer.step()
+        ends.append(weight.item())
+    assert ends[0] == ends[1]
+    assert not readable(torch._neg_view(torch.ones(1))).is_neg()
+
+
+def test_slots_that_are_not_contiguous_are_updated_all_the_same():
+    rule, results = moved("adam"), []
+    for lay in (torch.clone, scattered):
+        state, thetas = rule.init(priors()), [lay(p.theta0) for p in priors()]
+        state.slots = [tuple(lay(slot) for slot in of_one) for of_one in state.slots]
+        for _ in range(2):
+            state.clock.tick(3.0)
+            FusedStep(rule)(thetas, [draw(*s, seed=20) for s in SHAPES], state, priors())
+        results.append([*thetas, *(slot for of_one in state.slots for slot in of_one)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a)
+        assert a.abs().max() > 0
+
+
+def test_kernels_and_steps_are_copied_and_pickled(monkeypatch):
+    ((kernel, sizes, arrays, _),) = calls_of(DOORS["back"], monkeypatch)
+    for other in (copy.deepcopy(kernel), pickle.loads(pickle.dumps(kernel))):
+        again = {**arrays, "gates": torch.zeros_like(arrays["gates"])}
+        other(sizes, again)
+        assert torch.equal(again["gates"], arrays["gates"])
+    step, results = FusedStep(moved("gated")), []
+    for apply in (step, copy.deepcopy(step)):
+        state, thetas = step.rule.init(priors()), [p.theta0.clone() for p in priors()]
+        state.clock.tick(3.0)
+        apply(thetas, [draw(*s, seed=20) for s in SHAPES], state, priors())
+        results.append(thetas)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_there_is_no_other_door():
+    root = Path(dynlm.__file__).parent
+    users = {p.relative_to(root).as_posix() for p in root.rglob("*.py") if "import ctypes" in p.read_text()}
+    assert users == {"kernels.py", "compiler.py", "compile_cache.py", "allocator.py"}

@@ -1,5 +1,6 @@
 """What the README shows is true of the code."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -106,6 +107,7 @@ def test_one_wrong_digit_among_the_figures_is_found(figure, tmp_path):
     assert subprocess.run(command, capture_output=True).returncode == 1
 
 
+@pytest.mark.skipif(not os.environ.get("CI"), reason="other releases in the ranges are welcome outside of CI")
 def test_torch_is_the_tested_one():
     pinned = re.search(r"^torch==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned

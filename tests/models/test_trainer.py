@@ -1,9 +1,8 @@
 """transformers' ``Trainer`` on the LSTM: a batch in parts trains as the whole does, and labels mean what they mean."""
 
-import datasets
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 from dynlm.models.lstm import LSTMConfig, LSTMForCausalLM
 
@@ -17,7 +16,7 @@ def make_data():
     mask = (torch.arange(LENGTH) < 12 - torch.arange(16)[:, None] % 7).long()
     labels = ids.masked_fill((mask == 0) | (ids % 5 == 0), -100)
     columns = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    return datasets.Dataset.from_dict({name: column.tolist() for name, column in columns.items()})
+    return [{name: column[row] for name, column in columns.items()} for row in range(16)]
 
 
 def train(tmp_path, batch, accumulate, smoothing=0.0, **config):
@@ -68,7 +67,7 @@ def test_penalties_are_accumulated_too(tmp_path):
 def test_label_smoothing_smooths_the_token_that_follows(tmp_path):
     trainer, losses, _ = train(tmp_path, 8, 1, 0.1)
     assert losses[1] < losses[0]
-    batch = {name: torch.tensor(make_data()[:8][name]) for name in ("input_ids", "attention_mask", "labels")}
+    batch = default_data_collator(make_data()[:8])
     with torch.no_grad():
         logits = trainer.model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1].flatten(0, 1)
         expected = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten(), label_smoothing=0.1)
@@ -80,8 +79,7 @@ def test_evaluation_hands_over_logits_alone(tmp_path):
     trainer, _, _ = train(tmp_path, 8, 1)
     output = trainer.predict(make_data())
     assert output.predictions.shape == (16, LENGTH, VOCAB)
-    model, rows = trainer.model.eval(), make_data()[:8]
     with torch.no_grad():
-        loss = model(**{name: torch.tensor(column) for name, column in rows.items()}).loss
-    trainer.eval_dataset = make_data().select(range(8))
+        loss = trainer.model.eval()(**default_data_collator(make_data()[:8])).loss
+    trainer.eval_dataset = make_data()[:8]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(float(loss), rel=1e-5)

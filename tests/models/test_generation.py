@@ -5,8 +5,10 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerFast, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast, pipeline
 
+from dynlm.cli.kit import DEFAULT_MODEL, SHIPPED
+from dynlm.data.tokenizers import load_tokenizer
 from dynlm.models.generation import CARRIED
 from dynlm.models.lstm import LSTMConfig, LSTMForCausalLM
 from dynlm.types import InputError
@@ -104,3 +106,13 @@ def test_the_pipeline_writes_what_generate_writes(model, tmp_path):
     for text, ids, (got,) in zip(texts, (IDS[:1, :3], IDS[1:2]), found, strict=True):
         expected = model.generate(ids, **WISH | {"max_new_tokens": 5})[0, ids.shape[1] :]
         assert got["generated_text"].split() == [f"w{i}" if i else "<pad>" for i in expected.tolist()], text
+
+
+def test_the_shipped_model_knows_its_start_and_its_end():
+    shipped = SHIPPED / DEFAULT_MODEL
+    model = AutoModelForCausalLM.from_pretrained(shipped / "model").eval()
+    tokenizer = load_tokenizer(shipped / "tokenizer")
+    assert [model.config.bos_token_id, model.config.eos_token_id] == [tokenizer.eos_id] * 2
+    written = model.generate(max_new_tokens=4, do_sample=False, pad_token_id=0)  # from the start token alone
+    assert written[0, 0] == tokenizer.eos_id
+    assert written.shape[1] > 1

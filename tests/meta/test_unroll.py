@@ -75,7 +75,7 @@ def test_slices_change_nothing_with_dropout_and_carried_state(dropping_lab, make
     assert other_seed.loss.item() != loss.item(), "dropout is on"
     for slices in SLICES[order]:
         sliced_loss, sliced_grads, end, sliced_after = run_dropping(dropping_lab, rule, order=order, slices=slices)
-        assert torch.equal(sliced_loss, loss), slices
+        torch.testing.assert_close(sliced_loss, loss, rtol=1e-14, atol=0)  # a slice's losses are summed first
         assert torch.equal(sliced_after, after), "the random numbers that follow are the same"
         assert equal(end.thetas, position.thetas)
         assert equal([x for pair in end.hidden for x in pair], [x for pair in position.hidden for x in pair])

@@ -7,6 +7,7 @@ earlier file whole. Tensors are safetensors, everything else JSON; nothing is pi
     RUN/tokenizer/  RUN/model/ the base language model      RUN/evaluate/        results.json, losses.safetensors
     RUN/prior.safetensors      static RMS of the gradient   RUN/report.html, RUN/figures/  the report
     RUN/checkpoints/           unfinished work, for --resume
+    RUN/demo.txt               the demo made this run, and may replace it
     RUN/few-shot.json          few-shot comparison        RUN/few-shot/          its learned starts θ0
 """
 
@@ -47,6 +48,7 @@ class Run:
         self.report = self.path / "report.html"
         self.figures = self.path / "figures"
         self.few_shot = self.path / "few-shot.json"
+        self.demo = self.path / "demo.txt"
 
     def rule(self, name: str) -> Path:
         return self.path / "rules" / name

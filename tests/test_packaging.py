@@ -47,7 +47,9 @@ def test_the_wheel_holds_every_file_of_the_package():
         "hatchling.builders.wheel", reason="hatchling, which builds the wheel, is not installed"
     )
     held = {file.distribution_path for file in wheel.WheelBuilder(str(ROOT)).recurse_included_files()}
-    assert held == data_files()
+    recipes = {f"dynlm/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.toml")}
+    assert recipes
+    assert held == data_files() | recipes
 
 
 def test_the_wheel_declares_the_licenses_of_code_and_weights():

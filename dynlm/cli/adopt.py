@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dynlm import runs
-from dynlm.cli.recipe import Recipe
+from dynlm.cli.recipe import Recipe, saved_settings
 from dynlm.data.tokenizers import HuggingFaceTokenizer, Tokenizer, TokenizerConfig
 from dynlm.models.causal import load_model, scorer_for
 from dynlm.models.context import ContextConfig
@@ -105,7 +103,7 @@ def begin_run(run: runs.Run, tokenizer: Tokenizer, recipe: Recipe) -> None:
     for folder in (run.path / "rules", run.path / "starts", run.evaluation, run.figures):
         shutil.rmtree(folder, ignore_errors=True)
     logs = run.path.glob("meta-train*.jsonl")  # of every seed
-    for stale in (run.prior, run.report, run.log("train"), *logs):
+    for stale in (run.prior, run.report, run.demo, run.log("train"), *logs):
         stale.unlink(missing_ok=True)
     tokenizer.save(run.tokenizer)
-    runs.write_json(run.recipe, asdict(dataclasses.replace(recipe, overwrite=False, resume=False)))
+    runs.write_json(run.recipe, saved_settings(recipe))

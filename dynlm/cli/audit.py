@@ -5,26 +5,28 @@ from __future__ import annotations
 from functools import partial
 
 from dynlm.cli.recipe import Recipe
-from dynlm.cli.stages import Bench
+from dynlm.cli.stages import Bench, methods_of
 from dynlm.evaluate.audit import Verdict, adds_up, verdicts
-from dynlm.runs import read_json
+from dynlm.runs import Json, read_json
 from dynlm.types import InputError
 
 
-def audit_stage(recipe: Recipe) -> None:
+def audit_stage(recipe: Recipe) -> Json:
     """One line a check; exit code 2 if any fails. Writes nothing.
 
-    The methods are those of the run's results.json, or of ``evaluate.methods`` before there is one.
+    The methods are those of the run's results.json, else of ``evaluate.methods``, else all that the run holds.
     """
     bench, config = Bench(recipe), recipe.evaluate
-    methods = list(read_json(bench.run.results)["methods"]) if bench.run.results.is_file() else list(config.methods)
+    evaluated = list(read_json(bench.run.results)["methods"]) if bench.run.results.is_file() else []
+    methods = methods_of(bench.run, evaluated or config.methods)
     texts = bench.corpus.split(config.split)[: config.max_articles or None]
     articles = bench.articles(config.split, config.max_articles)
-    failed = 0
+    failed, checks = 0, list[Json]()
 
     def tell(method: str, verdict: Verdict) -> None:
         nonlocal failed
         failed += not verdict.passed
+        checks.append({"method": method, **verdict._asdict()})
         print(
             f"{method:>14}  {verdict.name:<26} {'ok' if verdict.passed else 'FAILED':<7} {verdict.detail}", flush=True
         )
@@ -41,3 +43,4 @@ def audit_stage(recipe: Recipe) -> None:
     if failed:
         raise InputError(f"{failed} checks of {bench.run.path} failed: its figures cannot be trusted")
     print(f"{len(methods)} methods, every check passed")
+    return {"checks": checks}

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
 from dynlm.adapt import ReadConfig, measure_priors
 from dynlm.cli.adopt import load_base, load_ready_tokenizer, require_reads
@@ -23,6 +22,7 @@ from dynlm.models.context import ContextConfig
 from dynlm.models.lora import LoraSettings
 from dynlm.optim.base import Rule
 from dynlm.optim.library import make_rule
+from dynlm.progress import Bar
 from dynlm.types import Article, InputError, Piece
 
 if TYPE_CHECKING:
@@ -51,8 +51,9 @@ def load_bare(settings: ReadSettings) -> Kit:
         flags = (("set context.carry to ", "use --carry "), ("lora.rank", "--lora-rank"))
         raise InputError(_replaced(str(error), flags)) from None
     score, config = scorer_for(model, context), ReadConfig(reset=settings.resets, params=params)
-    pieces = tqdm(list(_pieces(articles, tokenizer, config.segment, device)), desc="prior", unit="segment")
-    priors = measure_priors(model, score, iter(pieces), params)
+    pieces = list(_pieces(articles, tokenizer, config.segment, device))
+    with Bar(len(pieces), "prior", "segment") as bar:
+        priors = measure_priors(model, score, bar.over(pieces), params)
     rule = _rule(kind, settings.lr, 1 / priors[0].relative_rms).requires_grad_(False).to(device)
     return Kit(
         model,

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
 import torch
-from tqdm import tqdm
 
 import dynlm
 from dynlm import runs
@@ -22,6 +21,7 @@ from dynlm.meta.outer import OuterConfig, learn_start
 from dynlm.models.nets import MLP, NetScorer, StackedScorer, build_net, cross_entropy, squared_error, stacked
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.handmade import SGD
+from dynlm.progress import Bar
 from dynlm.types import InputError, Piece
 
 METHODS: dict[str, Method] = {
@@ -34,7 +34,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def few_shot(recipe: Recipe) -> None:
+def few_shot(recipe: Recipe) -> runs.Json:
     """Every method over the same tasks: few-shot.json, and the learned starts beside it.
 
     With ``resume``, methods that an earlier command finished under the same settings are taken over.
@@ -56,6 +56,7 @@ def few_shot(recipe: Recipe) -> None:
     versions = {"dynlm": dynlm.__version__, "torch": torch.__version__}
     runs.write_json(run.few_shot, {"schema": 1, "fewshot": asdict(config), "versions": versions, "methods": results})
     print(f"results: {run.few_shot}")
+    return {"methods": results}
 
 
 def own_settings(settings: Mapping[str, object], name: str) -> runs.Json:
@@ -154,7 +155,7 @@ class _Trial:
         def validate() -> float:
             return mean_over_tasks(adapted(reader, valid, self.inner_steps, mean_loss)).value / copies
 
-        with tqdm(total=outer.steps, desc=self.name, unit="step") as bar:
+        with Bar(total=outer.steps, desc=self.name, unit="step") as bar:
             learned = learn_start(self.method, reader, sample, outer, validate, bar.update)
         for restart in learned.restarts:
             print(f"{self.name}: restarted from the best start with half the rate ({restart})")

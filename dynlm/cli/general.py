@@ -11,10 +11,10 @@ from dynlm.meta.train import MetaProgress
 from dynlm.optim.base import Rule
 from dynlm.optim.general import General
 from dynlm.optim.library import save_rule
-from dynlm.runs import Run
+from dynlm.runs import Json, Run
 
 
-def learn_optimizer(recipe: Recipe) -> None:
+def learn_optimizer(recipe: Recipe) -> Json:
     """Writes the rule to the run's rules; every validation leaves a checkpoint to resume from."""
     run, config = Run(recipe.run), recipe.general
     path, checkpoint = run.rule(General.name), run.checkpoint("learn-optimizer")
@@ -34,3 +34,4 @@ def learn_optimizer(recipe: Recipe) -> None:
     progress = meta_train_general(trainer, run, save, recipe.resume)
     checkpoint.unlink(missing_ok=True)
     print(f"rule: {path} (lowest mean log(last / first held-out loss) {progress.best:.4f})")
+    return {"rule": str(path), "meta_validation": progress.best, "steps": progress.step, "seconds": progress.seconds}

@@ -3,52 +3,80 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import json
 import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from importlib import import_module, resources
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynlm.cli.terminal import tell
-from dynlm.runs import Run
+import dynlm
+from dynlm.cli.terminal import tell, usage_errors
+from dynlm.interrupt import Interrupted
+from dynlm.progress import hush_libraries, set_quiet
+from dynlm.runs import Json, Run, write_text
 from dynlm.types import InputError
 
 if TYPE_CHECKING:
     from dynlm.cli.recipe import Recipe
 
-# MODULE.FUNCTION, imported when its command runs: `dynlm read` needs no transformers, which takes seconds.
-COMMANDS: dict[str, tuple[str, str]] = {
-    "read": ("read.main", "read your own texts and see, token by token, what learning while reading gains"),
-    "train": ("stages.train", "train tokenizer and base model, or take up a ready one"),
-    "tune": ("stages.tune", "tune the hand-made rules on the meta split"),
-    "plan": ("plan.plan", "predict memory and time of meta-training; needs no data"),
-    "meta-train": ("stages.meta_training", "train a learned rule, from a tuned hand-made one"),
-    "learn-optimizer": ("general.learn_optimizer", "meta-train the general-purpose optimizer on small training tasks"),
-    "learn-start": ("start.learn_start_stage", "learn a start θ0 of the base model for reading with a rule"),
-    "evaluate": ("stages.evaluate", "read held-out articles with every method and write the report"),
-    "audit": ("audit.audit_stage", "check that every method of a run reads without leaks and adds up"),
-    "report": ("stages.report", "write the report of an evaluation again"),
-    "few-shot": ("fewshot.few_shot", "learn a start for few-shot tasks with several methods and compare them"),
+
+class Command(NamedTuple):
+    """A command: MODULE.FUNCTION in dynlm.cli, imported when it runs, as `dynlm read` needs no transformers."""
+
+    function: str
+    description: str
+    resumes: bool = False
+    """``--resume`` goes on from its checkpoint or after what it has finished"""
+
+
+COMMANDS: dict[str, Command] = {
+    "read": Command("read.main", "read your own texts and see, token by token, what learning while reading gains"),
+    "train": Command("stages.train", "train tokenizer and base model, or copy a ready one into the run", True),
+    "tune": Command("stages.tune", "tune the hand-made rules on the meta split"),
+    "plan": Command("plan.plan", "predict memory and time of meta-training; needs no data"),
+    "meta-train": Command("stages.meta_training", "train a learned rule, from a tuned hand-made one", True),
+    "learn-optimizer": Command(
+        "general.learn_optimizer", "meta-train the general-purpose optimizer on small training tasks", True
+    ),
+    "learn-start": Command("start.learn_start_stage", "learn a start θ0 of the base model for reading with a rule"),
+    "evaluate": Command("stages.evaluate", "read held-out articles with every method and write the report"),
+    "audit": Command("audit.audit_stage", "check that every method of a run reads without leaks and adds up"),
+    "report": Command("stages.report", "write the report of an evaluation again"),
+    "few-shot": Command(
+        "fewshot.few_shot", "learn a start for few-shot tasks with several methods and compare them", True
+    ),
+    "demo": Command("main.demo", "run the whole chain on the documentation that Python carries, no download"),
 }
-USAGE = """usage: dynlm COMMAND [RECIPE.toml] [--run DIR] [--section.setting VALUE ...]
+USAGE = """usage: dynlm COMMAND [RECIPE] [--run DIR] [--section.setting VALUE ...]
        dynlm read FILE... [--html FILE]
 
 commands:
-  demo            the whole chain on the documentation that Python carries, no download
 {commands}
-`dynlm COMMAND --help` lists every setting with its unit and default. Without a recipe, the settings of an existing
---run are taken up; flags come last. Every command prints its run directory. Exit code 2: bad input, told in one line.
+  env             print versions and what was found on this machine, for bug reports
+
+`dynlm COMMAND --help` lists the settings of a command, `--help-all` all settings in full. RECIPE is a .toml file, or
+one that ships ({recipes}).
+Without a recipe, the settings of an existing --run are the defaults; flags come last.
+Shell completion: `dynlm COMMAND --tyro-print-completion bash` (zsh, tcsh). Exit code 2: bad input, in one line.
 """
+DEMO = "demo.toml"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:2], "--help"]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE.format(commands="\n".join(f"  {name:<15} {text}" for name, (_, text) in COMMANDS.items())))
+        print(_usage())
         return 0 if arguments else 2
+    if arguments[0] in ("--version", "-V"):
+        print(f"dynlm {dynlm.__version__}")
+        return 0
     try:
         _run(arguments[0], arguments[1:])
     except InputError as error:
@@ -57,67 +85,105 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         tell(f"{error.strerror or error} ({error.filename}): nothing was replaced")
         return 2
+    except Interrupted as error:
+        tell(str(error))
+        return 128 + error.signal
     except KeyboardInterrupt:
-        print(
-            "dynlm: interrupted; finished files are whole, --resume goes on from the last checkpoint", file=sys.stderr
-        )
+        tell("interrupted: what was finished is whole, the rest was not saved")
         return 130
     return 0
 
 
-def _run(command: str, arguments: list[str]) -> None:
-    if command == "demo":
-        with resources.as_file(resources.files("dynlm.cli") / "demo.toml") as path:
-            demo(parse(command, [str(path), *arguments]))
+def _usage() -> str:
+    from dynlm.cli.recipe import shipped_recipes
+
+    commands = "\n".join(f"  {name:<15} {command.description}" for name, command in COMMANDS.items())
+    return USAGE.format(commands=commands, recipes=", ".join(shipped_recipes()))
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    if name == "env":
+        _print_environment("--json" in arguments)
         return
-    if command not in COMMANDS:
-        raise InputError(f"unknown command {command!r}: choose one of demo, {', '.join(COMMANDS)}")
-    if command == "read":  # has settings of its own
-        stage(command)(arguments)
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(COMMANDS)}, env"
+        raise InputError(f"unknown command {name!r}: {hint}")
+    if name == "read":  # has settings of its own
+        stage(name)(arguments)
         return
-    recipe = parse(command, arguments)
-    print(f"run directory: {recipe.run}")
-    stage(command)(recipe)
+    if {"-h", "--help"} & set(arguments):
+        from dynlm.cli.help import command_help
+
+        print(command_help(name, COMMANDS[name].description), end="")
+        return
+    recipe = parse(name, arguments)
+    if recipe.resume and not COMMANDS[name].resumes:
+        raise InputError(f"`dynlm {name}` has nothing to resume: leave --resume out, or add --overwrite to start again")
+    set_quiet(recipe.quiet)
+    hush_libraries()
+    with redirect_stdout(sys.stderr) if recipe.json else nullcontext():
+        print(f"run directory: {recipe.run}", flush=True)
+        figures = stage(name)(recipe) or {}
+    if recipe.json:
+        print(json.dumps({"command": name, "run": recipe.run, **figures}, ensure_ascii=False, allow_nan=False))
 
 
 def stage(command: str) -> Any:
-    """The function of a command."""
-    module, _, name = COMMANDS[command][0].partition(".")
+    """The function of a command: takes its settings, and returns its figures where it has some."""
+    module, _, name = COMMANDS[command].function.partition(".")
     return getattr(import_module(f"dynlm.cli.{module}"), name)
 
 
 def parse(command: str, arguments: Sequence[str]) -> Recipe:
     """Defaults, then the recipe file (or the run's own settings), then flags."""
+    from dynlm.cli.recipe import Recipe, find_recipe, load_recipe, recipe_of_run
+
+    flags = ["--help" if flag == "--help-all" else flag for flag in arguments]
+    if command == "demo":
+        with resources.as_file(resources.files("dynlm.cli") / DEMO) as path:
+            return _flags(command, flags, load_recipe(path))
+    if flags and not flags[0].startswith("-"):
+        return _flags(command, flags[1:], load_recipe(find_recipe(flags[0])))
+    recipe = _flags(command, flags, Recipe())
+    run = Run(recipe.run)
+    if not run.recipe.is_file():
+        return recipe
+    return _flags(command, flags, dataclasses.replace(recipe_of_run(run.recipe), run=str(run.path)))
+
+
+def _flags(command: str, flags: Sequence[str], default: Recipe) -> Recipe:
+    """The recipe with the flags in it."""
     import tyro
 
-    from dynlm.cli.recipe import Recipe, load_recipe, recipe_of_run
+    from dynlm.cli.recipe import Recipe
 
-    flags = list(arguments)
-    default = Recipe()
-    if flags and not flags[0].startswith("-"):
-        default = load_recipe(Path(flags.pop(0)))
-    elif "--run" in flags[:-1]:
-        run = Run(flags[flags.index("--run") + 1])
-        if run.recipe.is_file():
-            default = recipe_of_run(run.recipe)
-            default = dataclasses.replace(default, run=str(run.path))
-    return tyro.cli(Recipe, prog=f"dynlm {command}", args=flags, default=default, description=_description(command))
+    description = COMMANDS[command].description
+    with usage_errors():
+        return tyro.cli(Recipe, prog=f"dynlm {command}", args=list(flags), default=default, description=description)
 
 
-def _description(command: str) -> str:
-    return COMMANDS[command][1] if command in COMMANDS else "the whole chain on Python's own documentation"
+def _print_environment(as_json: bool) -> None:
+    from dynlm.cli.env import environment
+
+    found = environment()
+    print(json.dumps(found) if as_json else "\n".join(f"{name + ':':<20} {value}" for name, value in found.items()))
 
 
-def demo(recipe: Recipe) -> None:
-    """Train, tune, meta-train, evaluate and report, each in turn."""
-    started = time.perf_counter()
-    print(f"run directory: {recipe.run}")
-    if Run(recipe.run).path.exists() and not recipe.overwrite:
-        recipe = dataclasses.replace(recipe, overwrite=True)  # the demo's own directory, made to be made again
+def demo(recipe: Recipe) -> Json:
+    """Train, tune, meta-train, evaluate and report, each in turn; the demo's own run is made again."""
+    started, run, figures = time.perf_counter(), Run(recipe.run), Json()
+    if run.path.exists() and not recipe.overwrite:
+        if not run.demo.is_file():
+            raise InputError(f"{run.path} exists and is no run of the demo: choose another --run")
+        print(f"{run.path} is an earlier run of the demo: it is replaced")
+        recipe = dataclasses.replace(recipe, overwrite=True)
     for name in ("train", "tune", "meta-train", "evaluate"):
-        print(f"\n── {name}: {COMMANDS[name][1]} ({time.perf_counter() - started:.0f} s)", flush=True)
-        stage(name)(recipe)
+        print(f"\n── {name}: {COMMANDS[name].description} ({time.perf_counter() - started:.0f} s)", flush=True)
+        figures[name] = stage(name)(recipe) or {}
+        write_text(run.demo, "`dynlm demo` made this run, and replaces it when it is run again\n")
     print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes on {os.cpu_count()} cores")
+    return figures
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from dynlm.meta.estimators import make_estimator
 from dynlm.meta.plan import PROBE, available_memory, peak_memory, plan_step, require_fit
 from dynlm.models.causal import CausalScorer, LSTMScorer, scorer_for
 from dynlm.optim.library import start_rule
-from dynlm.runs import Run
+from dynlm.runs import Json, Run
 
 START = {"lr": 2e-3, "eps": 5e-4, "decay": 1e-3}  # any settings: they move no cost
 
@@ -44,7 +44,7 @@ class InMidText:
         return self.score(inputs_S, targets_S, self.before if hidden is None else hidden)
 
 
-def plan(recipe: Recipe) -> None:
+def plan(recipe: Recipe) -> Json:
     """Needs no data and writes nothing. Exit code 2, with what would fit, where memory is too small."""
     meta, segment = recipe.meta, recipe.read.segment
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -63,6 +63,14 @@ def plan(recipe: Recipe) -> None:
     print(f"peak memory {step.peak / MIB:,.0f} MiB of {limit / MIB:,.0f}")
     print(f"time {step.seconds:.2f} s a meta-step, {meta.steps * step.seconds / 60:.1f} minutes for {meta.steps} steps")
     require_fit(step, limit, estimator, meta.truncation)
+    return {
+        "adapted_weights": weights,
+        "meta_parameters": phi,
+        "peak_mib": step.peak / MIB,
+        "limit_mib": limit / MIB,
+        "seconds_per_meta_step": step.seconds,
+        "meta_steps": meta.steps,
+    }
 
 
 def _base(recipe: Recipe, device: torch.device) -> tuple[nn.Module, Scorer, tuple[str, ...]]:

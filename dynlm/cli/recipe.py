@@ -27,6 +27,9 @@ from dynlm.models.train import TrainConfig
 from dynlm.runs import read_json
 from dynlm.types import InputError
 
+PACKAGE = Path(__file__).parents[1]
+SHIPPED = (PACKAGE / "recipes", PACKAGE.parent / "recipes")  # in a wheel, in a checkout
+
 
 @dataclass(frozen=True)
 class PriorConfig:
@@ -40,10 +43,11 @@ class PriorConfig:
 class EvaluateConfig:
     """Reading held-out articles with several methods."""
 
-    methods: tuple[str, ...] = ("static", "stateless", "sgd", "rms", "adam", "gated")
-    """static is the baseline of every gain; others are taken from the run's rules: RULE, RULE#SEED of another seed,
-    RULE@METHOD from a learned start; cache is static with a neural cache, RULE+cache another method with one
-    (tune.rules takes these names); stateless is static, its hidden state dropped before each segment"""
+    methods: tuple[str, ...] = ()
+    """methods to read with; without any, static, stateless and every rule that the run holds. static is the baseline of
+    every gain; others are taken from the run's rules: RULE, RULE#SEED of another seed, RULE@METHOD from a learned
+    start; cache is static with a neural cache, RULE+cache another method with one (tune.rules takes these names);
+    stateless is static, its hidden state dropped before each segment"""
     split: str = "valid"
     """split to read"""
     max_articles: int = 0
@@ -139,7 +143,13 @@ class Recipe:
     overwrite: bool = False
     """replace what an earlier run of the same command left"""
     resume: bool = False
-    """go on from the command's last checkpoint (train, meta-train, learn-optimizer) or finished methods (few-shot)"""
+    """go on where the command stopped: from its checkpoint, or after what it has finished"""
+    threads: int = 0
+    """threads to compute with; 0: one for small models, else chosen by a measurement of some 50 ms"""
+    quiet: bool = False
+    """results only: no progress"""
+    json: bool = False
+    """print one JSON object with the figures to standard output; everything else goes to standard error"""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -159,6 +169,8 @@ class Recipe:
     general: GeneralMetaConfig = field(default_factory=GeneralMetaConfig)
 
 
+FLAGS = ("overwrite", "resume", "threads", "quiet", "json")
+"""settings of one call: never of a recipe, and not kept in a run's recipe.json"""
 FIXED_BY_TRAINING = ("data", "tokenizer", "model", "lora")
 
 
@@ -174,7 +186,32 @@ def load_recipe(path: Path) -> Recipe:
         raise InputError(f"recipe {path} does not exist") from None
     except (OSError, ValueError) as error:
         raise InputError(f"recipe {path} is not TOML ({error})") from None
+    for name in FLAGS:
+        if name in values:
+            raise InputError(f"recipe {path}: {name!r} is no setting of a recipe: give --{name} on the command line")
     return cast(Recipe, build(Recipe, values, str(path)))
+
+
+def find_recipe(name: str) -> Path:
+    """Return the path of a recipe: a file, or one that ships, by its name without ``.toml``.
+
+    Raises:
+        InputError: neither, with the names of those that ship.
+    """
+    path = Path(name)
+    if path.is_file() or path.suffix == ".toml" or len(path.parts) > 1:
+        return path
+    known = shipped_recipes()
+    if name not in known:
+        raise InputError(
+            f"recipe {name} does not exist: give a .toml file, or one that ships ({', '.join(sorted(known))})"
+        )
+    return known[name]
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the recipes that ship, by name."""
+    return {found.stem: found for folder in SHIPPED for found in sorted(folder.glob("*.toml"))}
 
 
 def build(kind: type[Any], values: Mapping[str, Any], where: str, default: Any = None) -> Any:
@@ -214,7 +251,13 @@ def _check(hint: Any, value: Any, where: str, default: Any = None) -> Any:
 
 def recipe_of_run(path: Path) -> Recipe:
     """The settings that a run directory was made with."""
-    return cast(Recipe, build(Recipe, read_json(path), str(path)))
+    values = read_json(path)
+    return cast(Recipe, build(Recipe, {name: value for name, value in values.items() if name not in FLAGS}, str(path)))
+
+
+def saved_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return what a run keeps of a recipe: all but the flags of the call."""
+    return {name: value for name, value in dataclasses.asdict(recipe).items() if name not in FLAGS}
 
 
 def require_same(recipe: Recipe, trained: Recipe) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import platform
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
 import torch
 import transformers
-from tqdm import tqdm
 
 import dynlm
 from dynlm import runs
@@ -40,8 +40,13 @@ from dynlm.optim.base import Prior, Rule
 from dynlm.optim.handmade import Static
 from dynlm.optim.hub import fingerprint
 from dynlm.optim.library import LEARNED, load_rule, save_rule, seeded, seedless, start_rule
+from dynlm.progress import Bar
 from dynlm.report.html import write_report
+from dynlm.threads import choose_threads
 from dynlm.types import Article, InputError, TokenizedArticle
+
+USUAL = {"sgd": "tune", "rms": "tune", "adam": "tune", "gated": "meta-train"}
+"""rules that a comparison usually has, and the commands that make them"""
 
 
 class Bench:
@@ -55,6 +60,7 @@ class Bench:
         self.model, params = load_base(self.run.model, recipe.lora, recipe.read.params, self.device)
         self.recipe = dataclasses.replace(recipe, read=dataclasses.replace(recipe.read, params=params))
         self.score = scorer_for(self.model, recipe.context)
+        print(f"threads: {choose_threads(recipe.threads, self.model.num_parameters())}", flush=True)
         self.tokenizer = load_tokenizer(self.run.tokenizer)
 
     @cached_property
@@ -82,8 +88,8 @@ class Bench:
             ids_T = article.ids_T.to(self.device)
             pieces.extend(article_segments(ids_T, self.tokenizer.eos_id, self.recipe.read.segment))
         pieces = pieces[: max(1, self.recipe.prior.tokens // self.recipe.read.segment)]
-        bar = tqdm(pieces, desc="static RMS of the gradient", unit="segment")
-        priors = measure_priors(self.model, self.score, iter(bar), self.recipe.read.params)
+        with Bar(len(pieces), "static RMS of the gradient", "segment") as bar:
+            priors = measure_priors(self.model, self.score, bar.over(pieces), self.recipe.read.params)
         runs.write_tensors(self.run.prior, {p.name: p.rms for p in priors}, settings)
         return priors
 
@@ -146,7 +152,7 @@ def free(path: Path, recipe: Recipe, checkpoint: Path | None = None) -> None:
         raise InputError(f"{path} exists: add --overwrite to replace it, or choose another --run")
 
 
-def train(recipe: Recipe) -> None:
+def train(recipe: Recipe) -> runs.Json | None:
     """Tokenizer and base model from the train split, or as ``model.pretrained`` holds them."""
     run = runs.Run(recipe.run)
     checkpoint = run.checkpoint("train")
@@ -157,7 +163,7 @@ def train(recipe: Recipe) -> None:
     corpus = load_corpus(recipe.data)
     if recipe.model.pretrained:
         adopt(recipe, run)
-        return
+        return None
     if recipe.lora.rank:
         raise InputError(f"lora.rank is {recipe.lora.rank}, but an LSTM takes no low-rank weights: set it to 0")
     train_texts, valid_texts = corpus.split("train"), corpus.split("valid")
@@ -168,6 +174,9 @@ def train(recipe: Recipe) -> None:
     model = recipe.model.build(tokenizer.vocab_size, tokenizer.eos_id, recipe.train.seed)
     tokens = sum(map(len, articles[0]))
     print(f"{model.num_parameters():,} weights, {len(train_texts)} articles, {tokens:,} training tokens")
+    rows = recipe.train.batch_size * recipe.train.segment
+    product = rows, model.config.embedding_size, tokenizer.vocab_size  # the read-out, where most of the time goes
+    print(f"threads: {choose_threads(recipe.threads, product=product)}", flush=True)
     fresh = not recipe.resume
 
     def save_best(best: LSTMForCausalLM) -> None:
@@ -181,33 +190,36 @@ def train(recipe: Recipe) -> None:
     progress = train_base_model(model, articles, recipe.train, run, save_best, recipe.resume)
     checkpoint.unlink(missing_ok=True)
     print(f"best validation {progress.best:.4f} nats/token after {progress.seconds / 60:.1f} minutes of training")
+    return {"validation_nats_per_token": progress.best, "steps": progress.step, "seconds": progress.seconds}
 
 
-def tune(recipe: Recipe) -> None:
+def tune(recipe: Recipe) -> runs.Json:
     """Settings of the hand-made rules, on the meta-training articles."""
-    bench = Bench(recipe)
+    bench, figures = Bench(recipe), runs.Json()
     for kind in recipe.tune.rules:
         free(bench.run.rule(kind), recipe)
     articles, _ = divide_meta_split(bench.articles("meta"), recipe.meta)
     for kind in recipe.tune.rules:
         if cached_name(kind) is not None:
-            _tune_cache(bench, kind, articles)
+            figures[kind] = _tune_cache(bench, kind, articles)
             continue
-        with tqdm(total=recipe.tune.trials, desc=f"tune {kind}", unit="trial") as bar:
+        with Bar(total=recipe.tune.trials, desc=f"tune {kind}", unit="trial") as bar:
             tuned = tune_rule(kind, bench.reader, articles, bench.tokenizer.eos_id, recipe.tune, bar.update)
         made = {"nats_per_token": tuned.nats_per_token, "trials": tuned.trials, "config": asdict(recipe.tune)}
         save_rule(tuned.rule, bench.run.rule(kind), made)
         numbers = ", ".join(f"{name} {value:.3g}" for name, value in tuned.rule.settings().items())
+        figures[kind] = {"nats_per_token": tuned.nats_per_token, "settings": tuned.rule.settings()}
         print(f"{kind}: {tuned.nats_per_token:.4f} nats/token with {numbers}")
         if tuned.at_bound:
             print(f"{kind}: {', '.join(tuned.at_bound)} at the edge of the searched range; more trials may help")
+    return {"rules": figures}
 
 
-def _tune_cache(bench: Bench, name: str, articles: list[TokenizedArticle]) -> None:
+def _tune_cache(bench: Bench, name: str, articles: list[TokenizedArticle]) -> runs.Json:
     """Settings of the cache of method ``name``, on what the hand-made rules are tuned on."""
     config, beside = bench.recipe.tune, cached_name(name)
     assert beside is not None
-    with tqdm(desc=f"tune {name}", unit="trial") as bar:
+    with Bar(desc=f"tune {name}", unit="trial") as bar:
         tuned = tune_cache(bench.method(beside), config.excerpts(articles), bench.tokenizer.eos_id, bar.update)
     made = {"nats_per_token": tuned.nats_per_token, "trials": tuned.trials, "config": asdict(config)}
     save_cache(tuned.cache, bench.run.rule(name), made)
@@ -215,9 +227,10 @@ def _tune_cache(bench: Bench, name: str, articles: list[TokenizedArticle]) -> No
     print(f"{name}: {tuned.nats_per_token:.4f} nats/token with {numbers}, {tuned.nats_without:.4f} without the cache")
     if tuned.at_bound:
         print(f"{name}: {', '.join(tuned.at_bound)} at the edge of the searched grid")
+    return {"nats_per_token": tuned.nats_per_token, "settings": asdict(tuned.cache)}
 
 
-def meta_training(recipe: Recipe) -> None:
+def meta_training(recipe: Recipe) -> runs.Json:
     """A learned rule, from the tuned hand-made rule that it starts at, on the meta-training articles."""
     bench, kind = Bench(recipe), recipe.meta.rule
     name, stage = seeded(kind, recipe.meta.seed), seeded("meta-train", recipe.meta.seed)
@@ -244,15 +257,35 @@ def meta_training(recipe: Recipe) -> None:
     reader.restore()
     checkpoint.unlink(missing_ok=True)
     print(f"best meta-validation {progress.best:.4f} nats/token; {progress.seconds / 60:.1f} minutes")
+    return {"meta_validation_nats_per_token": progress.best, "steps": progress.step, "seconds": progress.seconds}
 
 
-def evaluate(recipe: Recipe) -> None:
+def methods_of(run: runs.Run, chosen: Sequence[str]) -> list[str]:
+    """Return the methods to read with: those chosen, or the baselines and every rule that the run holds.
+
+    Raises:
+        InputError: a method that is named twice.
+    """
+    if len(set(chosen)) < len(chosen):
+        twice = next(name for name in chosen if list(chosen).count(name) > 1)
+        raise InputError(f"evaluate.methods names {twice!r} twice: name each method once")
+    if chosen:
+        return list(chosen)
+    held = sorted(path.name for path in run.rule("x").parent.glob("*") if not path.name.startswith("."))
+    missing = [f"{name} (`dynlm {made_by}`)" for name, made_by in USUAL.items() if name not in held]
+    if missing:
+        print(f"note: this run has no {', '.join(missing)}: they are left out", flush=True)
+    return ["static", STATELESS, *held]
+
+
+def evaluate(recipe: Recipe) -> runs.Json:
     """All methods over the same tokens of one split; results.json, losses and the report."""
     bench, config = Bench(recipe), recipe.evaluate
     free(bench.run.results, recipe)
-    if "static" not in config.methods:
-        raise InputError(f"evaluate.methods {config.methods} lack 'static', the baseline of every gain: add it")
-    readers = {name: bench.method(name) for name in config.methods}
+    methods = methods_of(bench.run, config.methods)
+    if "static" not in methods:
+        raise InputError(f"evaluate.methods {methods} lack 'static', the baseline of every gain: add it")
+    readers = {name: bench.method(name) for name in methods}
     articles = bench.articles(config.split, config.max_articles)
     counts = count(articles)
     start_id = bench.tokenizer.eos_id
@@ -268,11 +301,18 @@ def evaluate(recipe: Recipe) -> None:
     for name, method in sorted(summary["methods"].items(), key=lambda item: -item[1]["nats"]):
         low, high = method["gain_ci95"]
         print(
-            f"{name:>12}  word perplexity {method['word_ppl']:8.2f}  bits/byte {method['bits_per_byte']:.4f}"
+            f"{name:>12}  {method['bits_per_byte']:.4f} bits/byte"
             f"  gain {method['gain_nats_per_token']:+.4f} [{low:+.4f}, {high:+.4f}] nats/token"
-            f"  {method['tokens_per_s']:,.0f} tokens/s"
+            f"  word perplexity {method['word_ppl']:,.4g}  {method['tokens_per_s']:,.0f} tokens/s"
         )
     report(recipe)
+    return {"methods": {name: _figures(method) for name, method in summary["methods"].items()}, **counts._asdict()}
+
+
+def _figures(method: runs.Json) -> runs.Json:
+    """What ``--json`` shows of a method; results.json holds the rest."""
+    names = ("bits_per_byte", "gain_nats_per_token", "gain_ci95", "word_ppl", "tokens_per_s")
+    return {name: method[name] for name in names}
 
 
 def _settings(reader: Reader) -> dict[str, float]:
@@ -287,7 +327,7 @@ def _read(name: str, reader: Reader, articles: list[TokenizedArticle], start_id:
     if tapped.rule.reads_gradient:
         with tapped:  # kernels are built outside the timed pass
             tapped.read(dataclasses.replace(articles[0], ids_T=articles[0].ids_T[:128]), start_id)
-    with tqdm(total=sum(map(len, articles)), desc=f"read {name}", unit="token", unit_scale=True) as bar:
+    with Bar(total=sum(map(len, articles)), desc=f"read {name}", unit="token", unit_scale=True) as bar:
         gate_articles = 0 if cached_name(name) else gate_articles
         return read_and_watch(tapped, articles, start_id, bar.update, gate_articles)
 

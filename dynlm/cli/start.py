@@ -6,7 +6,6 @@ import time
 from dataclasses import asdict
 
 import torch
-from tqdm import tqdm
 
 from dynlm import runs
 from dynlm.cli.recipe import Recipe
@@ -17,10 +16,11 @@ from dynlm.meta.initialisation import Task
 from dynlm.meta.outer import learn_start
 from dynlm.meta.train import divide_meta_split
 from dynlm.optim.library import LEARNED, seedless
+from dynlm.progress import Bar
 from dynlm.types import InputError, TokenizedArticle
 
 
-def learn_start_stage(recipe: Recipe) -> None:
+def learn_start_stage(recipe: Recipe) -> runs.Json:
     """θ0 by ``start.method`` with ``start.rule`` in the inner loop; kept in RUN/starts, read as ``RULE@METHOD``."""
     bench, config = Bench(recipe), recipe.start
     target = bench.run.start(config.method)
@@ -37,7 +37,7 @@ def learn_start_stage(recipe: Recipe) -> None:
         bar.write(f"step {bar.n}: meta-validation {value:.4f} nats/token with {config.rule}")
         return value
 
-    with tqdm(total=config.outer.steps, desc=config.method, unit="step") as bar:
+    with Bar(total=config.outer.steps, desc=config.method, unit="step") as bar:
         learned = learn_start(config.method, reader, sample, config.outer, validate, bar.update)
     made = {
         "config": asdict(config),
@@ -53,6 +53,7 @@ def learn_start_stage(recipe: Recipe) -> None:
     for restart in learned.restarts:
         print(f"restarted from the best start with half the rate ({restart})")
     print(f"best meta-validation {learned.best:.4f} nats/token at step {learned.best_step}: {target}")
+    return {"meta_validation_nats_per_token": learned.best, "best_step": learned.best_step, "start": str(target)}
 
 
 class ArticleTasks:

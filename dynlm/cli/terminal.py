@@ -5,13 +5,16 @@ Lines are broken by the terminal, not here: it does so again when its width chan
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from typing import Literal, TextIO
 
 from dynlm.report.shades import DARK, LIGHT, Palette, Rgb, contrast, cube, least, shade
+from dynlm.types import InputError
 
 Color = Literal["auto", "always", "never"]
 Theme = Literal["auto", "light", "dark"]
@@ -31,6 +34,28 @@ def printable(text: str) -> str:
 def tell(message: str) -> None:
     """One line for the person, on standard error."""
     print(f"dynlm: {printable(message)}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn the box that tyro prints of a wrong flag into one line: the flag, what is wrong, what comes nearest.
+
+    Raises:
+        InputError: instead of tyro's exit with code 2.
+    """
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            yield
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        title, *lines = (line.strip("\u2502 ") for line in said.getvalue().strip().splitlines())
+        rule = next((i for i, line in enumerate(lines) if not line.strip("\u2500\u256d\u2570\u256f")), len(lines))
+        after = lines[lines.index("Perhaps you meant:") :] if "Perhaps you meant:" in lines else []
+        near = next((f": did you mean {line.split()[0]}?" for line in after if line.startswith("--")), "")
+        raise InputError(f"{' '.join(lines[:rule]).rstrip('.') or title}{near}") from None
+    sys.stderr.write(said.getvalue())
 
 
 def color_depth(choice: Color, is_terminal: bool, environment: Mapping[str, str] = os.environ) -> int:

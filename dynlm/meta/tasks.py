@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from tqdm import tqdm
 
 from dynlm import runs
 from dynlm.adapt import Reader
@@ -28,6 +27,7 @@ from dynlm.models.params import adapted_parameters
 from dynlm.models.tasks import TaskConfig, TrainingTask, sample_task
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.general import General, GeneralConfig
+from dynlm.progress import Bar
 from dynlm.types import InputError
 
 VALIDATION_SEED = 10**9
@@ -187,7 +187,7 @@ def meta_train_general(
         trainer.load(*runs.read_tensors(path))
         validated = trainer.progress.step
     started, outcomes = time.perf_counter() - trainer.progress.seconds, list[float]()
-    with tqdm(total=config.steps, initial=trainer.progress.step, desc="learn-optimizer", unit="step") as bar:
+    with Bar(total=config.steps, initial=trainer.progress.step, desc="learn-optimizer", unit="step") as bar:
         while True:
             step = trainer.progress.step
             if step != validated and (step % config.validate_every == 0 or step == config.steps):

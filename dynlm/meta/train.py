@@ -16,14 +16,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dynlm import runs
 from dynlm.adapt import Reader
 from dynlm.data.segments import article_segments
+from dynlm.interrupt import Interrupted, Interruptible
 from dynlm.meta.estimators import EstimatorConfig, make_estimator
 from dynlm.meta.positions import pack, unpack
 from dynlm.optim.base import Rule
+from dynlm.progress import Bar
 from dynlm.types import InputError, TokenizedArticle
 
 
@@ -184,7 +185,8 @@ def meta_train(
     if resume:
         trainer.load(*runs.read_tensors(path))
     started = time.perf_counter() - trainer.progress.seconds
-    with tqdm(total=config.steps, initial=trainer.progress.step, desc="meta-train", unit="step") as bar:
+    bar = Bar(config.steps, "meta-train", initial=trainer.progress.step)
+    with bar, Interruptible() as signals:
         if trainer.progress.step == 0:
             trainer.progress = trainer.progress._replace(best=validate())
             save_best(trainer.rule, trainer.progress)
@@ -194,6 +196,11 @@ def meta_train(
             bar.update()
             bar.set_postfix_str(f"reading {loss:.3f} nats/token")
             step = trainer.progress.step
+            if signals.asked:
+                trainer.progress = trainer.progress._replace(seconds=time.perf_counter() - started)
+                runs.write_tensors(path, *trainer.state())
+                said = f"interrupted after step {step}, which is saved: --resume goes on from there"
+                raise Interrupted(said, signals.asked)
             if step % config.validate_every and step != config.steps:
                 continue
             valid = validate()

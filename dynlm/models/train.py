@@ -17,11 +17,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from dynlm import runs
 from dynlm.data.segments import training_streams
+from dynlm.interrupt import Interrupted, Interruptible
 from dynlm.models.lstm import Hidden, LSTMForCausalLM
+from dynlm.progress import Bar
 from dynlm.types import InputError, TokenizedArticle
 
 
@@ -76,7 +77,8 @@ def train_base_model(
     if resume:
         trainer.load(*runs.read_tensors(path))
     started = time.perf_counter() - trainer.progress.seconds
-    with tqdm(total=trainer.total_steps, initial=trainer.progress.step, desc="train", unit="step") as bar:
+    bar = Bar(trainer.total_steps, "train", initial=trainer.progress.step)
+    with bar, Interruptible() as signals:
         for loss in trainer.steps():
             bar.update()
             step = trainer.progress.step
@@ -84,6 +86,8 @@ def train_base_model(
             if step % 10 == 0:
                 speed = trainer.tokens_per_step * step / seconds
                 bar.set_postfix_str(f"{speed:,.0f} tokens/s, loss {loss:.3f} nats/token")
+            if signals.asked:
+                _leave(trainer, run, signals.asked, time.perf_counter() - started)
             if step % trainer.steps_per_validation and step != trainer.total_steps:
                 continue
             valid = trainer.validate()
@@ -99,6 +103,17 @@ def train_base_model(
                 bar.write(f"step {step}: validation {valid:.4f} nats/token, word perplexity {word_ppl:.1f}")
     accelerator.wait_for_everyone()
     return trainer.progress
+
+
+def _leave(trainer: _Trainer, run: runs.Run, signal_number: int, seconds: float) -> None:
+    """Save a checkpoint, if a first model stands in the run that it belongs to, and end."""
+    step = trainer.progress.step
+    if math.isinf(trainer.progress.best):
+        raise Interrupted("interrupted before the first validation: nothing was saved", signal_number)
+    trainer.progress = trainer.progress._replace(seconds=seconds)
+    if trainer.accelerator.is_main_process:
+        runs.write_tensors(run.checkpoint("train"), *trainer.state())
+    raise Interrupted(f"interrupted after step {step}, which is saved: --resume goes on from there", signal_number)
 
 
 class _Trainer:

@@ -51,19 +51,23 @@ def library(identity: str, make: Callable[[], bytes]) -> ctypes.CDLL:
         if not _is_whole(content):
             raise OSError("the compiler wrote no whole library")
         file = f"{name}-{hashlib.sha256(content).hexdigest()}.so"
+        problem = None
         if folder is not None:
             try:
                 _write(content, file, folder)
                 return _load(file, folder)
-            except OSError as error:
+            except OSError as error:  # no space left, or a place from which no code may run
+                problem = error
                 with suppress(OSError):
                     os.unlink(file, dir_fd=folder)
-                reason = error.strerror or error
-                note(f"cannot write compiled kernels to {_path()} ({reason}): each command builds them again")
     # a mapped library lives on when its file is gone
     with tempfile.TemporaryDirectory(prefix="dynlm-kernel-") as private, _opened(Path(private)) as folder:
         _write(content, file, folder)
-        return _load(file, folder, Path(private))
+        loaded = _load(file, folder, Path(private))
+    if problem is not None:
+        reason = problem.strerror or problem
+        note(f"cannot keep compiled kernels in {_path()} ({reason}): each command builds them again")
+    return loaded
 
 
 @contextmanager

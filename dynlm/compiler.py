@@ -28,7 +28,7 @@ from dynlm.types import InputError
 
 CHOICES = ("auto", "compiled", "eager", "torch")
 """of ``DYNLM_KERNEL``: auto compiles where that works, compiled insists on it, torch has ``torch.compile`` do it"""
-TIME_LIMIT, PROBE_LIMIT = 120.0, 30.0
+TIME_LIMIT, PROBE_LIMIT = 120.0, 60.0
 """seconds for one call of the compiler, which takes a few for the largest kernel"""
 # reassociation and reciprocals, but NaN and infinity keep their meaning; the link step must not see -ffast-math, which
 # would switch off denormals for the whole process

@@ -245,6 +245,18 @@ def test_kernels_and_steps_are_copied_and_pickled(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("name", ["gated", "lstm"])
+def test_a_kernel_is_printed_once_and_not_at_every_segment(name, monkeypatch):
+    printed, make = [], Kernel.__init__
+    monkeypatch.setattr(Kernel, "__init__", lambda *args, **options: (printed.append(args), make(*args, **options))[1])
+    rule = moved(name)
+    step, state, thetas = FusedStep(rule), rule.init(priors()), [p.theta0.clone() for p in priors()]
+    for _ in range(4):
+        state.clock.tick(3.0)
+        step(thetas, [draw(*s, seed=20) for s in SHAPES], state, priors())
+    assert len(printed) == 1
+
+
 def test_there_is_no_other_door():
     root = Path(dynlm.__file__).parent
     users = {p.relative_to(root).as_posix() for p in root.rglob("*.py") if "import ctypes" in p.read_text()}

@@ -186,18 +186,23 @@ def test_foreign_code_never_runs(plant, cache, evil, good, marker):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "HOME"])
-def test_a_relative_path_is_ignored(variable, evil, good, marker, tmp_path, monkeypatch, notes):
-    """Otherwise a folder that one happens to work in brings code along."""
+@pytest.fixture
+def working_folder(tmp_path, monkeypatch, evil):
+    """A folder that one happens to work in, and that brings code along."""
     put(tmp_path / "here" / "dynlm", evil)
     put(tmp_path / "here" / ".cache" / "dynlm", evil)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "HOME"])
+def test_a_relative_path_is_ignored(variable, good, marker, working_folder, monkeypatch, notes):
     monkeypatch.setenv(variable, "here")
     assert library(IDENTITY, Maker(good)).answer() == 42
     assert not marker.exists()
-    assert (tmp_path / "home" / ".cache" / "dynlm").exists() == (variable == "XDG_CACHE_HOME")
+    assert (working_folder / "home" / ".cache" / "dynlm").exists() == (variable == "XDG_CACHE_HOME")
     assert len(notes()) == (variable == "HOME")
 
 

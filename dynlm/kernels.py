@@ -41,11 +41,6 @@ class Each(NamedTuple):
     arrays: Mapping[str, Tensor]
 
 
-def readable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where it does not lie as C reads it: contiguous, and with its signs in memory."""
-    return tensor.contiguous().resolve_neg()
-
-
 class _Declared(NamedTuple):
     sizes: tuple[str, ...]
     arrays: tuple[Array, ...]
@@ -99,7 +94,11 @@ class Kernel:
 
     def serves(self, *tensors: Tensor) -> bool:
         """Whether the kernel exists for the tensors' dtype and devices; where it does not, its plain form is due."""
-        return supported(*tensors) and _function(self, tensors[0].dtype) is not None
+        return supported(*tensors) and self.builds(tensors[0].dtype)
+
+    def builds(self, dtype: torch.dtype) -> bool:
+        """The part of :meth:`serves` that is this kernel's own; a failure is noted once."""
+        return _function(self, dtype) is not None
 
     def __call__(
         self,
@@ -111,14 +110,16 @@ class Kernel:
     ) -> None:
         """Run on these arrays, of which the ``out`` ones change in place and share their memory with no other.
 
+        Of an array that is only read, a copy is taken where it is not contiguous or its sign is kept apart.
+
         Raises:
             InputError: an array is missing, or is not what its declaration says; nothing has run.
         """
         dtype, n, values = self._dtype(arrays, each), len(each), list(sizes)
-        common = (*sizes, n)
-        addresses = self._addresses(self.once, arrays, (dtype, common))
+        common, kept = (*sizes, n), list[Tensor]()
+        addresses = self._addresses(self.once, arrays, (dtype, common), kept)
         for k, (own, of_tensor) in enumerate(each):
-            addresses += self._addresses(self.each, of_tensor, (dtype, common, *own), k)
+            addresses += self._addresses(self.each, of_tensor, (dtype, common, *own), kept, k)
             values += own
         if len(numbers) != len(self.numbers):
             raise InputError(f"kernel {self.name!r} takes the numbers {self.numbers} and got {len(numbers)}")
@@ -145,9 +146,14 @@ class Kernel:
         raise InputError(f"kernel {self.name!r} got no array of numbers")
 
     def _addresses(
-        self, declared: _Declared, arrays: Mapping[str, Tensor], key: tuple[Any, ...], k: int | None = None
+        self,
+        declared: _Declared,
+        arrays: Mapping[str, Tensor],
+        key: tuple[Any, ...],
+        kept: list[Tensor],
+        k: int | None = None,
     ) -> list[int]:
-        """Where the arrays lie, in the order of their declarations, once all of them fit."""
+        """Where the arrays lie, in the order of their declarations, once all of them fit; copies are ``kept``."""
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= MOST_PLANS:
@@ -157,12 +163,16 @@ class Kernel:
         if len(arrays) != len(plan):
             names = [array.name for array in declared.arrays]
             raise InputError(f"kernel {self.name!r} takes the arrays {names}{where} and got {list(arrays)}")
-        for name, dtype, shape in plan:
+        for name, dtype, shape, out in plan:
             array: Any = arrays.get(name)
             try:
-                if array.dtype is dtype and array.shape == shape and array.is_cpu and array.is_contiguous():
+                if array.dtype is dtype and array.shape == shape and array.is_cpu:
+                    lies_right = array.is_contiguous() and not array.is_neg()
+                    if not lies_right and not out:
+                        array = array.contiguous().resolve_neg()
+                        kept.append(array)
                     address = array.data_ptr()
-                    if (address or not array.numel()) and not array.is_neg():
+                    if (lies_right or not out) and (address or not array.numel()):
                         addresses.append(address)
                         continue
             except (AttributeError, RuntimeError):  # no tensor, or one without memory of its own, as while tracing
@@ -172,13 +182,13 @@ class Kernel:
         return addresses
 
     def _plan(self, declared: _Declared, dtype: torch.dtype, common: tuple[int, ...], *own: int) -> _Plan:
-        """Name, dtype and shape of each array at these sizes."""
+        """Name, dtype and shape of each array at these sizes, and whether it changes."""
         names = (*self.once.sizes, "n", *(self.each.sizes if declared is self.each else ()))
         sizes = dict(zip(names, (*common, *own), strict=True))
         plan = []
         for array in declared.arrays:
             shape = torch.Size(_extent(text, sizes) for text in array.shape.split(",") if text)
-            plan.append((array.name, KINDS.get(array.kind, dtype), shape))
+            plan.append((array.name, KINDS.get(array.kind, dtype), shape, array.out))
         return plan
 
 
@@ -205,7 +215,7 @@ def _try_to_build(source: str, dtype: torch.dtype, name: str, compiler: str | No
     return None
 
 
-_Plan = list[tuple[str, torch.dtype, torch.Size]]
+_Plan = list[tuple[str, torch.dtype, torch.Size, bool]]
 
 
 def _extent(text: str, sizes: Mapping[str, int]) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dynlm.kernels import Array, Kernel, readable
+from dynlm.kernels import Array, Kernel
 from dynlm.models.recurrence import needs_torch
 
 
@@ -160,13 +160,13 @@ def _forward_in_c(gates_SBG: Tensor, recurrent_GD: Tensor) -> tuple[Tensor, Tens
     width = n_gates // 3
     states = gates_SBG.new_zeros(n_steps + 1, n_batch, width)
     multiples = gates_SBG.new_empty(n_steps, n_batch, 5 * width)
-    arrays = {"gates": readable(gates_SBG), "recurrent": readable(recurrent_GD.t())}
+    arrays = {"gates": gates_SBG, "recurrent": recurrent_GD.t()}
     _FORWARD((n_steps, n_batch, width), {**arrays, "states": states, "multiples": multiples})
     return states, multiples
 
 
 def _backward_in_c(grad_SBD: Tensor, recurrent_GD: Tensor, multiples: Tensor, grads: Tensor) -> None:
-    arrays = {"grad": readable(grad_SBD), "recurrent": readable(recurrent_GD), "multiples": multiples, "grads": grads}
+    arrays = {"grad": grad_SBD, "recurrent": recurrent_GD, "multiples": multiples, "grads": grads}
     _BACKWARD(grad_SBD.shape, arrays)
 
 

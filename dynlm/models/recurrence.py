@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dynlm.kernels import Array, Kernel, readable
+from dynlm.kernels import Array, Kernel
 from dynlm.types import InputError
 
 State = tuple[Tensor, Tensor]
@@ -213,9 +213,9 @@ def _gradients(grad_TH: Tensor, output_TH: Tensor, *inputs: Tensor) -> tuple[Ten
     from_c = torch.stack([g * i * (1 - i), c_before * f * (1 - f), i * (1 - g * g)], dim=1)
     from_h = tanh_c * o * (1 - o)
     h_to_c = o * (1 - tanh_c * tanh_c)
-    factors = Factors(from_c, from_h, h_to_c, f.contiguous())
+    factors = Factors(from_c, from_h, h_to_c, f)
     run_back = _run_back_in_c if _BACK.serves(grad_TH) else _run_back
-    grad_gates = run_back(readable(grad_TH), factors, readable(weight_hh))
+    grad_gates = run_back(grad_TH, factors, weight_hh)
     by_time = grad_gates.t()
     return grad_gates @ weight_ih, by_time @ x_TD, by_time @ before_TH, grad_gates.sum(0)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dynlm.kernels import Array, Each, Kernel, readable
+from dynlm.kernels import Array, Each, Kernel
 from dynlm.optim.base import Clock, Prior, Seen, Slots
 
 N_ROW, N_COL, N_SCALARS = 2, 1, 4
@@ -166,7 +166,7 @@ def _look_in_c(grads: Sequence[Tensor], memory: Sequence[Statistics]) -> tuple[l
         rows.append((row, row_memory))
         cols.append((col,))
         arrays = {
-            "grad": readable(grad),
+            "grad": grad,
             "row_level": m.row_level,
             "col_level": m.col_level,
             "tensor_level": m.tensor_level,

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynlm.kernels import Array, Each, Kernel, readable
+from dynlm.kernels import Array, Each, Kernel
 from dynlm.optim.base import Coordinates, Prior, Rule, RuleState, Seen, Shared, Slots
 from dynlm.optim.features import affine, softsign
 from dynlm.optim.learned import Weights, assemble, power
@@ -196,7 +196,7 @@ def _means_in_c(thetas: Sequence[Tensor], grads: Sequence[Tensor], slots: Sequen
     out = thetas[0].new_empty(len(thetas), 6)
     names = ("theta", "grad", "fast", "slow", "square")
     each = [
-        Each((*t.shape, _stride(t)), dict(zip(names, map(readable, (t, g, *three)), strict=True)))
+        Each((*t.shape, _stride(t)), dict(zip(names, (t, g, *three), strict=True)))
         for t, g, three in zip(thetas, grads, slots, strict=True)
     ]
     _MEANS((), {"out": out}, each=each)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dynlm.compiler import kernel_choice, supported, why_not
-from dynlm.kernels import Each, Kernel, readable
+from dynlm.kernels import Each, Kernel
 from dynlm.optim.base import Coordinates, Prior, Rule, RuleState, Seen, Slots
 from dynlm.optim.source import numbered, replay_kernel, update_kernel
 from dynlm.optim.trace import trace_step
@@ -72,7 +72,7 @@ class FusedStep:
 
         Slots may be bfloat16 where the weights are float32.
         """
-        grads = [readable(grad) for grad in grads]
+        grads = [grad.resolve_neg() for grad in grads]  # of complex numbers: a sign beside the memory
         seen, state.memory = self.rule.observe(thetas, grads, state, priors)
         shared = self.rule.shared(priors, seen.scalars, [state.clock.step])
         context_nN, state.tensors = self.rule.tensor_step(shared, state.tensors)
@@ -84,7 +84,7 @@ class FusedStep:
         scale = None if scale == Scale() else scale
         possible = self.compiled and supported(*thetas) and _contiguous(thetas, state.slots)
         kernel = self.kernel(ws[0], state.slots[0], scale) if possible else None
-        served = kernel is not None and kernel.serves(*thetas)
+        served = kernel is not None and kernel.builds(thetas[0].dtype)
         if served and self.rule.traceable:
             self.fused(ws, state.slots, context_nN, scale)
             return seen
@@ -115,14 +115,14 @@ class FusedStep:
         kernel, factors = self.kernel(ws[0], slots[0], scale), scale or Scale()
         assert kernel is not None
         each = [Each(w.theta.shape, arrays_of(w, of_tensor)) for w, of_tensor in zip(ws, slots, strict=True)]
-        sizes, context = (torch.get_num_threads(),), {"context": context_nN.contiguous()}
+        sizes, context = (torch.get_num_threads(),), {"context": context_nN}
         kernel(sizes, context, numbers=(factors.lr, factors.keep), each=each)
 
     def _own_step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> None:
         """By the rule's own C, one tensor at a time."""
         kernel = self.kernel(w, slots, None)
         assert kernel is not None
-        arrays = {"context": context_N.contiguous(), **arrays_of(w, slots)}
+        arrays = {"context": context_N, **arrays_of(w, slots)}
         kernel((*w.theta.shape, torch.get_num_threads()), arrays)
 
     def _torch_step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> None:
@@ -146,10 +146,9 @@ class FusedStep:
 
 
 def arrays_of(w: Coordinates, slots: Slots) -> dict[str, Tensor]:
-    """A tensor's arrays by the names that kernels give them; what they only read is copied where it must be."""
-    arrays = {"theta0": w.theta0, "rms": w.rms, "grad": w.grad, **numbered("row", w.row), **numbered("col", w.col)}
-    arrays = {name: readable(array) for name, array in arrays.items()}
-    return {"theta": w.theta, **numbered("slot", slots), **arrays}
+    """A tensor's arrays by the names that kernels give them."""
+    own = {"theta": w.theta, "theta0": w.theta0, "rms": w.rms, "grad": w.grad}
+    return own | numbered("slot", slots) | numbered("row", w.row) | numbered("col", w.col)
 
 
 def _contiguous(thetas: Sequence[Tensor], slots: Sequence[Slots]) -> bool:
@@ -194,7 +193,6 @@ class FusedReplay:
         arrays = {"theta": work.theta, "theta0": work.theta0, "rms": work.rms, "grad": work.grads_WK}
         arrays |= {"weight": work.weights_W, "place": work.place_2K, "context": context_WN.detach()}
         arrays |= {**numbered("slot", work.slots), **numbered("row", work.row), **numbered("col", work.col)}
-        arrays = {name: readable(array) for name, array in arrays.items()}
         steps, n = work.grads_WK.shape[0] - 1, work.theta.shape[0]
         lengths = [features[0].shape[1] if features else 0 for features in (work.row, work.col)]
         kernel = self.kernels(len(work.row), len(work.col))

@@ -10,6 +10,7 @@ Losses are nats (natural logarithm) unless a name says otherwise.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,18 @@ Piece = tuple[torch.Tensor, torch.Tensor]
 """(inputs_S, targets_S): what the inner loop scores between two updates."""
 
 
-class InputError(Exception):
-    """Bad input, told in one line: the value, the bound, the next step. The command line turns it into exit code 2."""
+def perplexity(nats: float, count: float) -> float:
+    """exp(nats / count): infinite where it would be beyond all numbers, as by the word of a text without blanks."""
+    mean = nats / max(1, count)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+class InputError(ValueError):
+    """Raised for invalid input. The message is one line: value, bound, next step. A command ends with exit code 2."""
+
+
+class DivergedError(InputError):
+    """Raised where reading or training leaves the finite numbers: a search goes on without that setting."""
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] in ("--version", "-V"):
         print(f"dynlm {dynlm.__version__}")
         return 0
+    hush_libraries()
     try:
         _run(arguments[0], arguments[1:])
     except InputError as error:
@@ -121,7 +122,6 @@ def _run(name: str, arguments: list[str]) -> None:
     if recipe.resume and not COMMANDS[name].resumes:
         raise InputError(f"`dynlm {name}` has nothing to resume: leave --resume out, or add --overwrite to start again")
     set_quiet(recipe.quiet)
-    hush_libraries()
     with redirect_stdout(sys.stderr) if recipe.json else nullcontext():
         print(f"run directory: {recipe.run}", flush=True)
         figures = stage(name)(recipe) or {}

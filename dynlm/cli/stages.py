@@ -21,7 +21,7 @@ from dynlm.cli.kit import model_fingerprint
 from dynlm.cli.recipe import Recipe, recipe_of_run, require_same
 from dynlm.data.articles import Corpus, load_corpus
 from dynlm.data.segments import article_segments
-from dynlm.data.tokenizers import load_tokenizer, tokenize, train_tokenizer
+from dynlm.data.tokenizers import load_tokenizer, lost_share, tokenize, train_tokenizer
 from dynlm.evaluate.breakdowns import Reading, break_down
 from dynlm.evaluate.cache import CachedReader, cached_name, load_cache, save_cache
 from dynlm.evaluate.cache_search import tune_cache
@@ -290,7 +290,12 @@ def evaluate(recipe: Recipe) -> runs.Json:
     counts = count(articles)
     start_id = bench.tokenizer.eos_id
     scores = {name: _read(name, reader, articles, start_id, config.gate_articles) for name, reader in readers.items()}
-    summary = summarize(scores, {name: _settings(reader) for name, reader in readers.items()}, counts)
+    lost = lost_share(
+        bench.tokenizer, (a.text for a in bench.corpus.split(config.split)[: config.max_articles or None])
+    )
+    if lost:
+        print(f"note: the tokenizer loses {lost:.2%} of the text, so bits per byte are not given", flush=True)
+    summary = summarize(scores, {n: _settings(reader) for n, reader in readers.items()}, counts, lossless=not lost)
     for name, reader in readers.items():
         summary["methods"][name] |= identify(name, reader.rule)
         summary["methods"][name]["fingerprint"] = fingerprint(reader.rule) if reader.rule.reads_gradient else None
@@ -301,12 +306,17 @@ def evaluate(recipe: Recipe) -> runs.Json:
     for name, method in sorted(summary["methods"].items(), key=lambda item: -item[1]["nats"]):
         low, high = method["gain_ci95"]
         print(
-            f"{name:>12}  {method['bits_per_byte']:.4f} bits/byte"
+            f"{name:>12}  {_number(method['bits_per_byte'], '.4f')} bits/byte"
             f"  gain {method['gain_nats_per_token']:+.4f} [{low:+.4f}, {high:+.4f}] nats/token"
-            f"  word perplexity {method['word_ppl']:,.4g}  {method['tokens_per_s']:,.0f} tokens/s"
+            f"  word perplexity {_number(method['word_ppl'], ',.4g')}  {method['tokens_per_s']:,.0f} tokens/s"
         )
     report(recipe)
     return {"methods": {name: _figures(method) for name, method in summary["methods"].items()}, **counts._asdict()}
+
+
+def _number(value: float | None, form: str) -> str:
+    """A figure, or a dash where there is none: a perplexity beyond all numbers, bits per byte of text that was lost."""
+    return "–" if value is None else format(value, form)
 
 
 def _figures(method: runs.Json) -> runs.Json:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from dynlm.report.numbers import SANE_PERPLEXITY, likelier, plus, three
 from dynlm.runs import Json
+from dynlm.types import perplexity
 
 FAR = math.log(10)
 """nats per token above the model's own validation text from which on a text is far from what it knows: each token is
@@ -96,12 +97,6 @@ class Totals:
 
 
 COUNTS = ("articles", "tokens", "unknown_bytes", "words", "lines", "bytes", "seconds")
-
-
-def perplexity(nats: float, n: int) -> float:
-    """Infinite where it would be beyond all numbers, as by the word of a text with next to no words."""
-    mean = nats / max(1, n)
-    return math.exp(mean) if mean < 700 else math.inf
 
 
 def word_lines(rows: Sequence[Json], mean: Json | None, rule: str) -> list[str]:

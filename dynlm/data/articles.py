@@ -2,10 +2,13 @@
 
 A source is one of
     stdlib                         the documentation that Python carries; no file, no download
-    FOLDER                         WikiText files ``wiki.{train,valid,test}.tokens`` in it
-    FILE or GLOB                   ``.tokens`` (WikiText), ``.txt`` (an article a file), ``.jsonl``, ``.parquet``
+    FOLDER                         WikiText files ``wiki.{train,valid,test}.tokens`` (or ``.raw``) in it
+    FILE or GLOB                   ``.tokens``, ``.raw``, ``wiki.*.txt`` (WikiText), ``.txt`` (an article a file),
+                                   ``.jsonl``, ``.parquet``: an article a row, or WikiText with a line a row, as the hub
+                                   has it. Names of files that tell splits (train, validation, test) give them
     wikitext-2, wikitext-103       presets of the Hugging Face hub, from its cache when offline
-    hf:NAME or hf:NAME/CONFIG      any Hugging Face data set with a text column
+    hf:NAME or hf:NAME/CONFIG      any Hugging Face data set with a text column (dynlm.data.hub)
+    hf:FOLDER                      what ``datasets.load_dataset`` makes of a folder
 Environment variables (``$DYNLM_WIKITEXT2``) are expanded.
 """
 
@@ -15,7 +18,8 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +32,12 @@ PRESETS = {
     "wikitext-2": "hf:Salesforce/wikitext/wikitext-2-v1",
     "wikitext-103": "hf:Salesforce/wikitext/wikitext-103-v1",
 }
-HUB_SPLITS = {"train": "train", "validation": "valid", "valid": "valid", "test": "test"}
+HUB_SPLITS = {
+    "train": "train", "training": "train", "validation": "valid", "valid": "valid", "val": "valid", "dev": "valid",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+WIKITEXT = (".tokens", ".raw", ".txt")
+BOM = "\N{ZERO WIDTH NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True)
@@ -124,82 +133,133 @@ def read_pools(config: DataConfig) -> dict[str, list[Article]]:
     if source == "stdlib":
         pools = {"all": stdlib.load_articles()}
     elif source.startswith("hf:"):
-        pools = _read_hub(source.removeprefix("hf:"), config)
+        from dynlm.data.hub import read_hub  # only where it is asked for
+
+        pools = read_hub(source.removeprefix("hf:"), config)
     elif Path(source).is_dir():
         pools = _read_folder(Path(source))
     else:
-        pools = {"all": _read_files(source, config)}
+        pools = _read_files(source, config)
     return {name: [a for a in pool if a.text.strip()] for name, pool in pools.items()}
 
 
 def _read_folder(folder: Path) -> dict[str, list[Article]]:
-    files = {split: folder / f"wiki.{split}.tokens" for split in ("train", "valid", "test")}
-    found = {split: path for split, path in files.items() if path.is_file()}
+    found: dict[str, list[Article]] = {}
+    for split in ("train", "valid", "test"):
+        path = next((p for end in WIKITEXT if (p := folder / f"wiki.{split}{end}").is_file()), None)
+        if path is not None:
+            found[split] = _read_wikitext(path)
     if not found:
         raise InputError(
-            f"{folder} holds no wiki.train.tokens, wiki.valid.tokens or wiki.test.tokens: name a file or glob"
+            f"{folder} holds no wiki.train.tokens, wiki.valid.tokens or wiki.test.tokens: name a file or glob, or "
+            f"hf:{folder} for a data set of Hugging Face"
         )
-    return {split: _read_wikitext(path) for split, path in found.items()}
+    return found
 
 
 def _read_wikitext(path: Path) -> list[Article]:
-    articles = wikitext.split_articles(_read_text(path), path.stem)
+    articles = wikitext.split_articles(_read_text(path).replace("\r\n", "\n"), path.stem)
     if not articles:
         raise InputError(f"{path} has no WikiText title line (` = Title = ` between empty lines): rename it to .txt?")
     return articles
 
 
 def _read_text(path: Path) -> str:
+    """The text of a file, byte for byte."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:  # newline="": bytes stay countable
-            return file.read()
+        with path.open(encoding="utf-8", newline="") as file:
+            text = file.read()
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
+    if "\0" in text:
+        raise InputError(f"{path} holds NUL bytes (the first at character {text.index(chr(0))}): it is no UTF-8 text")
+    return text
 
 
-def _read_files(pattern: str, config: DataConfig) -> list[Article]:
-    paths = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if Path(p).is_file()]
+def _read_files(pattern: str, config: DataConfig) -> dict[str, list[Article]]:
+    """Articles of all files, by the splits that their names tell: all of them, and of more than one."""
+    paths = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if not Path(p).is_dir()]
     if not paths:
         kind = "glob matches no file" if glob.has_magic(pattern) else "file does not exist"
         raise InputError(f"data source {pattern!r}: {kind}")
-    readers: dict[str, Callable[[Path], Iterable[Article]]] = {
-        ".tokens": _read_wikitext,
-        ".txt": lambda path: [_article(str(path), path.stem, _read_text(path))],
-        ".jsonl": lambda path: _from_rows(_json_rows(path), path.stem, config),
-        ".parquet": lambda path: _from_rows(_parquet_rows(path), path.stem, config),
-    }
+    named = {path: split_of_name(path.name) for path in paths}
+    if None in named.values() or len(set(named.values())) < 2:
+        return {"all": _articles_of(paths, "all", config)}
+    by_split: dict[str, list[Path]] = {}
+    for path, split in named.items():
+        by_split.setdefault(str(split), []).append(path)
+    return {split: _articles_of(files, split, config) for split, files in by_split.items()}
+
+
+def split_of_name(name: str) -> str | None:
+    """The split that a file's name tells, as data sets on the hub name their files; None without one."""
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((split for word in words if (split := HUB_SPLITS.get(word))), None)
+
+
+def _articles_of(paths: Sequence[Path], split: str, config: DataConfig) -> list[Article]:
     articles: list[Article] = []
+    rows: list[tuple[Path, list[Mapping[str, Any]]]] = []
     for path in paths:
-        if path.suffix not in readers:
-            raise InputError(f"{path}: unknown ending {path.suffix!r}: expected one of {', '.join(readers)}")
-        articles.extend(readers[path.suffix](path))
-    return articles
+        if path.suffix in (".tokens", ".raw") or (path.suffix == ".txt" and path.name.startswith("wiki.")):
+            articles += _read_wikitext(path)
+        elif path.suffix == ".txt":
+            articles.append(_article(str(path), path.stem, _read_text(path)))
+        elif path.suffix in (".jsonl", ".parquet"):
+            rows.append((path, list((_json_rows if path.suffix == ".jsonl" else _parquet_rows)(path))))
+        else:
+            known = ".tokens, .raw, .txt, .jsonl, .parquet"
+            raise InputError(f"{path}: unknown ending {path.suffix!r}: expected one of {known}")
+    lines = [text for path, of_file in rows for text in _texts(of_file, path.stem, config)]
+    if is_wikitext(lines):  # an article may go on in the next file
+        return articles + wikitext.split_articles(joined_lines(lines), f"wiki.{split}")
+    return articles + [a for path, of_file in rows for a in from_rows(of_file, path.stem, config)]
 
 
 def _article(id: str, title: str, text: str) -> Article:
     return Article(id, title, text if text.endswith("\n") else text + "\n")
 
 
-def _from_rows(rows: Iterable[Mapping[str, Any]], source: str, config: DataConfig) -> list[Article]:
+def from_rows(rows: Sequence[Mapping[str, Any]], source: str, config: DataConfig) -> list[Article]:
+    """An article a row."""
     articles = []
+    for number, (row, text) in enumerate(zip(rows, _texts(rows, source, config), strict=True)):
+        title = row.get(config.title_column) or f"{source} {number}"
+        articles.append(_article(f"{source}:{number}", str(title), text))
+    return articles
+
+
+def _texts(rows: Iterable[Mapping[str, Any]], source: str, config: DataConfig) -> list[str]:
+    texts = []
     for number, row in enumerate(rows):
         text = row.get(config.text_column)
         if not isinstance(text, str):
             missing = f"no text in column {config.text_column!r} (columns: {', '.join(map(str, row))})"
             raise InputError(f"{source}, row {number}: {missing}: set data.text_column")
-        title = row.get(config.title_column) or f"{source} {number}"
-        articles.append(_article(f"{source}:{number}", str(title), text))
-    return articles
+        texts.append(text)
+    return texts
+
+
+def is_wikitext(lines: Sequence[str]) -> bool:
+    """Whether rows are WikiText as the hub has it: a line a row, empty ones among them, with title lines."""
+    if any(line and line.find("\n") != len(line) - 1 for line in lines) or "" not in lines:
+        return False
+    return bool(wikitext.split_articles(joined_lines(lines), ""))
+
+
+def joined_lines(lines: Iterable[str]) -> str:
+    """The file that such rows were made of, byte for byte: the hub's version drops the blank of empty lines."""
+    return "".join(line or " \n" for line in lines)
 
 
 def _json_rows(path: Path) -> Iterable[Mapping[str, Any]]:
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         if line.strip():
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = json.loads(line.removeprefix(BOM) if number == 1 else line)
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}: not JSON ({error})") from None
             if not isinstance(row, dict):
                 raise InputError(
@@ -214,29 +274,5 @@ def _parquet_rows(path: Path) -> Iterable[Mapping[str, Any]]:
 
     try:
         return pyarrow.parquet.read_table(path).to_pylist()  # type: ignore[no-any-return]
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path} is not a readable parquet file ({error})") from None
-
-
-def _read_hub(name: str, config: DataConfig) -> dict[str, list[Article]]:
-    import datasets  # here and nowhere else: images without it can use every other source
-
-    parts = name.split("/")
-    path, configuration = (name, None) if len(parts) < 3 else ("/".join(parts[:2]), "/".join(parts[2:]))
-    try:
-        splits = datasets.load_dataset(path, configuration)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"data set {name!r} is neither cached nor reachable ({reason})") from None
-    pools: dict[str, list[Article]] = {}
-    for split, rows in splits.items():
-        pool = HUB_SPLITS.get(split, split)
-        if pool not in SPLITS:
-            continue
-        if "wikitext" in path.lower():
-            # the hub's version drops the blank of empty lines; with it, files come back byte for byte
-            text = "".join(row or " \n" for row in rows[config.text_column])
-            pools[pool] = wikitext.split_articles(text, f"wiki.{pool}")
-        else:
-            pools[pool] = _from_rows(rows, f"{path}.{split}", config)
-    return {"all": pools["train"]} if set(pools) == {"train"} else pools

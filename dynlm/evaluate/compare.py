@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -33,8 +34,13 @@ def identify(name: str, rule: Rule) -> Json:
     return {"rule": rule.name, "kind": kind, "seed": seed, "start": start or None, "cache": cached is not None}
 
 
-def summarize(scores: Mapping[str, Scores], settings: Mapping[str, Json], counts: Counts) -> Json:
-    """The ``methods``, ``seeds`` and ``comparisons`` of results.json; ``scores`` must hold ``static``, the baseline."""
+def summarize(
+    scores: Mapping[str, Scores], settings: Mapping[str, Json], counts: Counts, *, lossless: bool = True
+) -> Json:
+    """The ``methods``, ``seeds`` and ``comparisons`` of results.json; ``scores`` must hold ``static``, the baseline.
+
+    ``lossless``: the tokens spell the text, so that bits per byte mean something.
+    """
     if "static" not in scores:
         raise InputError("methods lack 'static', the baseline of every gain: add it to evaluate.methods")
     baseline = scores["static"].losses
@@ -42,14 +48,14 @@ def summarize(scores: Mapping[str, Scores], settings: Mapping[str, Json], counts
     for name, score in scores.items():
         gain, interval = paired_gain(baseline, score.losses)
         methods[name] = {
-            **perplexities(score.nats, counts),
+            **perplexities(score.nats, counts, lossless),
             "gain_nats_per_token": gain,
             "gain_ci95": list(interval),
             "tokens_per_s": counts.tokens / score.seconds,
             "gain_by_position": gain_by_position(baseline, score.losses),
             "settings": settings.get(name, {}),
         }
-    return {"methods": methods, "seeds": _seeds(methods), "comparisons": _comparisons(scores, methods)}
+    return {"methods": methods, "seeds": _seeds(methods), "comparisons": _comparisons(scores, methods, counts)}
 
 
 def _seeds(methods: Json) -> Json:
@@ -57,27 +63,22 @@ def _seeds(methods: Json) -> Json:
     groups: dict[str, list[str]] = {}
     for name in methods:
         groups.setdefault(seedless(name), []).append(name)
-    return {
-        base: {
-            "methods": names,
-            **{
-                key: {"mean": statistics.mean(values), "sd": statistics.stdev(values)}
-                for key in ("word_ppl", "gain_nats_per_token")
-                for values in [[methods[name][key] for name in names]]
-            },
-        }
-        for base, names in groups.items()
-        if len(names) > 1
-    }
+    seeds: Json = {}
+    for base, names in groups.items():
+        values = {key: [methods[name][key] for name in names] for key in ("word_ppl", "gain_nats_per_token")}
+        if len(names) > 1 and None not in values["word_ppl"]:
+            spread = {key: {"mean": statistics.mean(v), "sd": statistics.stdev(v)} for key, v in values.items()}
+            seeds[base] = {"methods": names, **spread}
+    return seeds
 
 
-def _comparisons(scores: Mapping[str, Scores], methods: Json) -> list[Json]:
+def _comparisons(scores: Mapping[str, Scores], methods: Json, counts: Counts) -> list[Json]:
     """Each method against the next worse one, paired over articles; p-values also as Holm corrects them."""
     order = sorted(methods, key=lambda name: methods[name]["nats"])
-    rows = []
+    rows: list[Json] = []
     for better, worse in pairwise(order):
         gain, interval = paired_gain(scores[worse].losses, scores[better].losses)
-        ratio = methods[better]["word_ppl"] / methods[worse]["word_ppl"]
+        ratio = math.exp((methods[better]["nats"] - methods[worse]["nats"]) / counts.words)  # at most 1
         rows.append(
             {
                 "better": better,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dynlm.runs import Json
-from dynlm.types import TokenizedArticle
+from dynlm.types import TokenizedArticle, perplexity
 
 N_BOOTSTRAP = 4000
 N_FLIPS = 10_000
@@ -43,13 +43,18 @@ def count(articles: Sequence[TokenizedArticle]) -> Counts:
     )
 
 
-def perplexities(nats: float, counts: Counts) -> Json:
-    """The total in nats as token perplexity, word perplexity and bits per byte."""
+def perplexities(nats: float, counts: Counts, lossless: bool = True) -> Json:
+    """The total in nats as token perplexity, word perplexity and bits per byte, as JSON holds them.
+
+    A perplexity beyond all numbers is None, and so are bits per byte where the tokens do not spell the text
+    (``lossless``): the bytes that were lost were not scored.
+    """
+    by_token, by_word = perplexity(nats, counts.tokens), perplexity(nats, counts.words)
     return {
         "nats": nats,
-        "token_ppl": math.exp(nats / counts.tokens),
-        "word_ppl": math.exp(nats / counts.words),
-        "bits_per_byte": nats / counts.bytes / math.log(2),
+        "token_ppl": by_token if math.isfinite(by_token) else None,
+        "word_ppl": by_word if math.isfinite(by_word) else None,
+        "bits_per_byte": nats / counts.bytes / math.log(2) if lossless else None,
     }
 
 

@@ -23,7 +23,7 @@ from dynlm.data.segments import training_streams
 from dynlm.interrupt import Interrupted, Interruptible
 from dynlm.models.lstm import Hidden, LSTMForCausalLM
 from dynlm.progress import Bar
-from dynlm.types import InputError, TokenizedArticle
+from dynlm.types import InputError, TokenizedArticle, perplexity
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def train_base_model(
                 record = {"step": step, "train": loss, "valid": valid, "seconds": round(seconds, 1)}
                 runs.append_log(run.log("train"), record)
                 runs.write_tensors(path, *trainer.state())
-                word_ppl = math.exp(valid * trainer.valid_tokens_per_word)
+                word_ppl = perplexity(valid * trainer.valid_tokens_per_word, 1)
                 bar.write(f"step {step}: validation {valid:.4f} nats/token, word perplexity {word_ppl:.1f}")
     accelerator.wait_for_everyone()
     return trainer.progress

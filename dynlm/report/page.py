@@ -48,7 +48,15 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        ppl=ppl, signed=signed, span=span, percent=percent, plain=plain, likelier=likelier, three=three, plus=plus
+        ppl=ppl,
+        signed=signed,
+        span=span,
+        percent=percent,
+        plain=plain,
+        likelier=likelier,
+        three=three,
+        plus=plus,
+        bits=bits,
     )
     return environment
 
@@ -89,6 +97,11 @@ def ppl(value: float | None) -> str:
     if value is None or not value < 1e6:
         return "beyond a million"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+
+
+def bits(value: float | None) -> str:
+    """Bits per byte to a thousandth; a dash where the tokens do not spell the text."""
+    return NONE if value is None else f"{value:.3f}"
 
 
 def signed(value: float | None, digits: int = 3) -> str:

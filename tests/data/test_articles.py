@@ -124,7 +124,7 @@ def test_unreachable_data_set_is_one_clear_line(monkeypatch):
         raise ConnectionError(f"Couldn't reach {path}\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(InputError, match=r"'some/where' is neither cached nor reachable \(Couldn't reach some/where\)"):
+    with pytest.raises(InputError, match=r"'some/where' cannot be read \(Couldn't reach some/where\)"):
         read_pools(DataConfig(source="hf:some/where"))
 
 

@@ -27,7 +27,6 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
-from transformers.utils.generic import can_return_tuple
 
 from dynlm.models.generation import Hidden as Hidden
 from dynlm.models.generation import HiddenGenerationMixin
@@ -229,7 +228,6 @@ class LSTMModel(LSTMPreTrainedModel):
         super().__init__(config)
         self.post_init()  # type: ignore[no-untyped-call]
 
-    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -239,15 +237,17 @@ class LSTMModel(LSTMPreTrainedModel):
         *,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> LSTMModelOutput:
         """``input_ids`` (B, T), or ``inputs_embeds`` (B, T, D); ``attention_mask`` (B, T) is 0 at padded places."""
         embedded = self._embed(input_ids, inputs_embeds, None)
         states, new_hidden = self._run(embedded, hidden, padding_of(attention_mask, *embedded.shape[:2]))
-        return LSTMModelOutput(
+        output = LSTMModelOutput(
             last_hidden_state=states[-1],
             hidden=None if use_cache is False else new_hidden,
-            hidden_states=tuple(states) if _asked(output_hidden_states, self.config) else None,
+            hidden_states=tuple(states) if _asked(output_hidden_states, self.config.output_hidden_states) else None,
         )
+        return output if _asked(return_dict, self.config.return_dict) else cast(Any, output.to_tuple())
 
 
 class LSTMForCausalLM(LSTMPreTrainedModel, HiddenGenerationMixin):
@@ -267,7 +267,6 @@ class LSTMForCausalLM(LSTMPreTrainedModel, HiddenGenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
 
-    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -278,6 +277,7 @@ class LSTMForCausalLM(LSTMPreTrainedModel, HiddenGenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         logits_to_keep: int = 0,
         **for_the_loss: Any,
     ) -> LSTMOutput:
@@ -298,13 +298,14 @@ class LSTMForCausalLM(LSTMPreTrainedModel, HiddenGenerationMixin):
         kept, head = dropped[:, -logits_to_keep:], self.lm_head
         logits = read_out(kept[0], head.weight, head.bias, link)[None] if link else head(kept)
         penalty = self._activation_penalty(dropped, states[-1], padding)
-        return LSTMOutput(
+        output = LSTMOutput(
             loss=None if labels is None else self._loss(logits, labels, penalty, for_the_loss),
             logits=logits,
             hidden=None if use_cache is False else new_hidden,
             penalty=penalty,
-            hidden_states=tuple(states) if _asked(output_hidden_states, self.config) else None,
+            hidden_states=tuple(states) if _asked(output_hidden_states, self.config.output_hidden_states) else None,
         )
+        return output if _asked(return_dict, self.config.return_dict) else cast(Any, output.to_tuple())
 
     def _require_known(self, given: dict[str, Any]) -> None:
         asked = {name for name, value in given.items() if value is not None and value is not False}
@@ -345,8 +346,8 @@ class LSTMForCausalLM(LSTMPreTrainedModel, HiddenGenerationMixin):
         return penalty
 
 
-def _asked(output_hidden_states: bool | None, config: LSTMConfig) -> bool:
-    return bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states)
+def _asked(argument: bool | None, configured: bool | None) -> bool:
+    return bool(configured if argument is None else argument)
 
 
 def locked_dropout(x_BTD: Tensor, p: float, training: bool) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable, Sequence
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from dynlm.compiler import kernel_choice, supported, why_not
 from dynlm.kernels import Each, Kernel
 from dynlm.optim.base import Coordinates, Prior, Rule, RuleState, Seen, Slots
+from dynlm.optim.rounding import rounded
 from dynlm.optim.source import numbered, replay_kernel, update_kernel
 from dynlm.optim.trace import trace_step
 from dynlm.types import InputError
@@ -57,7 +58,7 @@ class FusedStep:
         self.compiled = compiled is not False
         self.kernels = TracedKernels(rule, update_kernel)
         self.own: dict[Hashable, Kernel | None] = {}
-        self.torch_compiled: Callable[..., None] | None = None
+        self.torch_compiled: Callable[..., Slots] | None = None
 
     @torch.no_grad()
     def __call__(
@@ -86,16 +87,17 @@ class FusedStep:
         kernel = self.kernel(ws[0], state.slots[0], scale) if possible else None
         served = kernel is not None and kernel.builds(thetas[0].dtype)
         if served and self.rule.traceable:
-            self.fused(ws, state.slots, context_nN, scale)
+            self.fused(ws, state.slots, context_nN, scale, state.clock.step)
             return seen
         one_step = self._plain_step
         if served:
             one_step = self._own_step
         elif self.rule.traceable and _torch_compiles(thetas[0]):
             one_step = self._torch_step
-        for w, slots, context_N in zip(ws, state.slots, context_nN, strict=True):
+        for number, (w, slots, context_N) in enumerate(zip(ws, state.slots, context_nN, strict=True)):
             before = None if scale is None else w.theta.clone()
-            one_step(w, slots, context_N)
+            for place, (slot, new) in enumerate(zip(slots, one_step(w, slots, context_N), strict=False)):
+                slot.copy_(rounded(new, slot.dtype, state.clock.step, number, place))
             if scale and before is not None:
                 w.theta.sub_(before).mul_(scale.lr).add_(before, alpha=scale.keep)
         return seen
@@ -106,43 +108,47 @@ class FusedStep:
         if self.rule.traceable:
             state = "bf16" if slots and slots[0].dtype == torch.bfloat16 else "T"
             return self.kernels(*shape, state=state, scaled=scale is not None)
+        if any(slot.dtype != like.theta.dtype for slot in slots):
+            return None  # a rule's own kernel has no slots of half precision
         if shape not in self.own:
             self.own[shape] = self.rule.step_kernel(*shape)
         return self.own[shape]
 
-    def fused(self, ws: Sequence[Coordinates], slots: Sequence[Slots], context_nN: Tensor, scale: Scale | None) -> None:
-        """The update of n tensors in one pass over their memory."""
+    def fused(
+        self, ws: Sequence[Coordinates], slots: Sequence[Slots], context_nN: Tensor, scale: Scale | None, age: int = 0
+    ) -> None:
+        """The update of n tensors in one pass over their memory; ``age`` decides how bfloat16 slots are rounded."""
         kernel, factors = self.kernel(ws[0], slots[0], scale), scale or Scale()
         assert kernel is not None
         each = [Each(w.theta.shape, arrays_of(w, of_tensor)) for w, of_tensor in zip(ws, slots, strict=True)]
-        sizes, context = (torch.get_num_threads(),), {"context": context_nN}
+        sizes, context = (torch.get_num_threads(), age), {"context": context_nN}
         kernel(sizes, context, numbers=(factors.lr, factors.keep), each=each)
 
-    def _own_step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> None:
-        """By the rule's own C, one tensor at a time."""
+    def _own_step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> Slots:
+        """By the rule's own C, one tensor at a time, which writes the slots itself."""
         kernel = self.kernel(w, slots, None)
         assert kernel is not None
         arrays = {"context": context_N, **arrays_of(w, slots)}
         kernel((*w.theta.shape, torch.get_num_threads()), arrays)
+        return ()
 
-    def _torch_step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> None:
+    def _torch_step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> Slots:
         """By ``torch.compile``, which makes one kernel of the scalar code: Triton on a GPU."""
         if self.torch_compiled is None:
 
-            def step(w: Coordinates, slots: Slots, context: Slots) -> None:
+            def step(w: Coordinates, slots: Slots, context: Slots) -> Slots:
                 theta, new_slots = self.rule.step(w, slots, context, expand=True)
                 w.theta.copy_(theta)
-                for slot, new in zip(slots, new_slots, strict=True):
-                    slot.copy_(new)
+                return new_slots
 
-            self.torch_compiled = torch.compile(step, dynamic=True)
-        self.torch_compiled(w, slots, self.rule.split(context_N))
+            self.torch_compiled = cast(Callable[..., Slots], torch.compile(cast(Any, step), dynamic=True))
+        wide = tuple(slot.to(w.theta.dtype) for slot in slots)
+        return self.torch_compiled(w, wide, self.rule.split(context_N))
 
-    def _plain_step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> None:
+    def _plain_step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> Slots:
         theta, new_slots = self.rule.flat_step(w, tuple(slot.to(w.theta.dtype) for slot in slots), context_N)
         w.theta.copy_(theta)
-        for slot, new in zip(slots, new_slots, strict=True):
-            slot.copy_(new)
+        return new_slots
 
 
 def arrays_of(w: Coordinates, slots: Slots) -> dict[str, Tensor]:

@@ -44,9 +44,13 @@ static inline float widen(bf16 x) {
   union { uint32_t bits; float value; } u = {(uint32_t)x << 16};
   return u.value;
 }
-static inline bf16 narrow(float x) {  /* to nearest, ties to even; a NaN stays one */
+static inline bf16 narrow(float x, uint32_t seed, uint32_t i) {  /* up or down at random: dynlm.optim.rounding */
   union { float value; uint32_t bits; } u = {x};
-  return x != x ? 0x7fc0 : (u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16;
+  uint32_t noise = i * 0x9E3779B9u + seed;
+  noise = (noise ^ (noise >> 16)) * 0x85EBCA6Bu;
+  noise = (noise ^ (noise >> 13)) & 0xFFFF;
+  const uint32_t finite = (u.bits & 0x7F800000) != 0x7F800000, up = (u.bits + noise) >> 16;
+  return finite ? up : (x != x ? 0x7FC0 : u.bits >> 16);
 }
 """
 
@@ -70,7 +74,8 @@ def feature_arrays(traced: Traced, rows: str = "R, 1", columns: str = "1, C") ->
 def update_kernel(traced: Traced, state: Literal["T", "bf16"] = "T", scaled: bool = False) -> Kernel:
     """One update in place of n tensors.
 
-    Slots are of type ``state``: T, or bf16 for half the memory. ``scaled``: θ ← keep θ + lr (step(θ) − θ) instead of
+    Slots are of type ``state``: T, or bf16 for half the memory, rounded as ``age`` says.
+    ``scaled``: θ ← keep θ + lr (step(θ) − θ) instead of
     step(θ).
     """
     slots = traced.slots
@@ -85,12 +90,17 @@ def update_kernel(traced: Traced, state: Literal["T", "bf16"] = "T", scaled: boo
     theta, *rest = (f"v{n}" for n in traced.outputs)
     moved = f"(T)keep * theta[i] + (T)lr * ({theta} - theta[i])" if scaled else theta
     stores = [f"theta[i] = {moved};"]
-    stores += [f"{slot}[i] = {f'narrow({v})' if half else v};" for slot, v in zip(slots, rest, strict=True)]
+    stores += [
+        f"{slot}[i] = {f'narrow({v}, seed + {k} * 0xC2B2AE3Du, (uint32_t)i)' if half else v};"
+        for k, (slot, v) in enumerate(zip(slots, rest, strict=True))
+    ]
+    seed = "const uint32_t seed = (uint32_t)age * 0x9E3779B1u + (uint32_t)k * 0x85EBCA77u;" if half else "(void)age;"
     body = f"""
   #pragma omp parallel num_threads(threads)
   for (long k = 0; k < n; k++) {{
     EACH(k)
     const T *numbers = context + k * {traced.n_context};
+    {seed}
 {_lines(f"const T s{k} = numbers[{k}];" for k in range(traced.n_context))}
 {_lines(of_tensor)}
     #pragma omp for collapse(2) schedule(static) nowait
@@ -109,7 +119,7 @@ def update_kernel(traced: Traced, state: Literal["T", "bf16"] = "T", scaled: boo
     return Kernel(
         "step",
         body,
-        sizes=("threads",),
+        sizes=("threads", "age"),
         numbers=("lr", "keep"),
         arrays=(Array("context", f"n, {traced.n_context}"),),
         each_sizes=("R", "C"),

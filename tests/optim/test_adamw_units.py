@@ -16,7 +16,7 @@ from dynlm.optim import LearnedOptimizer, load, save_pretrained
 from dynlm.optim.handmade import RMS, SGD, Adam
 from dynlm.types import InputError
 from lab import needs_compiler
-from optimizer_lab import for_rules, give, make_parameters, moved, run, same
+from optimizer_lab import SLOTTED, for_rules, give, make_parameters, moved, run, same
 
 schedulers = torch.optim.lr_scheduler
 
@@ -167,6 +167,54 @@ def test_a_parameter_of_another_shape_is_one_clear_line():
     parameters[0].grad = torch.zeros(3, 3, dtype=torch.float64)
     with pytest.raises(InputError, match=r"saved 'slot0' is \(7, 3\), not \(3, 3\)"):
         optimizer.step()
+
+
+# bfloat16 state
+
+
+@pytest.mark.parametrize("kernel", ["eager", pytest.param("compiled", marks=needs_compiler)])
+def test_bfloat16_second_moment_decays(kernel, monkeypatch):
+    """Rounded to nearest, a moment that loses 1/1000 of itself a step would stay where it was for ever."""
+    monkeypatch.setenv("DYNLM_KERNEL", "eager") if kernel == "eager" else monkeypatch.delenv("DYNLM_KERNEL", False)
+    moments = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.zeros(2000))
+        optimizer = LearnedOptimizer([p], rule=Adam(lr=1e-3), state_dtype=dtype)
+        for step in range(1500):
+            p.grad = torch.randn(2000) * (1.0 if step < 100 else 0.01)
+            optimizer.step()
+        moments.append(optimizer.state[p]["slot1"].float().mean().item())
+    assert moments[0] == pytest.approx(0.095 * 0.999**1400, rel=0.05)
+    assert moments[1] == pytest.approx(moments[0], rel=0.02)
+
+
+@needs_compiler
+def test_rounding_is_the_same_in_kernels_and_unbiased(monkeypatch):
+    from dynlm.optim.rounding import rounded
+
+    x = torch.full((64, 64), 1 + 2**-10)  # a quarter of the way between two numbers of bfloat16
+    values = [rounded(x, torch.bfloat16, step, 0, 1).float().mean().item() for step in range(8)]
+    assert sum(values) / 8 == pytest.approx(1 + 2**-10, abs=1e-4)
+    states = []
+    for kernel in ("eager", "compiled"):
+        monkeypatch.setenv("DYNLM_KERNEL", kernel)
+        p = nn.Parameter(torch.zeros(50, 3))
+        optimizer = LearnedOptimizer([p], Adam(1e-3), state_dtype=torch.bfloat16)
+        p.grad = torch.linspace(-1, 1, 150).view(50, 3)
+        optimizer.step()
+        states.append(optimizer.state[p]["slot1"].clone())
+    assert (states[0] != states[1]).float().mean() < 0.02  # where float32 itself differs by rounding
+
+
+@pytest.mark.parametrize("name", SLOTTED)
+def test_bfloat16_state_repeats_bitwise(name):
+    runs = []
+    for _ in range(2):
+        parameters = make_parameters(torch.float32)
+        run(LearnedOptimizer(parameters, moved(name), state_dtype=torch.bfloat16), parameters, range(4))
+        runs.append(parameters)
+    same(*runs)
 
 
 # sharded parameters, and rules by name

@@ -18,13 +18,14 @@ import glob
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dynlm.data import stdlib, wikitext
+from dynlm.data.hub import read_hub
+from dynlm.data.rows import Columns, from_rows, is_wikitext, joined_lines, make_article, split_of_name, texts_of
 from dynlm.types import Article, InputError
 
 SPLITS = ("train", "meta", "valid", "test")
@@ -32,10 +33,6 @@ PRESETS = {
     "wikitext-2": "hf:Salesforce/wikitext/wikitext-2-v1",
     "wikitext-103": "hf:Salesforce/wikitext/wikitext-103-v1",
 }
-HUB_SPLITS = {
-    "train": "train", "training": "train", "validation": "valid", "valid": "valid", "val": "valid", "dev": "valid",
-    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
-}  # fmt: skip
 WIKITEXT = (".tokens", ".raw", ".txt")
 BOM = "\N{ZERO WIDTH NO-BREAK SPACE}"
 
@@ -56,6 +53,10 @@ class DataConfig:
     """articles of valid, and again of test, where the source has no split of its own (at most an eighth each)"""
     split_seed: int = 0
     """the split orders articles by a hash of this seed and their ids"""
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.text_column, self.title_column)
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,7 @@ def read_pools(config: DataConfig) -> dict[str, list[Article]]:
     if source == "stdlib":
         pools = {"all": stdlib.load_articles()}
     elif source.startswith("hf:"):
-        from dynlm.data.hub import read_hub  # only where it is asked for
-
-        pools = read_hub(source.removeprefix("hf:"), config)
+        pools = read_hub(source.removeprefix("hf:"), config.columns)
     elif Path(source).is_dir():
         pools = _read_folder(Path(source))
     else:
@@ -186,72 +185,30 @@ def _read_files(pattern: str, config: DataConfig) -> dict[str, list[Article]]:
         raise InputError(f"data source {pattern!r}: {kind}")
     named = {path: split_of_name(path.name) for path in paths}
     if None in named.values() or len(set(named.values())) < 2:
-        return {"all": _articles_of(paths, "all", config)}
+        return {"all": _articles_of(paths, "all", config.columns)}
     by_split: dict[str, list[Path]] = {}
     for path, split in named.items():
         by_split.setdefault(str(split), []).append(path)
-    return {split: _articles_of(files, split, config) for split, files in by_split.items()}
+    return {split: _articles_of(files, split, config.columns) for split, files in by_split.items()}
 
 
-def split_of_name(name: str) -> str | None:
-    """The split that a file's name tells, as data sets on the hub name their files; None without one."""
-    words = re.split(r"[^a-z]+", name.lower())
-    return next((split for word in words if (split := HUB_SPLITS.get(word))), None)
-
-
-def _articles_of(paths: Sequence[Path], split: str, config: DataConfig) -> list[Article]:
+def _articles_of(paths: Sequence[Path], split: str, columns: Columns) -> list[Article]:
     articles: list[Article] = []
     rows: list[tuple[Path, list[Mapping[str, Any]]]] = []
     for path in paths:
         if path.suffix in (".tokens", ".raw") or (path.suffix == ".txt" and path.name.startswith("wiki.")):
             articles += _read_wikitext(path)
         elif path.suffix == ".txt":
-            articles.append(_article(str(path), path.stem, _read_text(path)))
+            articles.append(make_article(str(path), path.stem, _read_text(path)))
         elif path.suffix in (".jsonl", ".parquet"):
             rows.append((path, list((_json_rows if path.suffix == ".jsonl" else _parquet_rows)(path))))
         else:
             known = ".tokens, .raw, .txt, .jsonl, .parquet"
             raise InputError(f"{path}: unknown ending {path.suffix!r}: expected one of {known}")
-    lines = [text for path, of_file in rows for text in _texts(of_file, path.stem, config)]
+    lines = [text for path, of_file in rows for text in texts_of(of_file, path.stem, columns)]
     if is_wikitext(lines):  # an article may go on in the next file
         return articles + wikitext.split_articles(joined_lines(lines), f"wiki.{split}")
-    return articles + [a for path, of_file in rows for a in from_rows(of_file, path.stem, config)]
-
-
-def _article(id: str, title: str, text: str) -> Article:
-    return Article(id, title, text if text.endswith("\n") else text + "\n")
-
-
-def from_rows(rows: Sequence[Mapping[str, Any]], source: str, config: DataConfig) -> list[Article]:
-    """An article a row."""
-    articles = []
-    for number, (row, text) in enumerate(zip(rows, _texts(rows, source, config), strict=True)):
-        title = row.get(config.title_column) or f"{source} {number}"
-        articles.append(_article(f"{source}:{number}", str(title), text))
-    return articles
-
-
-def _texts(rows: Iterable[Mapping[str, Any]], source: str, config: DataConfig) -> list[str]:
-    texts = []
-    for number, row in enumerate(rows):
-        text = row.get(config.text_column)
-        if not isinstance(text, str):
-            missing = f"no text in column {config.text_column!r} (columns: {', '.join(map(str, row))})"
-            raise InputError(f"{source}, row {number}: {missing}: set data.text_column")
-        texts.append(text)
-    return texts
-
-
-def is_wikitext(lines: Sequence[str]) -> bool:
-    """Whether rows are WikiText as the hub has it: a line a row, empty ones among them, with title lines."""
-    if any(line and line.find("\n") != len(line) - 1 for line in lines) or "" not in lines:
-        return False
-    return bool(wikitext.split_articles(joined_lines(lines), ""))
-
-
-def joined_lines(lines: Iterable[str]) -> str:
-    """The file that such rows were made of, byte for byte: the hub's version drops the blank of empty lines."""
-    return "".join(line or " \n" for line in lines)
+    return articles + [a for path, of_file in rows for a in from_rows(of_file, path.stem, columns)]
 
 
 def _json_rows(path: Path) -> Iterable[Mapping[str, Any]]:

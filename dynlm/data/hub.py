@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 
 from dynlm.data import wikitext
-from dynlm.data.articles import HUB_SPLITS, DataConfig, from_rows, is_wikitext, joined_lines
+from dynlm.data.rows import SPLIT_WORDS, Columns, from_rows, is_wikitext, joined_lines
 from dynlm.types import Article, InputError
 
 NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*){0,2}")
 
 
-def read_hub(name: str, config: DataConfig) -> dict[str, list[Article]]:
+def read_hub(name: str, columns: Columns) -> dict[str, list[Article]]:
     """Articles by split of ``NAME``, ``NAME/CONFIG`` or a folder.
 
     Raises:
@@ -30,17 +30,17 @@ def read_hub(name: str, config: DataConfig) -> dict[str, list[Article]]:
         ) from None
     pools: dict[str, list[Article]] = {}
     for split, rows in splits.items():
-        pool = HUB_SPLITS.get(str(split))
+        pool = SPLIT_WORDS.get(str(split))
         if pool is None:
             continue
-        if config.text_column not in rows.column_names:
+        if columns.text not in rows.column_names:
             there = ", ".join(rows.column_names)
-            raise InputError(f"data set {name!r} has no column {config.text_column!r} ({there}): set data.text_column")
-        lines = rows[config.text_column]
+            raise InputError(f"data set {name!r} has no column {columns.text!r} ({there}): set data.text_column")
+        lines = rows[columns.text]
         if is_wikitext([line for line in lines if isinstance(line, str)]):
             pools[pool] = wikitext.split_articles(joined_lines(lines), f"wiki.{pool}")
         else:
-            pools[pool] = from_rows(list(rows), f"{path}.{split}", config)
+            pools[pool] = from_rows(list(rows), f"{path}.{split}", columns)
     return {"all": pools["train"]} if set(pools) == {"train"} else pools
 
 

@@ -1,8 +1,8 @@
 """Rounding of a rule's state to bfloat16: up or down at random, so that slow averages are right in the mean.
 
 To nearest, an average that moves by less than 1/256 of itself a step would never move at all (stochastic rounding;
-Gupta et al. 2015, arXiv:1502.02551). The noise is a hash of step, tensor, slot and coordinate, so a run repeats bitwise; the
-kernels of dynlm.optim.source have the same.
+Gupta et al. 2015, arXiv:1502.02551). The noise is a hash of step, tensor, slot and coordinate, so runs repeat bitwise;
+the kernels of dynlm.optim.source have the same.
 """
 
 from __future__ import annotations

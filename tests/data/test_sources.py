@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynlm.data.articles import DataConfig, load_corpus, read_pools, split_of_name
+from dynlm.data.articles import DataConfig, load_corpus, read_pools
+from dynlm.data.rows import split_of_name
 from dynlm.data.tokenizers import SentencePieceTokenizer, TokenizerConfig, lost_share
 from dynlm.types import InputError
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from dynlm.data.segments import article_segments
 from dynlm.models.params import Adapted, adapted_parameters, as_matrix, matched_parameters
 from dynlm.optim.base import Prior, Rule, RuleState, Seen
 from dynlm.optim.kernel import FusedStep
-from dynlm.types import InputError, TokenizedArticle
+from dynlm.types import DivergedError, InputError, TokenizedArticle
 
 UpdateStep = Callable[[Sequence[Tensor], Sequence[Tensor], RuleState, Sequence[Prior]], Seen]
 """(thetas, grads, state, priors): changes weights and state in place and returns what the rule observed"""
@@ -47,10 +48,15 @@ class ReadConfig:
     """globs on names of the adapted parameters; tied tensors count once"""
     kernel: Literal["auto", "compiled", "eager"] = "auto"
     """auto compiles the update step where a C++ compiler is present"""
+    trust: float = 4.0
+    """trust region: a tensor's gradient is scaled down to at most this many times its static RMS; 0: as it is"""
 
 
 class Step(NamedTuple):
-    """One segment as it was read. No ``grads`` and nothing ``seen`` where no gradient was needed."""
+    """One segment as it was read. No ``grads`` and nothing ``seen`` where no gradient was needed.
+
+    ``grads`` are those that the rule saw, inside the trust region.
+    """
 
     losses_S: Tensor
     grads: list[Tensor]
@@ -65,13 +71,21 @@ class Snapshot(NamedTuple):
     hidden: Any
 
 
+_READERS: WeakKeyDictionary[nn.Module, Reader] = WeakKeyDictionary()
+"""who reads with a model, inside its context"""
+
+
 class Reader:
-    """Reads with a model and a rule; a context manager that puts θ0 back bit for bit, also after an exception."""
+    """Reads with a model and a rule; a context manager that puts θ0 back bit for bit, also after an exception.
+
+    Inside the context the model's weights are this reader's: another one on the same model is refused until it ends.
+    """
 
     def __init__(
         self, model: nn.Module, score: Scorer, rule: Rule, priors: Sequence[Prior], config: ReadConfig | None = None
     ) -> None:
         keep_freed_memory()
+        _require_alone(model, None)
         self.config = config = config or ReadConfig()
         self.model, self.score, self.rule, self.priors = model, score, rule, priors
         self.adapted = adapted_parameters(model, config.params)
@@ -82,9 +96,13 @@ class Reader:
         self.parameters = [a.parameter for a in self.adapted]
         self.thetas = [a.matrix_RC for a in self.adapted]
         self.apply: UpdateStep = FusedStep(rule, {"auto": None, "compiled": True, "eager": False}[config.kernel])
+        self.clipped = 0
+        """updates so far whose gradient left the trust region"""
         self.begin()
 
     def __enter__(self) -> Reader:
+        _require_alone(self.model, self)
+        _READERS[self.model] = self
         self._was_training = self.model.training
         self.model.eval()
         return self
@@ -94,6 +112,7 @@ class Reader:
     ) -> None:
         self.restore()
         self.model.train(self._was_training)
+        _READERS.pop(self.model, None)
 
     def restore(self) -> None:
         """θ ← θ0, bit for bit."""
@@ -122,7 +141,7 @@ class Reader:
         """Score, then update. ``last`` spares the update that no later token would see.
 
         Raises:
-            InputError: a loss that is not finite; the weights are θ0 again.
+            DivergedError: a loss that is not finite; the weights are θ0 again.
         """
         learns = self.rule.reads_gradient and not last
         with torch.set_grad_enabled(learns):
@@ -133,7 +152,7 @@ class Reader:
         if not math.isfinite(value):
             step = self.state.clock.step
             self.begin()
-            raise InputError(f"loss is not finite at segment {step} with rule {self.rule.name!r}: lower its lr")
+            raise DivergedError(_not_finite(value, step, self.rule))
         if not learns:
             return Step(losses_S, [], None)
         grads = self.gradient(mean)
@@ -142,12 +161,22 @@ class Reader:
         return Step(losses_S.detach(), grads, seen)
 
     def gradient(self, mean_loss: Tensor) -> list[Tensor]:
-        """∇θ of a mean segment loss as (R, C) matrices; zeros for adapted parameters that it does not reach."""
+        """∇θ of a mean segment loss as (R, C) matrices, inside the trust region; 0 for parameters it does not reach."""
         grads = torch.autograd.grad(mean_loss, self.parameters, materialize_grads=True)
-        return [as_matrix(g.contiguous()) for g in grads]  # of a convolution it may be channels-last
+        matrices = [as_matrix(g.contiguous()) for g in grads]  # of a convolution it may be channels-last
+        if not self.config.trust:
+            return matrices
+        within, clipped = within_trust(matrices, self.priors, self.config.trust)
+        self.clipped += clipped
+        return within
 
     def read(self, article: TokenizedArticle, start_id: int, progress: Callable[[int], Any] | None = None) -> Tensor:
-        """Losses of one article (T,), in nats, each token scored before any update that saw it."""
+        """Losses of one article (T,), in nats, each token scored before any update that saw it.
+
+        Raises:
+            InputError: an empty article, a scorer whose losses are not one for each target.
+            DivergedError: a loss that is not finite.
+        """
         if len(article) == 0:
             raise InputError(f"article {article.id!r} is empty: nothing to read")
         if self.config.reset == "article":
@@ -157,10 +186,49 @@ class Reader:
         losses = []
         for number, (inputs_S, targets_S) in enumerate(pieces, 1):
             last = number == len(pieces) and self.config.reset == "article"
-            losses.append(self.segment(inputs_S, targets_S, last).losses_S)
+            losses.append(_each(self.segment(inputs_S, targets_S, last).losses_S, targets_S))
             if progress:
                 progress(targets_S.numel())
         return torch.cat(losses)
+
+
+def _require_alone(model: nn.Module, reader: Reader | None) -> None:
+    if (other := _READERS.get(model)) not in (None, reader):
+        rule = other.rule.name if other else ""
+        raise InputError(
+            f"a reader with rule {rule!r} reads with this model: leave its `with` first, or read with a copy of it"
+        )
+
+
+def within_trust(grads: Sequence[Tensor], priors: Sequence[Prior], trust: float) -> tuple[list[Tensor], bool]:
+    """Scale down each gradient whose RMS is above ``trust`` times its static RMS; also says whether any was.
+
+    A gradient larger than any of the model's own kind of text comes of text that is far from it, and would carry every
+    rule further than it was made for. Differentiable; the meta-gradient engines see the loss's slope as the rule does.
+    """
+    norms = [torch.linalg.vector_norm(grad) for grad in grads]
+    within, clipped = list(grads), False
+    for i, (prior, norm) in enumerate(zip(priors, torch.stack(norms).tolist(), strict=True)):
+        most = trust * prior.mean_rms * math.sqrt(grads[i].numel())
+        if norm > most:
+            within[i], clipped = grads[i] * (most / norms[i]), True
+    return within, clipped
+
+
+def _each(losses_S: Tensor, targets_S: Tensor) -> Tensor:
+    if losses_S.shape != targets_S.shape:
+        raise InputError(
+            f"the scorer gave losses of shape {tuple(losses_S.shape)} for targets of shape {tuple(targets_S.shape)}: "
+            "it must give each target its loss in nats"
+        )
+    return losses_S
+
+
+def _not_finite(loss: float, step: int, rule: Rule) -> str:
+    if step == 0:  # θ0 as it was trained
+        return f"the loss is {loss} before any update: the model's weights or the text are broken, whatever the rule"
+    lower = ": lower its lr" if "lr" in rule.settings() else ""
+    return f"the loss is {loss} at segment {step}, after {step} updates by rule {rule.name!r}{lower}"
 
 
 def detach(hidden: Any) -> Any:

@@ -17,7 +17,7 @@ def make_reader(rule=None, net=None, seed=0):
     adapted = adapted_parameters(net)
     priors = make_priors(adapted, [torch.ones_like(a.matrix_RC) for a in adapted])
     score = NetScorer(net, squared_error)
-    return Reader(net, score, rule or SGD(LR, DECAY), priors, ReadConfig(kernel="eager"))
+    return Reader(net, score, rule or SGD(LR, DECAY), priors, ReadConfig(kernel="eager", trust=0))
 
 
 def make_task(steps=3, seed=0):

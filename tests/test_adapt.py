@@ -1,14 +1,17 @@
 """The inner loop: score before update, carry, restore."""
 
+import copy
+
 import pytest
 import torch
 
 from dynlm.adapt import ReadConfig, Reader, measure_priors
 from dynlm.data.segments import article_segments
 from dynlm.evaluate.audit import first_leak, restores
+from dynlm.models.causal import LSTMScorer
 from dynlm.optim.gated import Gated
 from dynlm.optim.handmade import RMS, SGD, Static
-from dynlm.types import InputError, TokenizedArticle
+from dynlm.types import DivergedError, InputError, TokenizedArticle
 from lab import START, VOCAB, make_article, make_lab
 
 SETTINGS = {"lr": 3e-2, "eps": 1e-3, "decay": 1e-2}
@@ -87,7 +90,7 @@ def test_an_exploding_rule_is_one_clear_line_and_leaves_theta0():
     lab = make_lab(torch.float32)
     saved = [p.clone() for p in lab[0].parameters()]
     reader = reader_for(lab, SGD(1e38))
-    with pytest.raises(InputError, match=r"loss is not finite at segment .* 'sgd': lower its lr"):
+    with pytest.raises(DivergedError, match="at segment 4, after 4 updates by rule 'sgd': lower its lr"):
         reader.read(make_article(80), START)
     assert all(torch.equal(a, b) for a, b in zip(saved, lab[0].parameters(), strict=True))
 
@@ -180,3 +183,72 @@ def test_gradients_of_any_memory_layout_are_matrices(layout):
             torch.testing.assert_close(theta, start - 0.1 * grad)
     (expected,) = torch.autograd.grad(score(images, targets, None)[0].mean(), net.weight)  # θ0 is back
     torch.testing.assert_close(weight, expected.flatten(1))
+
+
+def far_lab():
+    """A lab whose prior knows gradients a thousand times smaller than those of its text."""
+    model, score, priors = make_lab(torch.float64)
+    return model, score, [p._replace(rms=p.rms / 1000, mean_rms=p.mean_rms / 1000) for p in priors]
+
+
+def test_the_trust_region_scales_each_gradient_to_its_bound_and_keeps_its_direction():
+    lab = far_lab()
+    piece = next(article_segments(make_article(8).ids_T, START, 8))
+    with reader_for(lab, SGD(0.5), trust=0) as reader:
+        free = reader.segment(*piece).grads
+        assert reader.clipped == 0
+    with reader_for(lab, SGD(0.5), trust=4) as reader:
+        within = reader.segment(*piece).grads
+        assert reader.clipped == 1
+    for grad, clipped, prior in zip(free, within, lab[2], strict=True):
+        assert float(clipped.square().mean().sqrt()) == pytest.approx(4 * prior.mean_rms, rel=1e-12)
+        torch.testing.assert_close(clipped / clipped.norm(), grad / grad.norm(), rtol=1e-12, atol=0)
+
+
+def test_gradients_inside_the_trust_region_are_left_bit_for_bit():
+    lab, article = make_lab(torch.float32), make_article(80)
+    with reader_for(lab, SGD(0.5), trust=1e6) as reader:
+        bounded = reader.read(article, START)
+        assert reader.clipped == 0
+    with reader_for(lab, SGD(0.5), trust=0) as reader:
+        assert torch.equal(bounded, reader.read(article, START))
+
+
+def test_a_second_reader_on_a_model_is_refused_until_the_first_ends():
+    lab = make_lab(torch.float32)
+    outside = reader_for(lab, SGD(0.5))
+    with reader_for(lab, SGD(0.5)) as reader:
+        reader.segment(*next(article_segments(make_article(8).ids_T, START, 8)))
+        learned = reader.thetas[0].clone()
+        with pytest.raises(InputError, match="a reader with rule 'sgd' reads with this model"):
+            reader_for(lab, RMS())
+        with pytest.raises(InputError, match="read with a copy"), outside:
+            pass
+        assert torch.equal(reader.thetas[0], learned)
+        copied = copy.deepcopy(lab[0])
+        Reader(copied, LSTMScorer(copied), SGD(0.5), lab[2], reader.config)
+    with outside:
+        pass
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:, None], lambda x: x[:-1], lambda x: x.mean()])
+def test_a_scorer_must_give_each_target_a_loss(change):
+    model, score, priors = make_lab(torch.float32)
+
+    def other(inputs_S, targets_S, hidden):
+        losses_S, hidden = score(inputs_S, targets_S, hidden)
+        return change(losses_S), hidden
+
+    reader = reader_for((model, other, priors), SGD(0.1))
+    with pytest.raises(InputError, match="must give each target its loss"), reader:
+        reader.read(make_article(16), START)
+
+
+def test_a_loss_that_is_not_finite_before_any_update_is_the_models():
+    lab = make_lab(torch.float32)
+    with torch.no_grad():
+        next(lab[0].parameters()).fill_(float("nan"))
+    with pytest.raises(DivergedError, match="before any update: the model's weights or the text"):
+        Reader(lab[0], lab[1], SGD(0.1), [p._replace(theta0=p.theta0 * float("nan")) for p in lab[2]]).read(
+            make_article(16), START
+        )

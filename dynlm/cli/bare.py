@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dynlm.adapt import ReadConfig, measure_priors
+from dynlm.adapt import ReadConfig, make_priors, measure_priors
 from dynlm.cli.adopt import load_base, load_ready_tokenizer, require_reads
 from dynlm.cli.kit import Kit
 from dynlm.data.segments import article_segments
 from dynlm.data.stdlib import load_topics
 from dynlm.data.texts import read_texts
 from dynlm.data.tokenizers import Tokenizer, TokenizerConfig
-from dynlm.meta.tune import SPACES
+from dynlm.meta.tune import SPACES, search_space
 from dynlm.models.causal import scorer_for
 from dynlm.models.context import ContextConfig
 from dynlm.models.lora import LoraSettings
+from dynlm.models.params import adapted_parameters
 from dynlm.optim.base import Rule
 from dynlm.optim.library import make_rule
 from dynlm.progress import Bar
@@ -28,7 +29,7 @@ from dynlm.types import Article, InputError, Piece
 if TYPE_CHECKING:
     from dynlm.cli.read import ReadSettings
 
-PRIOR_TOKENS = 4096
+PRIOR_TOKENS = 512
 
 
 def load_bare(settings: ReadSettings) -> Kit:
@@ -40,7 +41,6 @@ def load_bare(settings: ReadSettings) -> Kit:
     kind = settings.rule or "rms"
     if kind not in (*SPACES, "static"):
         raise InputError(f"--rule {kind} with --model: choose {', '.join(SPACES)} or static; a run holds learned rules")
-    articles = _prior_articles(settings.prior_text)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     context, lora = ContextConfig(carry=settings.carry), LoraSettings(rank=settings.lora_rank)
     try:
@@ -51,9 +51,13 @@ def load_bare(settings: ReadSettings) -> Kit:
         flags = (("set context.carry to ", "use --carry "), ("lora.rank", "--lora-rank"))
         raise InputError(_replaced(str(error), flags)) from None
     score, config = scorer_for(model, context), ReadConfig(reset=settings.resets, params=params)
-    pieces = list(_pieces(articles, tokenizer, config.segment, device))
-    with Bar(len(pieces), "prior", "segment") as bar:
-        priors = measure_priors(model, score, bar.over(pieces), params)
+    if kind == "static":  # which never asks for a gradient
+        adapted = adapted_parameters(model, params)
+        priors = make_priors(adapted, [torch.ones_like(a.matrix_RC) for a in adapted])
+    else:
+        pieces = list(_pieces(_prior_articles(settings.prior_text), tokenizer, config.segment, device))
+        with Bar(len(pieces), "prior", "segment") as bar:
+            priors = measure_priors(model, score, bar.over(pieces), params)
     rule = _rule(kind, settings.lr, 1 / priors[0].relative_rms).requires_grad_(False).to(device)
     return Kit(
         model,
@@ -94,7 +98,7 @@ def _rule(kind: str, lr: float, unit: float) -> Rule:
     """A hand-made rule where tuning starts; ``unit`` is the mean static RMS of the gradient."""
     if kind == "static":
         return make_rule(kind)
-    settings = {name: r.start * (unit if r.relative else 1) for name, r in SPACES[kind].items()}
+    settings = {name: r.start for name, r in search_space(kind, unit).items()}
     if lr < 0:
         raise InputError(f"--lr is {lr}: expected more than 0, or 0 for the rule's own")
     return make_rule(kind, **settings | ({"lr": lr} if lr else {}))

@@ -96,7 +96,7 @@ class _Trial:
         rule = SGD(config.inner_lr)
         if self.method == "imaml":
             rule = SGD(config.proximal_lr, config.proximal_lr * config.proximal)
-        self.reader = Reader(net, score, rule, priors, ReadConfig(kernel="eager"))
+        self.reader = Reader(net, score, rule, priors, ReadConfig(kernel="eager", trust=0))
         self.measure = mean_loss if regression else error_rate
 
     @property

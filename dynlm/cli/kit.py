@@ -56,10 +56,11 @@ class Kit:
     """what the model sees of the text before a segment: its own recurrent state, or as context.carry of a run"""
 
     def readers(self) -> tuple[Reader, Reader]:
-        """(static, adapted): the frozen one reads with a copy of the model."""
+        """(static, adapted): the frozen one reads with a copy of the model, the other one with a copy of the rule."""
         frozen = copy.deepcopy(self.model)
         static = Reader(frozen, self.scorer(frozen), Static(), self.priors, self.config)
-        return static, Reader(self.model, self.scorer(self.model), self.rule, self.priors, self.config)
+        rule = copy.deepcopy(self.rule)
+        return static, Reader(self.model, self.scorer(self.model), rule, self.priors, self.config)
 
     def fingerprints(self) -> Json:
         """Of θ0 and of the rule."""

@@ -32,7 +32,9 @@ def save_memory(path: Path, static: Reader, adapted: Reader, belongs: runs.Json)
     """
     position = adapted.snapshot()
     if not all(bool(theta.isfinite().all()) for theta in position.thetas):
-        raise InputError(f"{path.name} was not written: reading with rule {adapted.rule.name!r} ran away; lower its lr")
+        raise InputError(
+            f"{path.name} was not written: the last update by {adapted.rule.name} left weights that are not finite"
+        )
     tensors: dict[str, Tensor] = {}
     scales = {}
     for prior, theta in zip(adapted.priors, position.thetas, strict=True):

@@ -22,7 +22,6 @@ from dynlm.cli.terminal import printable, tell
 from dynlm.cli.totals import Totals
 from dynlm.report.words import Occurrences
 from dynlm.runs import Json
-from dynlm.types import InputError
 
 if TYPE_CHECKING:
     from dynlm.cli.read import ReadSettings
@@ -81,10 +80,8 @@ class Outcome:
         """What reading changed in the model.
 
         Raises:
-            InputError: nothing is left of it.
+            InputError: weights that the last update left not finite.
         """
-        if pair.lost:
-            raise InputError(f"{target.name} was not written: nothing is left of what was learned")
         with target.writing() as path:
             save_memory(path, pair.static, pair.adapted, self.kit.memory_of())
         tell(f"memory: {target.name} ({target.megabytes()})")

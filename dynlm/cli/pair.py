@@ -19,10 +19,15 @@ from torch import Tensor
 from dynlm.adapt import Snapshot
 from dynlm.cli.kit import Kit
 from dynlm.cli.memory import copied
+from dynlm.cli.terminal import tell
 from dynlm.cli.totals import Totals
 from dynlm.data.spacing import Spacer
 from dynlm.data.texts import Text, encode_chunk, surfaces
-from dynlm.types import Piece
+from dynlm.types import DivergedError, Piece
+
+LOWER = 0.25
+"""of the learning rate after a divergence"""
+RESTARTS_TOLD = 5
 
 
 class Scored(NamedTuple):
@@ -108,8 +113,7 @@ class Pair:
         self.size, self.start_id = kit.config.segment, kit.tokenizer.eos_id
         self.start: Snapshot | None = None
         self.static_hidden = None
-        self.stop, self.in_word, self.lost = Stop(), False, False
-        """``lost``: what was learned is gone, as the loss was not finite any more"""
+        self.stop, self.in_word = Stop(), False
         self.begin()
 
     def begin(self) -> None:
@@ -167,7 +171,7 @@ class Pair:
         inputs_S = torch.tensor([previous, *ids[:-1]])
         device = self.adapted.parameters[0].device
         pieces = inputs_S.to(device), targets_S.to(device)
-        static_S, adapted_S = self._scored(pieces)
+        static_S, adapted_S = self._scored(pieces, totals)
         totals.tokens += len(ids)
         unknown = (text for token, text in zip(ids, texts, strict=True) if token == self.kit.tokenizer.unk_id)
         totals.unknown_bytes += len("".join(unknown).encode())
@@ -177,18 +181,37 @@ class Pair:
         totals.seconds += time.perf_counter() - started
         return Scored(texts, static_S.tolist(), adapted_S.tolist())
 
-    def _scored(self, piece: Piece) -> tuple[Tensor, Tensor]:
+    def _scored(self, piece: Piece, totals: Totals) -> tuple[Tensor, Tensor]:
         """Losses of both. An error leaves both where they were before this segment, unless it was in the update."""
         readers = self.static, self.adapted
-        hidden, state = [reader.hidden for reader in readers], self.adapted.state
+        hidden = [reader.hidden for reader in readers]
         try:
-            static_S, adapted_S = (reader.segment(*piece).losses_S.double().cpu() for reader in readers)
+            static_S = self.static.segment(*piece).losses_S
+            try:
+                adapted_S = self.adapted.segment(*piece).losses_S
+            except DivergedError:
+                self._start_anew(hidden[0], totals)
+                adapted_S = self.adapted.segment(*piece).losses_S
         except BaseException:
             for reader, before in zip(readers, hidden, strict=True):
                 reader.hidden = before
-            self.lost = self.adapted.state is not state  # it began anew
             raise
-        return static_S, adapted_S
+        return static_S.double().cpu(), adapted_S.double().cpu()
+
+    def _start_anew(self, static_hidden: Any, totals: Totals) -> None:
+        """Go on after a divergence from θ0, as if nothing had been learned, with a lower rate of a hand-made rule."""
+        rule = self.adapted.rule
+        told, rate = "", getattr(rule, "lr", None)
+        if rule.kind == "hand-made" and isinstance(rate, Tensor):
+            rate.data.mul_(LOWER)
+            told = f" with lr {float(rate):.3g}"
+        self.adapted.hidden = static_hidden
+        totals.restarts += 1
+        if totals.restarts <= RESTARTS_TOLD:
+            tell(
+                f"note: reading with {rule.name} diverged after {totals.tokens:,} tokens; "
+                f"it goes on from the trained weights{told}"
+            )
 
     def _count(self, text: str, totals: Totals) -> None:
         """Words, lines and bytes of a stretch, which may begin within a word."""

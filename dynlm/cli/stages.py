@@ -43,7 +43,7 @@ from dynlm.optim.library import LEARNED, load_rule, save_rule, seeded, seedless,
 from dynlm.progress import Bar
 from dynlm.report.html import write_report
 from dynlm.threads import choose_threads
-from dynlm.types import Article, InputError, TokenizedArticle
+from dynlm.types import Article, DivergedError, InputError, TokenizedArticle
 
 USUAL = {"sgd": "tune", "rms": "tune", "adam": "tune", "gated": "meta-train"}
 """rules that a comparison usually has, and the commands that make them"""
@@ -195,7 +195,7 @@ def train(recipe: Recipe) -> runs.Json | None:
 
 def tune(recipe: Recipe) -> runs.Json:
     """Settings of the hand-made rules, on the meta-training articles."""
-    bench, figures = Bench(recipe), runs.Json()
+    bench, figures, failures = Bench(recipe), runs.Json(), list[str]()
     for kind in recipe.tune.rules:
         free(bench.run.rule(kind), recipe)
     articles, _ = divide_meta_split(bench.articles("meta"), recipe.meta)
@@ -203,15 +203,21 @@ def tune(recipe: Recipe) -> runs.Json:
         if cached_name(kind) is not None:
             figures[kind] = _tune_cache(bench, kind, articles)
             continue
-        with Bar(total=recipe.tune.trials, desc=f"tune {kind}", unit="trial") as bar:
-            tuned = tune_rule(kind, bench.reader, articles, bench.tokenizer.eos_id, recipe.tune, bar.update)
+        try:
+            with Bar(total=recipe.tune.trials, desc=f"tune {kind}", unit="trial") as bar:
+                tuned = tune_rule(kind, bench.reader, articles, bench.tokenizer.eos_id, recipe.tune, bar.update)
+        except DivergedError as error:  # the other rules go on
+            failures.append(str(error))
+            continue
         made = {"nats_per_token": tuned.nats_per_token, "trials": tuned.trials, "config": asdict(recipe.tune)}
         save_rule(tuned.rule, bench.run.rule(kind), made)
         numbers = ", ".join(f"{name} {value:.3g}" for name, value in tuned.rule.settings().items())
         figures[kind] = {"nats_per_token": tuned.nats_per_token, "settings": tuned.rule.settings()}
-        print(f"{kind}: {tuned.nats_per_token:.4f} nats/token with {numbers}")
+        print(f"{kind}: {tuned.nats_per_token:.4f} nats/token with {numbers}; static {tuned.static:.4f}")
         if tuned.at_bound:
             print(f"{kind}: {', '.join(tuned.at_bound)} at the edge of the searched range; more trials may help")
+    if failures:
+        raise DivergedError("; ".join(dict.fromkeys(failures)))
     return {"rules": figures}
 
 

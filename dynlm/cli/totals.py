@@ -25,6 +25,8 @@ class Totals:
 
     articles: int = 0
     tokens: int = 0
+    restarts: int = 0
+    """times that reading diverged and went on from the trained weights"""
     unknown_bytes: int = 0
     """bytes of characters or words that the tokenizer does not know"""
     words: int = 0
@@ -82,6 +84,9 @@ class Totals:
     def note(self, home: float | None) -> str:
         """Warn where the figures mislead; empty where they do not. ``home`` is static's nats per token at home."""
         parts = []
+        if self.restarts:
+            times = "once" if self.restarts == 1 else f"{self.restarts:,} times"
+            parts.append(f"Reading diverged {times} and went on from the trained weights: what it had learned is gone")
         static, share = self.static / max(1, self.tokens), self.unknown_bytes / max(1, self.bytes)
         if home is not None and self.tokens >= FAR_TOKENS and static > home + FAR:
             parts.append(
@@ -96,7 +101,7 @@ class Totals:
         return ". ".join(parts)
 
 
-COUNTS = ("articles", "tokens", "unknown_bytes", "words", "lines", "bytes", "seconds")
+COUNTS = ("articles", "tokens", "restarts", "unknown_bytes", "words", "lines", "bytes", "seconds")
 
 
 def word_lines(rows: Sequence[Json], mean: Json | None, rule: str) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from dynlm.adapt import Reader
 from dynlm.data.fewshot import FewShotTask
 from dynlm.evaluate.metrics import bootstrap_ratio
-from dynlm.types import InputError, Piece
+from dynlm.types import DivergedError, InputError, Piece
 
 Measure = Callable[[Reader, Piece], float]
 """What the adapted model is worth on a query; smaller is better."""
@@ -76,7 +76,7 @@ def tune_rate(rates: Sequence[float], mean_at: Callable[[float], float]) -> Tune
     for rate in sorted(rates):
         try:
             found[rate] = mean_at(rate)
-        except InputError:
+        except DivergedError:
             break  # larger rates diverge too
     if not found:
         raise InputError(f"the loss is not finite at any of the rates {tuple(rates)}: add smaller ones")

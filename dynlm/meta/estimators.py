@@ -234,7 +234,7 @@ class UnrollEstimator(Estimator):
 
     def _make(self, slices: tuple[int, ...]) -> Unroll:
         reader, config = self.reader, UnrollConfig(self.config.order, slices)
-        return Unroll(reader.score, self.rule, reader.adapted, reader.priors, config)
+        return Unroll(reader.score, self.rule, reader.adapted, reader.priors, config, trust=reader.config.trust)
 
 
 def detach_position(position: Snapshot) -> Snapshot:

@@ -27,7 +27,7 @@ from dynlm.meta.unroll import Unroll, UnrollConfig
 from dynlm.models.params import as_matrix, split_like
 from dynlm.models.recurrence import differentiable_twice
 from dynlm.optim.handmade import SGD
-from dynlm.types import InputError, Piece
+from dynlm.types import DivergedError, InputError, Piece
 
 Method = Literal["joint", "maml", "fomaml", "reptile", "imaml"]
 METHODS: tuple[Method, ...] = ("joint", "maml", "fomaml", "reptile", "imaml")
@@ -61,7 +61,8 @@ def outer_gradient(
     of the model are θ0 afterwards, also after an exception.
 
     Raises:
-        InputError: an unknown method, φ where the method has no gradient for it, a loss that is not finite.
+        InputError: an unknown method, φ where the method has no gradient for it.
+        DivergedError: a loss that is not finite.
     """
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
@@ -83,7 +84,8 @@ def _unrolled(reader: Reader, task: Task, phi: Sequence[Tensor], order: Literal[
     pieces, weights = task.pieces[:-1], task.weights[:-1]
     total, outputs, position = 0.0, [], Snapshot(list(leaves), reader.rule.init(priors), None)
     if pieces:
-        unroll = Unroll(reader.score, reader.rule, reader.adapted, priors, UnrollConfig(order=order))
+        trust = reader.config.trust
+        unroll = Unroll(reader.score, reader.rule, reader.adapted, priors, UnrollConfig(order=order), trust=trust)
         unrolled = unroll.run(position, pieces, weights)
         loss, position = unrolled.loss, unrolled.position
         total, outputs = _finite(loss.item(), reader), [loss] if loss.requires_grad else []
@@ -198,5 +200,5 @@ def add(sums: Sequence[Tensor], grads: Sequence[Tensor], weight: float) -> None:
 
 def _finite(loss: float, reader: Reader) -> float:
     if not math.isfinite(loss):
-        raise InputError(f"outer loss is {loss} with rule {reader.rule.settings()}: lower its lr")
+        raise DivergedError(f"outer loss is {loss} with rule {reader.rule.settings()}: lower its lr")
     return loss

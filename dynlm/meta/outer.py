@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dynlm.adapt import Reader
 from dynlm.meta.initialisation import Method, Task, add, outer_gradient
-from dynlm.types import InputError
+from dynlm.types import DivergedError
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def learn_start(
     the best start so far is taken up again with half the outer rate.
 
     Raises:
-        InputError: an inner loop that runs away in the first step. The seventh later on ends the loop.
+        DivergedError: an inner loop that diverges in the first step. The seventh later on ends the loop.
     """
     reader.priors = [prior._replace(theta0=prior.theta0.clone()) for prior in reader.priors]
     learned = [prior.theta0 for prior in reader.priors] + (list(reader.rule.parameters()) if config.phi_lr else [])
@@ -91,7 +91,7 @@ def learn_start(
             group["lr"] = group["initial_lr"] * share * 0.5 ** len(result.restarts)
         try:
             result.train_losses.append(_outer_step(method, reader, sample, config, outer))
-        except InputError as error:
+        except DivergedError as error:
             if step == 0:
                 raise
             result.restarts.append(f"step {step}: {error}")
@@ -110,7 +110,7 @@ def _value(validate: Callable[[], float], step: int) -> float:
     """A start from which reading runs away is no candidate, but the first one must read."""
     try:
         return validate()
-    except InputError:
+    except DivergedError:
         if step == 0:
             raise
         return math.inf

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from dynlm import runs
-from dynlm.adapt import Reader
+from dynlm.adapt import ReadConfig, Reader
 from dynlm.meta.train import MetaProgress, set_rate
 from dynlm.meta.workers import make_workers
 from dynlm.models.params import adapted_parameters
@@ -28,7 +28,7 @@ from dynlm.models.tasks import TaskConfig, TrainingTask, sample_task
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.general import General, GeneralConfig
 from dynlm.progress import Bar
-from dynlm.types import InputError
+from dynlm.types import DivergedError
 
 VALIDATION_SEED = 10**9
 """of the first meta-validation task: training tasks have smaller seeds"""
@@ -74,11 +74,12 @@ def blank_priors(task: TrainingTask) -> list[Prior]:
 
 def train_task(rule: Rule, task: TrainingTask, seed: int) -> Rollout:
     """Train the task's network over its horizon. The network keeps its trained weights."""
-    reader, losses = Reader(task.net, task.score, rule, blank_priors(task)), list[float]()
+    # blank priors know no usual size of a gradient
+    reader, losses = Reader(task.net, task.score, rule, blank_priors(task), ReadConfig(trust=0)), list[float]()
     for piece in task.pieces(task.horizon, seed):
         try:
             losses.append(float(reader.segment(*piece).losses_S.mean()))
-        except InputError:  # a loss that is not finite
+        except DivergedError:
             return Rollout(losses, True)
     return Rollout(losses, False)
 

@@ -1,8 +1,9 @@
 """Tuning hand-made rules on the meta split, with the articles that the learned rule is trained on.
 
 Half of the trials are Optuna's TPE over η, ε and λ on log scales, the other half a pattern search from the best of
-them: each setting is doubled and halved, then moved by √2, and so on, while that helps. ε is searched in units of the
-mean static RMS, so that the same ranges serve models of every size. Trials that fall behind the median after the same
+them: each setting is doubled and halved, then moved by √2, and so on, while that helps. ε, and η of SGD, are searched
+in units of the mean static RMS of the gradient, so that the same ranges serve models of every size; where reading
+diverges even so, the rates are divided by 4 until it does not. Trials that fall behind the median after the same
 articles are cut short.
 """
 
@@ -18,9 +19,10 @@ from typing import NamedTuple
 import optuna
 
 from dynlm.adapt import Reader
+from dynlm.evaluate.stream import read_articles
 from dynlm.optim.base import Rule
 from dynlm.optim.library import make_rule
-from dynlm.types import InputError, TokenizedArticle
+from dynlm.types import DivergedError, InputError, TokenizedArticle
 
 
 @dataclass(frozen=True)
@@ -44,27 +46,42 @@ class TuneConfig:
 
 
 class Range(NamedTuple):
-    """A log-uniform range; ``relative`` ones are multiplied by the mean static RMS."""
+    """A log-uniform range and where its search starts, times ``power`` of the mean static RMS."""
 
     low: float
     high: float
     start: float
-    relative: bool = False
+    power: int = 0
+
+    def scaled(self, rms: float) -> Range:
+        """The range for a model whose mean static RMS is ``rms``."""
+        return self.times(rms**self.power)
+
+    def times(self, factor: float) -> Range:
+        return Range(self.low * factor, self.high * factor, self.start * factor)
 
 
 SPACES: dict[str, dict[str, Range]] = {
-    "sgd": {"lr": Range(1e-2, 1e2, 1.0), "decay": Range(1e-6, 3e-1, 1e-3)},
+    "sgd": {"lr": Range(1e-5, 1e-1, 1.4e-3, power=-1), "decay": Range(1e-6, 3e-1, 1e-3)},
     "rms": {
         "lr": Range(1e-5, 1e-1, 2e-3),
-        "eps": Range(1e-3, 1e1, 0.5, relative=True),
+        "eps": Range(1e-3, 1e1, 0.5, power=1),
         "decay": Range(1e-6, 3e-1, 1e-3),
     },
     "adam": {
         "lr": Range(1e-5, 1e-1, 1e-3),
-        "eps": Range(1e-4, 1e2, 0.1, relative=True),
+        "eps": Range(1e-4, 1e2, 0.1, power=1),
         "decay": Range(1e-6, 3e-1, 1e-3),
     },
 }
+
+
+STEP_DOWN, STEPS_DOWN = 4.0, 6  # of the rate; how often for settings that lose, yet do not diverge
+
+
+def search_space(kind: str, rms: float) -> dict[str, Range]:
+    """What is searched for a hand-made rule, on a model whose gradient has this mean static RMS."""
+    return {name: r.scaled(rms) for name, r in SPACES[kind].items()}
 
 
 class Tuned(NamedTuple):
@@ -74,6 +91,8 @@ class Tuned(NamedTuple):
     nats_per_token: float
     trials: int
     at_bound: tuple[str, ...]
+    static: float
+    """nats per token without learning, on the same text"""
 
 
 def tune_rule(
@@ -84,14 +103,19 @@ def tune_rule(
     config: TuneConfig,
     progress: Callable[[], object] | None = None,
 ) -> Tuned:
-    """Minimise nats per token of reading ``articles`` (cut to ``max_tokens``); repeatable for a seed on one machine."""
+    """Minimise nats per token of reading ``articles`` (cut to ``max_tokens``); repeatable for a seed on one machine.
+
+    Raises:
+        InputError: a rule without search space, no article.
+        DivergedError: no setting that was tried reads to the end.
+    """
     if kind not in SPACES:
         raise InputError(f"rule {kind!r} has no search space: tune one of {', '.join(SPACES)}")
     texts = config.excerpts(articles)
     if not texts:
         raise InputError("no article to tune on: the meta split is empty (data.meta_articles)")
     unit = 1 / reader_for(make_rule("static")).priors[0].relative_rms
-    space = {name: _scaled(r, unit) for name, r in SPACES[kind].items()}
+    space = search_space(kind, unit)
 
     def objective(trial: optuna.Trial) -> float:
         settings = {name: trial.suggest_float(name, r.low, r.high, log=True) for name, r in space.items()}
@@ -100,7 +124,7 @@ def tune_rule(
             for number, article in enumerate(texts):
                 try:
                     nats += float(reader.read(article, start_id).double().sum())
-                except InputError as error:  # the loss ran away: a bad setting, not a bad run
+                except DivergedError as error:  # a bad setting, not a bad run
                     raise optuna.TrialPruned from error
                 tokens += len(article)
                 trial.report(nats / tokens, number)
@@ -113,29 +137,47 @@ def tune_rule(
         sampler=optuna.samplers.TPESampler(seed=config.seed, n_startup_trials=min(10, max(2, config.trials // 4))),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2),
     )
-    study.enqueue_trial({name: r.start for name, r in space.items()})
 
     def count(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         if progress:
             progress()
 
-    study.optimize(objective, n_trials=max(1, config.trials // 2), callbacks=[count])
-    _pattern_search(study, objective, config.trials, space, count)
-    try:
-        best = study.best_trial
-    except ValueError:
-        raise InputError(f"every trial of rule {kind!r} ran away: the base model or the text is broken") from None
+    def attempt(n_trials: int) -> None:
+        study.optimize(objective, n_trials=n_trials, callbacks=[count])
+
+    half = max(1, config.trials // 2)
+    static = read_articles(reader_for(make_rule("static")), texts, start_id).nats / sum(map(len, texts))
+    _step_down(study, attempt, half, space, static)
+    if _best_params(study) is not None and len(study.trials) < half:
+        attempt(half - len(study.trials))
+    _pattern_search(study, attempt, config.trials, space)
+    if _best_params(study) is None:
+        lowest = min(trial.params["lr"] for trial in study.trials)
+        raise DivergedError(
+            f"reading with rule {kind!r} diverged at each of {len(study.trials)} settings, down to lr {lowest:.2g}: "
+            "more trials (tune.trials) try lower ones"
+        )
+    best = study.best_trial
     assert best.value is not None
     at_bound = tuple(name for name, r in space.items() if _at_bound(best.params[name], r))
-    return Tuned(make_rule(kind, **best.params), best.value, len(study.trials), at_bound)
+    return Tuned(make_rule(kind, **best.params), best.value, len(study.trials), at_bound, static)
+
+
+def _step_down(
+    study: optuna.Study, attempt: Callable[[int], None], most: int, space: dict[str, Range], static: float
+) -> None:
+    """Try the start of ``space``, and move its rates down while reading diverges, or a few times where it loses."""
+    while len(study.trials) < most:
+        study.enqueue_trial({name: r.start for name, r in space.items()})
+        attempt(1)
+        finite = _best_params(study) is not None
+        if finite and (study.best_value < static or len(study.trials) >= STEPS_DOWN):
+            return
+        space["lr"] = space["lr"].times(1 / STEP_DOWN)
 
 
 def _pattern_search(
-    study: optuna.Study,
-    objective: Callable[[optuna.Trial], float],
-    n_trials: int,
-    space: dict[str, Range],
-    callback: Callable[[optuna.Study, optuna.trial.FrozenTrial], None],
+    study: optuna.Study, attempt: Callable[[int], None], n_trials: int, space: dict[str, Range]
 ) -> None:
     """Up to ``n_trials`` in all: one setting at a time, from the best so far; steps shrink when none helps."""
     factor, tried = 2.0, {_rounded(trial.params) for trial in study.trials}
@@ -153,7 +195,7 @@ def _pattern_search(
             if _rounded(candidate) not in tried:
                 tried.add(_rounded(candidate))
                 study.enqueue_trial(candidate)
-                study.optimize(objective, n_trials=1, callbacks=[callback])
+                attempt(1)
         if _best_params(study) == before:
             factor = math.sqrt(factor)
 
@@ -168,10 +210,6 @@ def _best_params(study: optuna.Study) -> dict[str, float] | None:
 def _rounded(params: dict[str, float]) -> tuple[float, ...]:
     """Settings to 1 %, in the order of their names."""
     return tuple(round(100 * math.log(params[name])) for name in sorted(params))
-
-
-def _scaled(r: Range, unit: float) -> Range:
-    return Range(r.low * unit, r.high * unit, r.start * unit) if r.relative else r
 
 
 def _at_bound(value: float, r: Range) -> bool:

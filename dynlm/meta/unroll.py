@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from dynlm.adapt import Scorer, Snapshot, detach
+from dynlm.adapt import Scorer, Snapshot, detach, within_trust
 from dynlm.allocator import give_back_memory
 from dynlm.compiler import supported
 from dynlm.meta.buffers import BufferLog, unchanged_buffers
@@ -66,11 +66,19 @@ class Unroll:
     """Unrolls a rule over segments. Any rule, any module: ``score`` says what a segment's losses are."""
 
     def __init__(
-        self, score: Scorer, rule: Rule, adapted: Sequence[Adapted], priors: Sequence[Prior], config: UnrollConfig
+        self,
+        score: Scorer,
+        rule: Rule,
+        adapted: Sequence[Adapted],
+        priors: Sequence[Prior],
+        config: UnrollConfig,
+        *,
+        trust: float = 0.0,
     ) -> None:
         if any(n < 1 for n in config.slices) or list(config.slices) != sorted(config.slices, reverse=True):
             raise InputError(f"slices {config.slices} must be positive and fall from the outermost level inwards")
         self.score, self.rule, self.adapted, self.priors, self.config = score, rule, adapted, priors, config
+        self.trust = trust
         fused = config.fused and rule.traceable and supported(*(prior.theta0 for prior in priors))
         self.step = FusedAdjoint(rule) if fused else None
 
@@ -147,6 +155,11 @@ class Unroll:
         tensors = sum(n for address, n in kept.items() if address not in fixed)
         return SliceCost(size, tensors, NODE_BYTES * nodes)
 
+    def trusted(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients as the rule sees them: (R, C), inside the reader's trust region."""
+        matrices = [as_matrix(g.contiguous()) for g in grads]  # of a convolution it may be channels-last
+        return within_trust(matrices, self.priors, self.trust)[0] if self.trust else matrices
+
     @contextmanager
     def model_graph(self) -> Iterator[None]:
         """A graph of the language model alone: on, in memory of its own, differentiable twice where that is asked."""
@@ -217,8 +230,7 @@ class _Score(torch.autograd.Function):
         leaves = [theta.detach().requires_grad_() for theta in thetas]
         with scoring.unroll.model_graph():
             mean = scoring.first(leaves)
-            grads = torch.autograd.grad(mean, leaves, materialize_grads=True)
-        grads = tuple(as_matrix(g.contiguous()) for g in grads)  # of a convolution it may be channels-last
+            grads = scoring.unroll.trusted(torch.autograd.grad(mean, leaves, materialize_grads=True))
         ctx.scoring, ctx.second = scoring, scoring.unroll.config.order == 2
         ctx.save_for_backward(*(thetas if ctx.second else grads))
         if not ctx.second:
@@ -233,7 +245,9 @@ class _Score(torch.autograd.Function):
         leaves = [theta.detach().requires_grad_() for theta in ctx.saved_tensors]
         with ctx.scoring.unroll.model_graph():
             mean = ctx.scoring.again(leaves)
-            grads = torch.autograd.grad(mean, leaves, create_graph=True, materialize_grads=True)
+            slopes = torch.autograd.grad(mean, leaves, create_graph=True, materialize_grads=True)
+            grads = ctx.scoring.unroll.trusted(slopes)
         pairs = [(g, v) for g, v in zip(grads, grad_grads, strict=True) if g.requires_grad]
-        outputs, cotangents = [mean, *(g for g, _ in pairs)], [grad_mean, *(v.view_as(g) for g, v in pairs)]
-        return None, *torch.autograd.grad(outputs, leaves, cotangents, materialize_grads=True)
+        outputs, cotangents = [mean, *(g for g, _ in pairs)], [torch.zeros_like(mean), *(v for _, v in pairs)]
+        curved = torch.autograd.grad(outputs, leaves, cotangents, materialize_grads=True)
+        return None, *(grad_mean * g.detach() + c for g, c in zip(grads, curved, strict=True))

@@ -30,9 +30,9 @@ FrozenCache = tuple[tuple[tuple[str, Any], ...], ...]
 class ContextConfig:
     """What a transformers language model sees of the article before a segment; an LSTM carries its own state."""
 
-    carry: Literal["overlap", "cache", "none"] = "overlap"
-    """overlap: the tokens before it, read again under the present weights; cache: keys and values, or recurrent states,
-    as earlier weights left them; none: the segment alone"""
+    carry: Literal["overlap", "cache", "none"] = "cache"
+    """cache: keys and values, or recurrent states, as earlier weights left them; overlap: the tokens before it, read
+    again under the present weights, which takes many times longer; none: the segment alone"""
     window: int = 0
     """most tokens seen at once, the segment's own among them; 0: the model's positions, at most 1024, or 256 where it
     has none; a recurrent model's cache sees the whole article whatever the window"""

@@ -1,15 +1,20 @@
 """`dynlm read --model`: a ready model without a run."""
 
+import json
+import os
 import random
 import string
+from itertools import permutations
 
 import pytest
 
 from cli.test_adopt import ready  # noqa: F401  (a fixture)
 from cli.test_main import fails
+from dynlm.cli import bare
 from dynlm.cli.bare import PRIOR_TOKENS, load_bare
 from dynlm.cli.main import main
 from dynlm.cli.read import ReadSettings
+from dynlm.meta.tune import SPACES
 from dynlm.optim.handmade import RMS
 
 TEXT = "The cat sat on the mat. The cat liked the mat, and sat on it.\n" * 12
@@ -72,7 +77,44 @@ def test_rules_start_where_tuning_starts(model, tmp_path):
     assert kit.rule.settings() == pytest.approx({"lr": 2e-3, "eps": 0.5 * mean, "decay": 1e-3})
     assert load_bare(ReadSettings(("x",), rule="adam", lr=1e-4, **some)).rule.settings()["lr"] == pytest.approx(1e-4)
     assert not load_bare(ReadSettings(("x",), rule="static", **some)).rule.reads_gradient
-    assert PRIOR_TOKENS >= 2000
+
+
+def test_the_prior_is_measured_on_few_segments_and_not_at_all_where_nothing_is_learned(model, text, monkeypatch):
+    measured = []
+    real = bare.measure_priors
+
+    def spy(model, score, pieces, params):
+        pieces = list(pieces)
+        measured.append(sum(inputs_S.numel() for inputs_S, _ in pieces))
+        return real(model, score, iter(pieces), params)
+
+    monkeypatch.setattr(bare, "measure_priors", spy)
+    load_bare(ReadSettings((text,), model=model, rule="static", prior_text=(text,)))
+    assert measured == []
+    for rule in SPACES:
+        load_bare(ReadSettings((text,), model=model, rule=rule, prior_text=(text,)))
+    assert len(measured) == len(SPACES)
+    assert max(measured) <= PRIOR_TOKENS <= 512
+
+
+def test_the_rate_of_sgd_follows_the_size_of_the_gradient(model, text):
+    kit = load_bare(ReadSettings((text,), model=model, rule="sgd", prior_text=(text,)))
+    mean = sum(p.mean_rms for p in kit.priors) / len(kit.priors)
+    assert kit.rule.settings()["lr"] == pytest.approx(1.4e-3 / mean)
+
+
+@pytest.mark.skipif("DYNLM_TEST_MODEL" not in os.environ, reason="DYNLM_TEST_MODEL is not set")
+@pytest.mark.parametrize("rule", SPACES)
+def test_a_real_transformer_gains_at_the_defaults(rule, tmp_path, capsys):
+    pairs = permutations(("Quernmoor", "Ellisande", "Haverstock"), 2)
+    lines = [f"{a} met {b} in the park. {b} gave {a} a big red ball, and {a} was happy." for a, b in pairs]
+    text = tmp_path / "t.txt"
+    text.write_text("\n".join(4 * lines) + "\n")
+    assert main(["read", str(text), "--model", os.environ["DYNLM_TEST_MODEL"], "--rule", rule, "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert whole["totals"]["gain_nats_per_token"] > 1
+    assert whole["totals"]["restarts"] == 0
+    assert "".join(whole["tokens"]["text"]) == text.read_text()
 
 
 def test_a_rate_that_is_too_high_is_told(model, text, tmp_path, capsys):

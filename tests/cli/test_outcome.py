@@ -72,8 +72,8 @@ def test_a_binary_second_file_keeps_the_first(text, tmp_path, capsys):
     kept(tmp_path, capsys, [text, tmp_path / "binary"], [str(text)], "is binary")
 
 
-def breaks(monkeypatch, reader):
-    """The model of a reader gives inf in the fourth segment."""
+def breaks(monkeypatch, reader, for_ever=False):
+    """The model of a reader gives inf in the fourth segment, or from the fourth one on."""
     make = Pair.__init__
 
     def broken(self, *arguments):
@@ -83,7 +83,7 @@ def breaks(monkeypatch, reader):
         def inf(*piece):
             calls.append(1)
             losses_S, hidden = score(*piece)
-            return (losses_S + math.inf if len(calls) == 4 else losses_S), hidden
+            return (losses_S + math.inf if len(calls) == 4 or (for_ever and len(calls) > 4) else losses_S), hidden
 
         getattr(self, reader).score = inf
 
@@ -94,7 +94,7 @@ def test_a_loss_that_is_not_finite_keeps_the_segments_before_it(text, tmp_path, 
     """Both readers stand where the third segment ended."""
     with monkeypatch.context() as patch:
         breaks(patch, "static")
-        fails(capsys, ["read", text, *flags(tmp_path, "--quiet")], "not finite")
+        fails(capsys, ["read", text, *flags(tmp_path, "--quiet")], "loss is inf")
     shown = TOKENS.findall((tmp_path / "p.html").read_text())
     assert len(shown) == 96
     stream = Pair.read
@@ -161,17 +161,29 @@ def test_a_memory_of_what_ran_away_is_not_written(text, tmp_path, capsys, monkey
         return scored
 
     monkeypatch.setattr(Pair, "_segment", spoil)
-    fails(capsys, ["read", text, *flags(tmp_path, "--quiet")], "was not written", "ran away")
+    fails(capsys, ["read", text, *flags(tmp_path, "--quiet")], "was not written", "not finite")
     assert not (tmp_path / "m").exists()
     assert (tmp_path / "p.html").exists()
 
 
-def test_a_memory_of_weights_that_went_back_to_the_trained_ones_is_not_written(text, tmp_path, capsys, monkeypatch):
+def test_reading_that_diverges_goes_on_from_the_trained_weights(text, tmp_path, capsys, monkeypatch):
+    """The segment is scored as static scores it, and what comes after it is learned from, at a lower rate."""
     breaks(monkeypatch, "adapted")
-    (tmp_path / "m").touch()
-    message = fails(capsys, ["read", text, *flags(tmp_path, "--quiet")], "not finite")
-    assert "rms" in message
-    assert (tmp_path / "m").stat().st_size == 0
+    whole, err = as_json(capsys, text, "--rule", "rms")
+    assert "reading with rms diverged after 96 tokens; it goes on from the trained weights with lr 0.0005" in err
+    tokens = whole["tokens"]
+    assert tokens["adapted"][96:128] == tokens["static"][96:128]
+    assert tokens["adapted"][64:96] != tokens["static"][64:96]
+    assert tokens["adapted"][128:] != tokens["static"][128:]
+    assert whole["totals"]["restarts"] == 1
+    assert "Reading diverged once" in whole["note"]
+    assert whole["provenance"]["rule: lr"] == pytest.approx(2e-3)
+
+
+def test_a_text_that_the_trained_weights_cannot_score_blames_no_rule(text, tmp_path, capsys, monkeypatch):
+    breaks(monkeypatch, "adapted", for_ever=True)
+    message = fails(capsys, ["read", text, *flags(tmp_path, "--quiet")], "before any update: the model's weights")
+    assert "lower its lr" not in message
     assert len(TOKENS.findall((tmp_path / "p.html").read_text())) == 96
 
 

@@ -232,7 +232,7 @@ def test_theta0_is_back_after_an_exception(method):
     task = make_task(3)
     inputs, targets = task.pieces[-1]
     broken = Task([*task.pieces[:-1], (inputs, targets * float("nan"))], task.weights)
-    with pytest.raises(InputError, match=r"not finite|outer loss is nan"):
+    with pytest.raises(InputError, match=r"loss is nan"):
         outer_gradient(method, reader, broken)
     assert all(torch.equal(a, b) for a, b in zip(before, reader.model.parameters(), strict=True))
 

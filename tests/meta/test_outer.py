@@ -9,7 +9,7 @@ from dynlm.data.fewshot import Sinusoids
 from dynlm.meta.initialisation import METHODS, Task, outer_gradient
 from dynlm.meta.outer import OuterConfig, learn_start
 from dynlm.optim.handmade import SGD
-from dynlm.types import InputError
+from dynlm.types import DivergedError, InputError
 from few_shot_lab import flat, make_reader, make_task
 
 
@@ -92,7 +92,7 @@ def test_a_loop_that_runs_away_keeps_what_was_learned(monkeypatch):
     def failing(*arguments):
         calls.append(1)
         if len(calls) == 8:
-            raise InputError("outer loss is inf")
+            raise DivergedError("outer loss is inf")
         return step(*arguments)
 
     monkeypatch.setattr(outer, "_outer_step", failing)
@@ -114,7 +114,7 @@ def test_a_restart_takes_up_the_best_start_with_half_the_rate(monkeypatch):
         rates.append(optimizer.param_groups[0]["lr"])
         starts.append([prior.theta0.clone() for prior in reader.priors])
         if len(rates) == 4:
-            raise InputError("outer loss is inf")
+            raise DivergedError("outer loss is inf")
         return step(method, reader, sample, config, optimizer)
 
     monkeypatch.setattr(outer, "_outer_step", spying)

@@ -7,7 +7,7 @@ from dynlm.adapt import ReadConfig, Reader
 from dynlm.evaluate.stream import read_articles
 from dynlm.meta.tune import SPACES, TuneConfig, tune_rule
 from dynlm.optim.library import make_rule
-from dynlm.types import InputError
+from dynlm.types import DivergedError, InputError
 from lab import START, make_article, make_lab
 
 ARTICLES = [make_article(150, seed) for seed in range(3)]
@@ -50,3 +50,25 @@ def test_errors(reader_for):
         tune_rule("static", reader_for, ARTICLES, START, CONFIG)
     with pytest.raises(InputError, match="the meta split is empty"):
         tune_rule("sgd", reader_for, [], START, CONFIG)
+
+
+def test_rates_go_down_until_reading_stays_finite(reader_for, monkeypatch):
+    space = SPACES["sgd"]["lr"]
+    monkeypatch.setitem(SPACES, "sgd", {**SPACES["sgd"], "lr": space.times(1e60)})
+    with pytest.raises(DivergedError, match=r"diverged at each of 4 settings, down to lr .*\(tune.trials\)"):
+        tune_rule("sgd", reader_for, ARTICLES, START, TuneConfig(trials=8, articles=2, max_tokens=100))
+    monkeypatch.setitem(SPACES, "sgd", {**SPACES["sgd"], "lr": space.times(1e3)})
+    tuned = tune_rule("sgd", reader_for, ARTICLES, START, CONFIG)
+    static = read_articles(reader_for(make_rule("static")), CONFIG.excerpts(ARTICLES), START).nats / 200
+    assert tuned.nats_per_token < static == tuned.static
+
+
+def test_a_model_that_is_broken_blames_no_rule(reader_for):
+    reader = reader_for(make_rule("static"))
+    priors = [p._replace(theta0=p.theta0 * float("nan")) for p in reader.priors]
+
+    def broken(rule):
+        return Reader(reader.model, reader.score, rule, priors, reader.config)
+
+    with pytest.raises(DivergedError, match="before any update: the model"):
+        tune_rule("sgd", broken, ARTICLES, START, CONFIG)

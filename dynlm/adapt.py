@@ -228,7 +228,7 @@ def _not_finite(loss: float, step: int, rule: Rule) -> str:
     if step == 0:  # θ0 as it was trained
         return f"the loss is {loss} before any update: the model's weights or the text are broken, whatever the rule"
     lower = ": lower its lr" if "lr" in rule.settings() else ""
-    return f"the loss is {loss} at segment {step}, after {step} updates by rule {rule.name!r}{lower}"
+    return f"the loss is {loss} at segment {step}, after {step} update{'s' * (step > 1)} by rule {rule.name!r}{lower}"
 
 
 def detach(hidden: Any) -> Any:

@@ -173,6 +173,7 @@ class Pair:
         pieces = inputs_S.to(device), targets_S.to(device)
         static_S, adapted_S = self._scored(pieces, totals)
         totals.tokens += len(ids)
+        totals.updates, totals.clipped = totals.updates + self.adapted.rule.reads_gradient, self.adapted.clipped
         unknown = (text for token, text in zip(ids, texts, strict=True) if token == self.kit.tokenizer.unk_id)
         totals.unknown_bytes += len("".join(unknown).encode())
         totals.static += float(static_S.sum())

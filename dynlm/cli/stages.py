@@ -6,6 +6,7 @@ import dataclasses
 import platform
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -295,14 +296,24 @@ def evaluate(recipe: Recipe) -> runs.Json:
     articles = bench.articles(config.split, config.max_articles)
     counts = count(articles)
     start_id = bench.tokenizer.eos_id
-    scores = {name: _read(name, reader, articles, start_id, config.gate_articles) for name, reader in readers.items()}
+    scores, diverged = dict[str, Scores](), dict[str, str]()
+    for name, reader in readers.items():
+        try:
+            scores[name] = _read(name, reader, articles, start_id, config.gate_articles)
+        except DivergedError as error:  # the other methods go on, but without the baseline there is nothing to say
+            if name == "static":
+                raise
+            diverged[name] = str(error)
+            print(f"note: {name} diverged and is left out: {error}", flush=True)
     lost = lost_share(
         bench.tokenizer, (a.text for a in bench.corpus.split(config.split)[: config.max_articles or None])
     )
     if lost:
         print(f"note: the tokenizer loses {lost:.2%} of the text, so bits per byte are not given", flush=True)
-    summary = summarize(scores, {n: _settings(reader) for n, reader in readers.items()}, counts, lossless=not lost)
-    for name, reader in readers.items():
+    summary = summarize(scores, {name: _settings(readers[name]) for name in scores}, counts, lossless=not lost)
+    summary["diverged"] = diverged
+    for name in scores:
+        reader = readers[name]
         summary["methods"][name] |= identify(name, reader.rule)
         summary["methods"][name]["fingerprint"] = fingerprint(reader.rule) if reader.rule.reads_gradient else None
     words = Counter(word for article in bench.corpus.train for word in article.text.split())
@@ -317,7 +328,11 @@ def evaluate(recipe: Recipe) -> runs.Json:
             f"  word perplexity {_number(method['word_ppl'], ',.4g')}  {method['tokens_per_s']:,.0f} tokens/s"
         )
     report(recipe)
-    return {"methods": {name: _figures(method) for name, method in summary["methods"].items()}, **counts._asdict()}
+    return {
+        "methods": {name: _figures(method) for name, method in summary["methods"].items()},
+        "diverged": diverged,
+        **counts._asdict(),
+    }
 
 
 def _number(value: float | None, form: str) -> str:
@@ -341,7 +356,7 @@ def _read(name: str, reader: Reader, articles: list[TokenizedArticle], start_id:
     """``gate_articles`` counts for nothing with a cache, beside which a rule does what it does alone."""
     tapped = reader if isinstance(reader, TappedReader) else TappedReader.of(reader)
     if tapped.rule.reads_gradient:
-        with tapped:  # kernels are built outside the timed pass
+        with suppress(DivergedError), tapped:  # kernels are built outside the timed pass
             tapped.read(dataclasses.replace(articles[0], ids_T=articles[0].ids_T[:128]), start_id)
     with Bar(total=sum(map(len, articles)), desc=f"read {name}", unit="token", unit_scale=True) as bar:
         gate_articles = 0 if cached_name(name) else gate_articles

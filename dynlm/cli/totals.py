@@ -16,6 +16,8 @@ ten times less likely. For the shipped model English prose stays below it, other
 FAR_TOKENS = 64
 """tokens of a text that is judged at the least"""
 UNKNOWN_SHARE = 0.01
+CLIPPED_SHARE = 0.02
+"""of the updates, above which it is told"""
 WORD_WIDTH = 20
 
 
@@ -27,6 +29,9 @@ class Totals:
     tokens: int = 0
     restarts: int = 0
     """times that reading diverged and went on from the trained weights"""
+    updates: int = 0
+    clipped: int = 0
+    """updates whose gradient was scaled down to the trust region"""
     unknown_bytes: int = 0
     """bytes of characters or words that the tokenizer does not know"""
     words: int = 0
@@ -87,6 +92,11 @@ class Totals:
         if self.restarts:
             times = "once" if self.restarts == 1 else f"{self.restarts:,} times"
             parts.append(f"Reading diverged {times} and went on from the trained weights: what it had learned is gone")
+        if self.clipped > CLIPPED_SHARE * self.updates:
+            parts.append(
+                f"{self.clipped:,} of {self.updates:,} updates were scaled down to the trust region: the text asks for "
+                "larger steps than any of the kind that the model was trained on"
+            )
         static, share = self.static / max(1, self.tokens), self.unknown_bytes / max(1, self.bytes)
         if home is not None and self.tokens >= FAR_TOKENS and static > home + FAR:
             parts.append(
@@ -101,7 +111,7 @@ class Totals:
         return ". ".join(parts)
 
 
-COUNTS = ("articles", "tokens", "restarts", "unknown_bytes", "words", "lines", "bytes", "seconds")
+COUNTS = ("articles", "tokens", "restarts", "updates", "clipped", "unknown_bytes", "words", "lines", "bytes", "seconds")
 
 
 def word_lines(rows: Sequence[Json], mean: Json | None, rule: str) -> list[str]:

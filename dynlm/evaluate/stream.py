@@ -16,7 +16,7 @@ from dynlm.evaluate.calibration import Calibration
 from dynlm.evaluate.gates import GateRecorder, Gates
 from dynlm.evaluate.tap import TappedReader
 from dynlm.runs import Json
-from dynlm.types import InputError, TokenizedArticle
+from dynlm.types import DivergedError, InputError, TokenizedArticle
 
 
 class Scores(NamedTuple):
@@ -66,6 +66,9 @@ def read_and_watch(
 
     Rules that leave θ0 as it is do not read again. The gates of all others are recorded while the first
     ``gate_articles`` articles are read.
+
+    Raises:
+        DivergedError: a loss that is not finite, with its article and segment.
     """
     if not articles:
         raise InputError("no article to read: the chosen split is empty")
@@ -78,8 +81,11 @@ def read_and_watch(
             started = time.perf_counter()
             for number, article in enumerate(articles):
                 calibration.begin_article()
-                with recorder.article() if recorder and number < gate_articles else nullcontext():
-                    losses.append(reader.read(article, start_id, progress).float().cpu())
+                try:
+                    with recorder.article() if recorder and number < gate_articles else nullcontext():
+                        losses.append(reader.read(article, start_id, progress).float().cpu())
+                except DivergedError as error:
+                    raise DivergedError(f"article {number} ({article.title!r}): {error}") from None
             seconds = time.perf_counter() - started - reader.watch_seconds - (recorder.seconds if recorder else 0.0)
             if reader.config.reset == "never" and reader.rule.reads_gradient:
                 again = score_only(reader, articles[0], start_id).float().cpu()

@@ -10,6 +10,7 @@ from dynlm.cli.kit import best_validation, load_kit
 from dynlm.cli.main import main
 from dynlm.cli.read import ReadSettings, read
 from dynlm.cli.totals import FAR_TOKENS, Totals, word_lines
+from dynlm.data.stdlib import load_topics
 from dynlm.runs import Run
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "wikitext2-cpu"
@@ -130,3 +131,21 @@ def test_characters_that_the_shipped_tokenizer_lacks_are_counted(tmp_path, capsy
     (tmp_path / "a.txt").write_text(ENGLISH)
     assert read(ReadSettings((str(tmp_path / "a.txt"),), rule="static", quiet=True)).unknown_bytes == 0
     assert "tokenizer" not in capsys.readouterr().err
+
+
+def test_updates_that_the_trust_region_holds_back_are_told_where_they_are_many(tmp_path):
+    assert totals(updates=1000, clipped=20).note(None) == ""
+    note = totals(updates=1000, clipped=21, restarts=2).note(None)
+    assert "21 of 1,000 updates were scaled down to the trust region" in note
+    assert note.startswith("Reading diverged 2 times and went on")
+    (tmp_path / "code.txt").write_text("".join(f"xs[{i}] = {{'k{i}': f({i}, {i} ** 2)}}\n" for i in range(80)))
+    far = read(ReadSettings((str(tmp_path / "code.txt"),), rule="gated", spacing="none", quiet=True))
+    assert 0 < far.clipped <= far.updates == math.ceil(far.tokens / 32)
+
+
+def test_no_text_of_the_documentation_ends_far_worse_than_static(tmp_path):
+    """Without a trust region the page on asyncio costs gated 43 nats a token, raw as it stands."""
+    topics = [topic for topic in load_topics() if topic.title == "async"]
+    (tmp_path / "async.txt").write_text(topics[0].text[:6000])
+    far = read(ReadSettings((str(tmp_path / "async.txt"),), rule="gated", spacing="none", quiet=True))
+    assert far.gain > 1

@@ -7,6 +7,7 @@ earlier file whole. Tensors are safetensors, everything else JSON; nothing is pi
     RUN/tokenizer/  RUN/model/ the base language model      RUN/evaluate/        results.json, losses.safetensors
     RUN/prior.safetensors      static RMS of the gradient   RUN/report.html, RUN/figures/  the report
     RUN/checkpoints/           unfinished work, for --resume
+    RUN/.lock                  held by the command that works here (dynlm.claim)
     RUN/demo.txt               the demo made this run, and may replace it
     RUN/few-shot.json          few-shot comparison        RUN/few-shot/          its learned starts θ0
 """
@@ -14,11 +15,11 @@ earlier file whole. Tensors are safetensors, everything else JSON; nothing is pi
 from __future__ import annotations
 
 import json
-import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -31,12 +32,16 @@ from safetensors.torch import save_file
 from dynlm.types import InputError
 
 Json = dict[str, Any]
+FIGURE = re.compile(r"(gain|by-position|per-article|stream|words|boundaries|calibration|gates-\d+)\.(svg|png|pdf)")
+"""names of the report's figures"""
 
 
 class Run:
     """Paths of one run directory. Constructing it touches nothing on disk."""
 
     def __init__(self, path: str | Path) -> None:
+        if not str(path) or "\0" in str(path):
+            raise InputError(f"--run is {str(path)!r}: give the name of a directory")
         self.path = Path(path)
         self.recipe = self.path / "recipe.json"
         self.tokenizer = self.path / "tokenizer"
@@ -53,6 +58,10 @@ class Run:
     def rule(self, name: str) -> Path:
         return self.path / "rules" / name
 
+    def rules(self) -> list[str]:
+        """Names of the rules and caches that the run holds."""
+        return sorted(path.name for path in self.path.glob("rules/*") if path.is_file() and path.name[0] != ".")
+
     def few_shot_start(self, method: str) -> Path:
         return self.path / "few-shot" / f"{method}.safetensors"
 
@@ -62,8 +71,27 @@ class Run:
     def checkpoint(self, stage: str) -> Path:
         return self.path / "checkpoints" / f"{stage}.safetensors"
 
+    def parts(self, stage: str) -> Path:
+        """The folder of what an unfinished stage has finished."""
+        return self.path / "checkpoints" / stage
+
+    @property
+    def retraining(self) -> Run:
+        """Where a finished base model is trained again: it stays until the new one is finished."""
+        return Run(self.parts("train"))
+
     def log(self, stage: str) -> Path:
         return self.path / f"{stage}.jsonl"
+
+    def derived(self) -> list[Path]:
+        """What dynlm made from base model and tokenizer. Files that others have put beside it are not among them."""
+        found = [self.prior, self.report, self.results, self.losses, self.demo, self.parts("evaluate")]
+        found += [path for path in self.path.glob("rules/*") if path.name != "general" and is_tensors(path)]
+        found += [path for path in self.path.glob("starts/*.safetensors") if is_tensors(path)]
+        found += [path for path in self.figures.glob("*") if FIGURE.fullmatch(path.name)]
+        for pattern in ("meta-train*.jsonl", "checkpoints/meta-train*.safetensors", "checkpoints/learn-start*"):
+            found += self.path.glob(pattern)
+        return [path for path in found if path.exists()]
 
     def require(self, path: Path, made_by: str) -> Path:
         """``path``, or an error that names the command that makes it."""
@@ -134,6 +162,15 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], Json]:
         raise InputError(f"{path} is truncated or not safetensors ({error}): delete it and make it again") from error
 
 
+def is_tensors(path: Path) -> bool:
+    """Whether a file is one that :func:`write_tensors` wrote: safetensors, whose header follows its length."""
+    if not path.is_file() or path.is_symlink():
+        return False
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    return head.startswith(b'{"__metadata__":{', 8) and b'"meta":' in head
+
+
 def settings_of(config: Any) -> Json:
     """A configuration as JSON gives it back: tuples are lists."""
     settings: Json = json.loads(json.dumps(asdict(config)))
@@ -156,11 +193,18 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch
 
 
 @contextmanager
-def resuming(meta: Json, config: Any, table: str, owner: str = "run") -> Iterator[None]:
-    """Inside, a checkpoint is taken over: that it has other settings, or does not fit, is one clear line."""
+def resuming(meta: Json, config: Any, table: str, owner: str = "run", model: str = "") -> Iterator[None]:
+    """Inside, a checkpoint is taken over: that it has other settings, or does not fit, is one clear line.
+
+    ``model``: fingerprint of the base model that the work belongs to, where there is one.
+    """
     if meta.get("config") != settings_of(config):
         raise InputError(
             f"the checkpoint was made with other [{table}] settings: resume with those, or use --overwrite"
+        )
+    if meta.get("model", "") != model:
+        raise InputError(
+            f"the checkpoint belongs to the base model {meta.get('model')}, this run holds {model}: use --overwrite"
         )
     try:
         yield
@@ -168,23 +212,9 @@ def resuming(meta: Json, config: Any, table: str, owner: str = "run") -> Iterato
         raise InputError(f"the checkpoint does not fit this {owner} ({error}): use --overwrite to start anew") from None
 
 
-def append_log(path: Path, record: Json) -> None:
-    """One JSON line a step: what a stage did, readable while it runs.
+def write_log(path: Path, records: Sequence[Json]) -> None:
+    """One JSON line a step: what a stage did.
 
-    Call it before the step's checkpoint is written: work that was stopped between the two does the step again, and its
-    record then takes the place of the first one, and of later ones.
+    A checkpoint keeps the same records, so that no step is lost or logged twice.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if _step(line) < record["step"]]
-    if len(kept) < len(lines):
-        write_text(path, "".join(f"{line}\n" for line in kept))
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def _step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # cut short, as by a full disk
-        return math.inf
+    write_text(path, "".join(f"{json.dumps(record)}\n" for record in records))

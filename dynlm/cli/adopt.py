@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,12 +10,14 @@ import torch
 from transformers import PreTrainedModel
 
 from dynlm import runs
+from dynlm.changes import Changes, changing
 from dynlm.cli.recipe import Recipe, saved_settings
 from dynlm.data.tokenizers import HuggingFaceTokenizer, Tokenizer, TokenizerConfig
 from dynlm.models.causal import load_model, scorer_for
 from dynlm.models.context import ContextConfig
 from dynlm.models.lora import LoraSettings, add_lora
 from dynlm.models.params import adapted_parameters, matched_parameters
+from dynlm.stamps import Stamp, fingerprint_files
 from dynlm.types import InputError
 
 EVERYTHING = ("*",)
@@ -83,27 +84,35 @@ def require_reads(model: PreTrainedModel, tokenizer: Tokenizer, context: Context
         raise InputError(f"{type(model).__name__} gives losses that are not finite: its weights are broken")
 
 
-def adopt(recipe: Recipe, run: runs.Run) -> None:
-    """Make ``run`` from a ready model and its tokenizer, untrained; nothing is written unless all of it reads."""
+def adopt(recipe: Recipe, run: runs.Run, data: str) -> None:
+    """Make ``run`` from a ready model and its tokenizer, untrained; nothing is written unless all of it reads.
+
+    ``data``: the fingerprint of the corpus.
+    """
     source = recipe.model.pretrained
     model = load_model(source)
     tokenizer = load_ready_tokenizer(source, recipe.tokenizer)
     require_reads(model, tokenizer, recipe.context, recipe.read.segment)
-    with runs.replacing(run.model) as temporary:
-        model.save_pretrained(temporary)  # without low-rank weights, which every stage makes again from their seed
+    with changing(run.path) as new:
+        begin_run(new, run, tokenizer)
+        new.remove(run.checkpoint("train"), run.retraining.path)
+        model.save_pretrained(new.at(run.model))  # without low-rank weights, which each stage makes from their seed
         globs = with_lora(model, recipe.lora, recipe.read.params)
         adapted = sum(a.parameter.numel() for a in adapted_parameters(model, globs))
-        begin_run(run, tokenizer, recipe)
+        write_recipe(new, run, recipe, data, finished=True)
     total = sum(p.numel() for p in model.parameters())
     print(f"{type(model).__name__}: {total:,} weights, {adapted:,} adapted ({adapted / total:.2%})")
 
 
-def begin_run(run: runs.Run, tokenizer: Tokenizer, recipe: Recipe) -> None:
-    """Write tokenizer and settings in the place of an earlier run's, and remove what was made from that."""
-    for folder in (run.path / "rules", run.path / "starts", run.evaluation, run.figures):
-        shutil.rmtree(folder, ignore_errors=True)
-    logs = run.path.glob("meta-train*.jsonl")  # of every seed
-    for stale in (run.prior, run.report, run.demo, run.log("train"), *logs):
-        stale.unlink(missing_ok=True)
-    tokenizer.save(run.tokenizer)
-    runs.write_json(run.recipe, saved_settings(recipe))
+def begin_run(new: Changes, run: runs.Run, tokenizer: Tokenizer) -> None:
+    """Put a tokenizer in the place of an earlier run's, and remove what was made from that."""
+    new.remove(*run.derived())
+    tokenizer.save(new.at(run.tokenizer))
+
+
+def write_recipe(new: Changes, run: runs.Run, recipe: Recipe, data: str, *, finished: bool) -> None:
+    """Write recipe.json for the tokenizer and the base model, each as it will stand when the changes are made."""
+    prints = {"data": data}
+    for name, folder in (("tokenizer", run.tokenizer), ("model", run.model)):
+        prints[name] = fingerprint_files(new.coming(folder))
+    runs.write_json(new.at(run.recipe), Stamp(finished, prints).put_on(saved_settings(recipe)))

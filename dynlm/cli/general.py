@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from dynlm.changes import Changes, changing
+from dynlm.cli.kept import free, is_finished, mark
 from dynlm.cli.recipe import Recipe
-from dynlm.cli.stages import free
 from dynlm.meta.tasks import GeneralTrainer, meta_train_general
 from dynlm.meta.train import MetaProgress
 from dynlm.optim.base import Rule
@@ -18,20 +19,23 @@ def learn_optimizer(recipe: Recipe) -> Json:
     """Writes the rule to the run's rules; every validation leaves a checkpoint to resume from."""
     run, config = Run(recipe.run), recipe.general
     path, checkpoint = run.rule(General.name), run.checkpoint("learn-optimizer")
-    if recipe.resume:
-        run.require(checkpoint, "learn-optimizer")
-    else:
-        free(path, recipe, checkpoint)
-        for stale in (checkpoint, run.log("learn-optimizer")):
-            stale.unlink(missing_ok=True)
+    free(path, recipe, checkpoint)
+    kept = is_finished(path)
     torch.set_num_threads(1)  # such small networks lose by threads
     trainer = GeneralTrainer(General(seed=config.seed), config)
+    if not recipe.resume and checkpoint.exists():
+        with changing(run.path) as new:
+            new.remove(checkpoint)
 
-    def save(rule: Rule, progress: MetaProgress) -> None:
-        made = {"step": progress.step, "best_meta_validation": progress.best, "seconds": round(progress.seconds)}
-        save_rule(rule, path, {**made, "settings": trainer.state()[1]["config"]})
+    def save(rule: Rule, progress: MetaProgress, new: Changes, finished: bool = False) -> None:
+        mark(new, run, recipe)
+        if finished or not kept:  # an earlier rule stays until this one is finished
+            made = {"step": progress.step, "best_meta_validation": progress.best, "seconds": round(progress.seconds)}
+            save_rule(rule, new.at(path), {**made, "settings": trainer.state()[1]["config"], "finished": finished})
 
     progress = meta_train_general(trainer, run, save, recipe.resume)
-    checkpoint.unlink(missing_ok=True)
+    with changing(run.path) as new:
+        save(trainer.rule, progress, new, finished=True)
+        new.remove(checkpoint)
     print(f"rule: {path} (lowest mean log(last / first held-out loss) {progress.best:.4f})")
     return {"rule": str(path), "meta_validation": progress.best, "steps": progress.step, "seconds": progress.seconds}

@@ -20,6 +20,8 @@ import torch
 from torch import nn
 
 from dynlm.adapt import ReadConfig, Reader, Scorer, make_priors
+from dynlm.claim import recover
+from dynlm.cli.terminal import tell
 from dynlm.data.spacing import Spacing
 from dynlm.data.tokenizers import Tokenizer, load_tokenizer
 from dynlm.models.light import LightLSTM, is_light, load_light
@@ -29,6 +31,7 @@ from dynlm.optim.handmade import Static
 from dynlm.optim.hub import fingerprint
 from dynlm.optim.library import LEARNED, load_rule, seedless
 from dynlm.runs import Json, Run, read_json, read_tensors
+from dynlm.stamps import Stamp, fingerprint_files, read_stamped, unfinished
 from dynlm.types import InputError
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
@@ -93,16 +96,24 @@ def load_kit(run_path: str, rule_name: str, reset: Any) -> Kit:
     run = Run(run_path or SHIPPED / DEFAULT_MODEL)
     if not run.path.is_dir():
         raise InputError(f"run directory {run.path} does not exist: `dynlm train` makes one, or leave --run out")
-    settings = read_json(run.require(run.recipe, "train"))
+    recover(run)
+    settings, stamp = read_stamped(run.require(run.recipe, "train"))
+    for name, folder in (("tokenizer", run.tokenizer), ("model", run.model)):
+        found = fingerprint_files(run.require(folder, "train"))
+        stamp.require(name, found, str(folder), "put back the one that belongs to the run, or train again")
+    if not stamp.finished:
+        tell(unfinished(run.model, "train"))
     model, scorer, params, carry = _load_model(run, settings)
     read = settings.get("read", {})
     config = ReadConfig(read.get("segment", 32), reset, params, read.get("kernel", "auto"))
     adapted = adapted_parameters(model, config.params)
-    tensors, _ = read_tensors(run.require(run.prior, "tune"))
-    if {a.name: a.matrix_RC.shape for a in adapted} != {name: tensor.shape for name, tensor in tensors.items()}:
+    tensors, measured = read_tensors(run.require(run.prior, "tune"))
+    shapes = {a.name: a.matrix_RC.shape for a in adapted}
+    own = stamp.fingerprints["model"]
+    if shapes != {name: t.shape for name, t in tensors.items()} or measured.get("model", own) != own:
         raise InputError(f"{run.prior} belongs to another model or other read.params: run `dynlm tune` again")
     priors = make_priors(adapted, [tensors[a.name].float() for a in adapted])
-    tokenizer, rule = load_tokenizer(run.require(run.tokenizer, "train")), _load_rule(run, rule_name)
+    tokenizer, rule = load_tokenizer(run.tokenizer), _load_rule(run, rule_name, stamp)
     name = run_path or f"shipped {DEFAULT_MODEL}"
     spacing, home = _known(run)
     return Kit(model, scorer, tokenizer, rule.requires_grad_(False), priors, config, name, spacing, home, carry)
@@ -149,13 +160,17 @@ def _itself(model: LightLSTM) -> Scorer:
     return model
 
 
-def _load_rule(run: Run, name: str) -> Rule:
-    held = sorted(p.name for p in run.rule("x").parent.glob("*"))
+def _load_rule(run: Run, name: str, stamp: Stamp) -> Rule:
+    held = run.rules()
     chosen = name or next((rule for rule in RULES if rule in held), "")
     if chosen == "static":
         return Static()
+    made_by = "meta-train" if seedless(chosen) in LEARNED else "tune"
     if chosen not in held:
-        made_by = "meta-train" if seedless(chosen) in LEARNED else "tune"
         there = f"it holds {', '.join(held)}" if held else f"run `dynlm {made_by}` with it first"
         raise InputError(f"{run.path} has no rule {chosen or RULES[-1]!r}: {there}")
-    return load_rule(run.rule(chosen))[0]
+    rule, made = load_rule(run.rule(chosen))
+    stamp.require_own(run.rule(chosen), made)
+    if made.get("finished", True) is not True:
+        tell(unfinished(run.rule(chosen), made_by))
+    return rule

@@ -14,10 +14,11 @@ from importlib import import_module, resources
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dynlm
+from dynlm.claim import claim, recover
 from dynlm.cli.terminal import tell, usage_errors
 from dynlm.interrupt import Interrupted
 from dynlm.progress import hush_libraries, set_quiet
-from dynlm.runs import Json, Run, write_text
+from dynlm.runs import Json, Run
 from dynlm.types import InputError
 
 if TYPE_CHECKING:
@@ -31,25 +32,29 @@ class Command(NamedTuple):
     description: str
     resumes: bool = False
     """``--resume`` goes on from its checkpoint or after what it has finished"""
+    begins: bool = False
+    """makes the run directory where there is none"""
 
 
 COMMANDS: dict[str, Command] = {
     "read": Command("read.main", "read your own texts and see, token by token, what learning while reading gains"),
-    "train": Command("stages.train", "train tokenizer and base model, or copy a ready one into the run", True),
-    "tune": Command("stages.tune", "tune the hand-made rules on the meta split"),
+    "train": Command("training.train", "train tokenizer and base model, or copy a ready one into the run", True, True),
+    "tune": Command("tuning.tune", "tune the hand-made rules on the meta split", True),
     "plan": Command("plan.plan", "predict memory and time of meta-training; needs no data"),
     "meta-train": Command("stages.meta_training", "train a learned rule, from a tuned hand-made one", True),
     "learn-optimizer": Command(
-        "general.learn_optimizer", "meta-train the general-purpose optimizer on small training tasks", True
+        "general.learn_optimizer", "meta-train the general-purpose optimizer on small training tasks", True, True
     ),
     "learn-start": Command("start.learn_start_stage", "learn a start θ0 of the base model for reading with a rule"),
     "evaluate": Command("stages.evaluate", "read held-out articles with every method and write the report"),
     "audit": Command("audit.audit_stage", "check that every method of a run reads without leaks and adds up"),
     "report": Command("stages.report", "write the report of an evaluation again"),
     "few-shot": Command(
-        "fewshot.few_shot", "learn a start for few-shot tasks with several methods and compare them", True
+        "fewshot.few_shot", "learn a start for few-shot tasks with several methods and compare them", True, True
     ),
-    "demo": Command("main.demo", "run the whole chain on the documentation that Python carries, no download"),
+    "demo": Command(
+        "main.demo", "run the whole chain on the documentation that Python carries, no download", begins=True
+    ),
 }
 USAGE = """usage: dynlm COMMAND [RECIPE] [--run DIR] [--section.setting VALUE ...]
        dynlm read FILE... [--html FILE]
@@ -119,12 +124,14 @@ def _run(name: str, arguments: list[str]) -> None:
         print(command_help(name, COMMANDS[name].description), end="")
         return
     recipe = parse(name, arguments)
-    if recipe.resume and not COMMANDS[name].resumes:
+    command, run = COMMANDS[name], Run(recipe.run)
+    if recipe.resume and not command.resumes:
         raise InputError(f"`dynlm {name}` has nothing to resume: leave --resume out, or add --overwrite to start again")
     set_quiet(recipe.quiet)
     with redirect_stdout(sys.stderr) if recipe.json else nullcontext():
         print(f"run directory: {recipe.run}", flush=True)
-        figures = stage(name)(recipe) or {}
+        with nullcontext() if name == "plan" else claim(run, begins=command.begins, writes=name != "audit"):
+            figures = stage(name)(recipe) or {}
     if recipe.json:
         print(json.dumps({"command": name, "run": recipe.run, **figures}, ensure_ascii=False, allow_nan=False))
 
@@ -147,6 +154,9 @@ def parse(command: str, arguments: Sequence[str]) -> Recipe:
         return _flags(command, flags[1:], load_recipe(find_recipe(flags[0])))
     recipe = _flags(command, flags, Recipe())
     run = Run(recipe.run)
+    recover(run)
+    if command == "train" and recipe.resume and run.retraining.recipe.is_file():
+        return _flags(command, flags, dataclasses.replace(recipe_of_run(run.retraining.recipe), run=str(run.path)))
     if not run.recipe.is_file():
         return recipe
     return _flags(command, flags, dataclasses.replace(recipe_of_run(run.recipe), run=str(run.path)))
@@ -173,15 +183,14 @@ def _print_environment(as_json: bool) -> None:
 def demo(recipe: Recipe) -> Json:
     """Train, tune, meta-train, evaluate and report, each in turn; the demo's own run is made again."""
     started, run, figures = time.perf_counter(), Run(recipe.run), Json()
-    if run.path.exists() and not recipe.overwrite:
+    if run.recipe.exists() and not recipe.overwrite:
         if not run.demo.is_file():
             raise InputError(f"{run.path} exists and is no run of the demo: choose another --run")
         print(f"{run.path} is an earlier run of the demo: it is replaced")
         recipe = dataclasses.replace(recipe, overwrite=True)
     for name in ("train", "tune", "meta-train", "evaluate"):
         print(f"\n── {name}: {COMMANDS[name].description} ({time.perf_counter() - started:.0f} s)", flush=True)
-        figures[name] = stage(name)(recipe) or {}
-        write_text(run.demo, "`dynlm demo` made this run, and replaces it when it is run again\n")
+        figures[name] = (stage(name)(recipe, demo=True) if name == "train" else stage(name)(recipe)) or {}
     print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes on {os.cpu_count()} cores")
     return figures
 

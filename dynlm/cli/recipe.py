@@ -24,7 +24,7 @@ from dynlm.models.context import ContextConfig
 from dynlm.models.lora import LoraSettings
 from dynlm.models.lstm import ModelConfig
 from dynlm.models.train import TrainConfig
-from dynlm.runs import read_json
+from dynlm.stamps import read_stamped
 from dynlm.types import InputError
 
 PACKAGE = Path(__file__).parents[1]
@@ -172,6 +172,8 @@ class Recipe:
 FLAGS = ("overwrite", "resume", "threads", "quiet", "json")
 """settings of one call: never of a recipe, and not kept in a run's recipe.json"""
 FIXED_BY_TRAINING = ("data", "tokenizer", "model", "lora")
+MADE_WITH = (*FIXED_BY_TRAINING, "read", "context")
+"""tables that must be whole in recipe.json: a default would be another run"""
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -250,9 +252,18 @@ def _check(hint: Any, value: Any, where: str, default: Any = None) -> Any:
 
 
 def recipe_of_run(path: Path) -> Recipe:
-    """The settings that a run directory was made with."""
-    values = read_json(path)
-    return cast(Recipe, build(Recipe, {name: value for name, value in values.items() if name not in FLAGS}, str(path)))
+    """The settings that a run directory was made with.
+
+    Raises:
+        InputError: a file that this version of dynlm did not write, or one that lacks what the model was made with.
+    """
+    values, _ = read_stamped(path)
+    for table in MADE_WITH:
+        given = values.get(table)
+        for f in dataclasses.fields(getattr(Recipe(), table)):
+            if not isinstance(given, dict) or f.name not in given:
+                raise InputError(f"{path} lacks {table}.{f.name}: it was changed; train again in another --run")
+    return cast(Recipe, build(Recipe, values, str(path)))
 
 
 def saved_settings(recipe: Recipe) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The stages of a run, each from the files of the one before: train, tune, meta-train, evaluate, report."""
+"""The stages of a run after training, each from the files of the one before: meta-train, evaluate, report."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ import transformers
 import dynlm
 from dynlm import runs
 from dynlm.adapt import ReadConfig, Reader, make_priors, measure_priors
-from dynlm.cli.adopt import adopt, begin_run, load_base
+from dynlm.changes import Changes, changing
+from dynlm.cli.adopt import load_base
+from dynlm.cli.kept import free, is_finished, told
 from dynlm.cli.kit import model_fingerprint
 from dynlm.cli.recipe import Recipe, recipe_of_run, require_same
 from dynlm.data.articles import Corpus, load_corpus
 from dynlm.data.segments import article_segments
-from dynlm.data.tokenizers import load_tokenizer, lost_share, tokenize, train_tokenizer
+from dynlm.data.tokenizers import load_tokenizer, lost_share, tokenize
 from dynlm.evaluate.breakdowns import Reading, break_down
-from dynlm.evaluate.cache import CachedReader, cached_name, load_cache, save_cache
-from dynlm.evaluate.cache_search import tune_cache
+from dynlm.evaluate.cache import CachedReader, cached_name, load_cache
 from dynlm.evaluate.compare import identify, summarize, write_results
 from dynlm.evaluate.metrics import count
 from dynlm.evaluate.stateless import STATELESS, StatelessScorer
 from dynlm.evaluate.stream import Scores, read_and_watch, read_articles
 from dynlm.evaluate.tap import TappedReader
 from dynlm.meta.train import MetaProgress, MetaTrainer, divide_meta_split, meta_train
-from dynlm.meta.tune import tune_rule
 from dynlm.models.causal import CausalScorer, scorer_for
-from dynlm.models.lstm import LSTMForCausalLM
 from dynlm.models.params import adapted_parameters
-from dynlm.models.train import train_base_model
 from dynlm.optim.base import Prior, Rule
+from dynlm.optim.general import General
 from dynlm.optim.handmade import Static
 from dynlm.optim.hub import fingerprint
 from dynlm.optim.library import LEARNED, load_rule, save_rule, seeded, seedless, start_rule
 from dynlm.progress import Bar
 from dynlm.report.html import write_report
+from dynlm.stamps import fingerprint_files, read_stamped, unfinished
 from dynlm.threads import choose_threads
 from dynlm.types import Article, DivergedError, InputError, TokenizedArticle
 
@@ -55,8 +55,15 @@ class Bench:
 
     def __init__(self, recipe: Recipe) -> None:
         self.run = runs.Run(recipe.run)
-        trained = recipe_of_run(self.run.require(self.run.recipe, "train"))
-        require_same(recipe, trained)
+        require_same(recipe, recipe_of_run(self.run.require(self.run.recipe, "train")))
+        self.made = read_stamped(self.run.recipe)[1]
+        for name, folder in (("tokenizer", self.run.tokenizer), ("model", self.run.model)):
+            found = fingerprint_files(self.run.require(folder, "train"))
+            self.made.require(name, found, str(folder), "put back the one that belongs to the run, or train again")
+        if not self.made.finished:
+            print(unfinished(self.run.model, "train"), flush=True)
+        elif self.run.retraining.recipe.exists():
+            print("note: the base model is being trained again; the earlier one is used until then", flush=True)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, params = load_base(self.run.model, recipe.lora, recipe.read.params, self.device)
         self.recipe = dataclasses.replace(recipe, read=dataclasses.replace(recipe.read, params=params))
@@ -66,7 +73,21 @@ class Bench:
 
     @cached_property
     def corpus(self) -> Corpus:
-        return load_corpus(self.recipe.data)
+        corpus = load_corpus(self.recipe.data)
+        advice = "put back the texts or the split that the run was trained on, or train in another --run"
+        self.made.require("data", corpus.fingerprint, f"data.source {self.recipe.data.source!r}", advice)
+        return corpus
+
+    def stamp(self) -> runs.Json:
+        """What a finished rule, cache or start says of itself: the base model that it belongs to."""
+        return {"model": self.made.fingerprints["model"], "finished": True}
+
+    def require_own(self, path: Path) -> None:
+        """Refuse a rule, cache or start that says that it was made with another base model; note an unfinished one."""
+        made = told(path)
+        self.made.require_own(path, made)
+        if made.get("finished", True) is not True:
+            print(unfinished(path, "learn-optimizer" if path.name == General.name else "meta-train"), flush=True)
 
     def articles(self, split: str, limit: int = 0) -> list[TokenizedArticle]:
         chosen = self.corpus.split(split)
@@ -78,6 +99,7 @@ class Bench:
         adapted = adapted_parameters(self.model, self.recipe.read.params)
         names = [a.name for a in adapted]
         settings = {"params": names, "segment": self.recipe.read.segment, "tokens": self.recipe.prior.tokens}
+        settings["model"] = self.made.fingerprints["model"]
         if isinstance(self.score, CausalScorer):
             settings["context"] = asdict(self.recipe.context)
         if self.run.prior.is_file():
@@ -106,8 +128,9 @@ class Bench:
         """
         beside = cached_name(name)
         if beside is not None:
-            made_by = f"tune --tune.rules {name}"
-            return CachedReader.beside(self.method(beside), load_cache(self.run.require(self.run.rule(name), made_by)))
+            path = self.run.require(self.run.rule(name), f"tune --tune.rules {name}")
+            self.require_own(path)
+            return CachedReader.beside(self.method(beside), load_cache(path))
         kind, _, start = name.partition("@")
         rule = self.load_rule(kind)
         score = StatelessScorer(self.score) if kind == STATELESS else self.score
@@ -116,7 +139,9 @@ class Bench:
 
     def _started(self, rule: Rule, start: str) -> list[Prior]:
         """The priors of a learned start; ``rule`` becomes what was learned together with it."""
-        tensors, _ = runs.read_tensors(self.run.require(self.run.start(start), "learn-start"))
+        path = self.run.require(self.run.start(start), "learn-start")
+        self.require_own(path)
+        tensors, _ = runs.read_tensors(path)
         missing = [prior.name for prior in self.priors if prior.name not in tensors]
         if missing:
             raise InputError(f"start {start!r} lacks {missing[0]!r}, an adapted parameter: learn it again")
@@ -129,7 +154,9 @@ class Bench:
         if name in ("static", STATELESS):
             return Static()
         made_by = "meta-train" if seedless(name) in LEARNED else "tune"
-        return load_rule(self.run.require(self.run.rule(name), made_by))[0]
+        path = self.run.require(self.run.rule(name), made_by)
+        self.require_own(path)
+        return load_rule(path)[0]
 
 
 def _first_tokens(articles: tuple[Article, ...], tokens: int) -> list[Article]:
@@ -143,126 +170,35 @@ def _first_tokens(articles: tuple[Article, ...], tokens: int) -> list[Article]:
     return chosen
 
 
-def free(path: Path, recipe: Recipe, checkpoint: Path | None = None) -> None:
-    """Nothing finished or half-finished is replaced unasked."""
-    if recipe.overwrite:
-        return
-    if checkpoint is not None and checkpoint.is_file() and not recipe.resume:
-        raise InputError(f"{checkpoint} holds unfinished work: add --resume to go on, or --overwrite to start anew")
-    if path.exists() and not recipe.resume:
-        raise InputError(f"{path} exists: add --overwrite to replace it, or choose another --run")
-
-
-def train(recipe: Recipe) -> runs.Json | None:
-    """Tokenizer and base model from the train split, or as ``model.pretrained`` holds them."""
-    run = runs.Run(recipe.run)
-    checkpoint = run.checkpoint("train")
-    if recipe.resume:
-        run.require(checkpoint, "train")
-        require_same(recipe, recipe_of_run(run.recipe))
-    free(run.model, recipe, checkpoint)
-    corpus = load_corpus(recipe.data)
-    if recipe.model.pretrained:
-        adopt(recipe, run)
-        return None
-    if recipe.lora.rank:
-        raise InputError(f"lora.rank is {recipe.lora.rank}, but an LSTM takes no low-rank weights: set it to 0")
-    train_texts, valid_texts = corpus.split("train"), corpus.split("valid")
-    tokenizer = (
-        load_tokenizer(run.tokenizer) if recipe.resume else train_tokenizer(recipe.tokenizer, train_texts + corpus.meta)
-    )
-    articles = tokenize(tokenizer, train_texts), tokenize(tokenizer, valid_texts)
-    model = recipe.model.build(tokenizer.vocab_size, tokenizer.eos_id, recipe.train.seed)
-    tokens = sum(map(len, articles[0]))
-    print(f"{model.num_parameters():,} weights, {len(train_texts)} articles, {tokens:,} training tokens")
-    rows = recipe.train.batch_size * recipe.train.segment
-    product = rows, model.config.embedding_size, tokenizer.vocab_size  # the read-out, where most of the time goes
-    print(f"threads: {choose_threads(recipe.threads, product=product)}", flush=True)
-    fresh = not recipe.resume
-
-    def save_best(best: LSTMForCausalLM) -> None:
-        nonlocal fresh
-        if fresh:  # only now is there something to put in the place of an earlier run, and of what was made from it
-            begin_run(run, tokenizer, recipe)
-            fresh = False
-        with runs.replacing(run.model) as temporary:
-            best.save_pretrained(temporary)
-
-    progress = train_base_model(model, articles, recipe.train, run, save_best, recipe.resume)
-    checkpoint.unlink(missing_ok=True)
-    print(f"best validation {progress.best:.4f} nats/token after {progress.seconds / 60:.1f} minutes of training")
-    return {"validation_nats_per_token": progress.best, "steps": progress.step, "seconds": progress.seconds}
-
-
-def tune(recipe: Recipe) -> runs.Json:
-    """Settings of the hand-made rules, on the meta-training articles."""
-    bench, figures, failures = Bench(recipe), runs.Json(), list[str]()
-    for kind in recipe.tune.rules:
-        free(bench.run.rule(kind), recipe)
-    articles, _ = divide_meta_split(bench.articles("meta"), recipe.meta)
-    for kind in recipe.tune.rules:
-        if cached_name(kind) is not None:
-            figures[kind] = _tune_cache(bench, kind, articles)
-            continue
-        try:
-            with Bar(total=recipe.tune.trials, desc=f"tune {kind}", unit="trial") as bar:
-                tuned = tune_rule(kind, bench.reader, articles, bench.tokenizer.eos_id, recipe.tune, bar.update)
-        except DivergedError as error:  # the other rules go on
-            failures.append(str(error))
-            continue
-        made = {"nats_per_token": tuned.nats_per_token, "trials": tuned.trials, "config": asdict(recipe.tune)}
-        save_rule(tuned.rule, bench.run.rule(kind), made)
-        numbers = ", ".join(f"{name} {value:.3g}" for name, value in tuned.rule.settings().items())
-        figures[kind] = {"nats_per_token": tuned.nats_per_token, "settings": tuned.rule.settings()}
-        print(f"{kind}: {tuned.nats_per_token:.4f} nats/token with {numbers}; static {tuned.static:.4f}")
-        if tuned.at_bound:
-            print(f"{kind}: {', '.join(tuned.at_bound)} at the edge of the searched range; more trials may help")
-    if failures:
-        raise DivergedError("; ".join(dict.fromkeys(failures)))
-    return {"rules": figures}
-
-
-def _tune_cache(bench: Bench, name: str, articles: list[TokenizedArticle]) -> runs.Json:
-    """Settings of the cache of method ``name``, on what the hand-made rules are tuned on."""
-    config, beside = bench.recipe.tune, cached_name(name)
-    assert beside is not None
-    with Bar(desc=f"tune {name}", unit="trial") as bar:
-        tuned = tune_cache(bench.method(beside), config.excerpts(articles), bench.tokenizer.eos_id, bar.update)
-    made = {"nats_per_token": tuned.nats_per_token, "trials": tuned.trials, "config": asdict(config)}
-    save_cache(tuned.cache, bench.run.rule(name), made)
-    numbers = ", ".join(f"{key} {value:.4g}" for key, value in asdict(tuned.cache).items())
-    print(f"{name}: {tuned.nats_per_token:.4f} nats/token with {numbers}, {tuned.nats_without:.4f} without the cache")
-    if tuned.at_bound:
-        print(f"{name}: {', '.join(tuned.at_bound)} at the edge of the searched grid")
-    return {"nats_per_token": tuned.nats_per_token, "settings": asdict(tuned.cache)}
-
-
 def meta_training(recipe: Recipe) -> runs.Json:
     """A learned rule, from the tuned hand-made rule that it starts at, on the meta-training articles."""
     bench, kind = Bench(recipe), recipe.meta.rule
     name, stage = seeded(kind, recipe.meta.seed), seeded("meta-train", recipe.meta.seed)
     target, checkpoint = bench.run.rule(name), bench.run.checkpoint(stage)
-    if recipe.resume:
-        bench.run.require(checkpoint, "meta-train")
     free(target, recipe, checkpoint)
     articles, held_back = divide_meta_split(bench.articles("meta"), recipe.meta)
     start = bench.load_rule(LEARNED[kind].start).settings()
     rule = start_rule(kind, start, bench.priors, recipe.meta.seed, recipe.meta.hidden)
-    reader = bench.reader(rule)
-    trainer = MetaTrainer(reader, articles, bench.tokenizer.eos_id, recipe.meta)
-    tokens = sum(map(len, held_back))
+    reader, stamp = bench.reader(rule), bench.stamp()
+    trainer = MetaTrainer(reader, articles, bench.tokenizer.eos_id, recipe.meta, stamp["model"])
+    tokens, kept = sum(map(len, held_back)), is_finished(target)
+    if not recipe.resume and checkpoint.exists():
+        with changing(bench.run.path) as new:
+            new.remove(checkpoint)
 
     def validate() -> float:
         return read_articles(reader, held_back, bench.tokenizer.eos_id).nats / tokens
 
-    def save_best(best: Rule, progress: MetaProgress) -> None:
-        if progress.step == 0:
-            bench.run.log(stage).unlink(missing_ok=True)
-        save_rule(best, target, {"progress": progress._asdict(), "config": asdict(recipe.meta), "start": start})
+    def save_best(best: Rule, progress: MetaProgress, new: Changes, finished: bool = False) -> None:
+        if finished or not kept:  # an earlier rule stays until this one is finished
+            made = {"progress": progress._asdict(), "config": asdict(recipe.meta), "start": start}
+            save_rule(best, new.at(target), {**made, **stamp, "finished": finished})
 
     progress = meta_train(trainer, validate, bench.run, save_best, recipe.resume, stage)
     reader.restore()
-    checkpoint.unlink(missing_ok=True)
+    with changing(bench.run.path) as new:
+        save_best(trainer.best, progress, new, finished=True)
+        new.remove(checkpoint)
     print(f"best meta-validation {progress.best:.4f} nats/token; {progress.seconds / 60:.1f} minutes")
     return {"meta_validation_nats_per_token": progress.best, "steps": progress.step, "seconds": progress.seconds}
 
@@ -278,7 +214,7 @@ def methods_of(run: runs.Run, chosen: Sequence[str]) -> list[str]:
         raise InputError(f"evaluate.methods names {twice!r} twice: name each method once")
     if chosen:
         return list(chosen)
-    held = sorted(path.name for path in run.rule("x").parent.glob("*") if not path.name.startswith("."))
+    held = run.rules()
     missing = [f"{name} (`dynlm {made_by}`)" for name, made_by in USUAL.items() if name not in held]
     if missing:
         print(f"note: this run has no {', '.join(missing)}: they are left out", flush=True)

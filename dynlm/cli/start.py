@@ -8,8 +8,9 @@ from dataclasses import asdict
 import torch
 
 from dynlm import runs
+from dynlm.cli.kept import free
 from dynlm.cli.recipe import Recipe
-from dynlm.cli.stages import Bench, free
+from dynlm.cli.stages import Bench
 from dynlm.data.segments import article_segments
 from dynlm.evaluate.stream import read_articles
 from dynlm.meta.initialisation import Task

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -21,7 +21,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from dynlm import runs
 from dynlm.adapt import ReadConfig, Reader
-from dynlm.meta.train import MetaProgress, set_rate
+from dynlm.changes import changing
+from dynlm.meta.train import MetaProgress, SaveRule, set_rate
 from dynlm.meta.workers import make_workers
 from dynlm.models.params import adapted_parameters
 from dynlm.models.tasks import TaskConfig, TrainingTask, sample_task
@@ -129,7 +130,7 @@ class GeneralTrainer:
         parts = zip(rule.parameters(), moving, strict=True)
         self.sigma = torch.cat([torch.full((p.numel(),), config.sigma * moves) for p, moves in parts])
         self.optimizer = torch.optim.Adam([self.phi], lr=config.lr, betas=(0.9, 0.95))
-        self.progress = MetaProgress()
+        self.progress, self.records = MetaProgress(), list[runs.Json]()
         self.pool = make_workers(config.workers) if config.workers > 1 else None
 
     def step(self) -> float:
@@ -164,7 +165,8 @@ class GeneralTrainer:
 
     def state(self) -> tuple[dict[str, Tensor], runs.Json]:
         tensors = {"phi": self.phi, **runs.optimizer_tensors(self.optimizer)}
-        return tensors, {"progress": self.progress._asdict(), "config": runs.settings_of(self.config)}
+        settings = runs.settings_of(self.config)
+        return tensors, {"progress": self.progress._asdict(), "config": settings, "log": self.records}
 
     def load(self, tensors: dict[str, Tensor], meta: runs.Json) -> None:
         with runs.resuming(meta, self.config, "general"):
@@ -172,13 +174,13 @@ class GeneralTrainer:
                 self.phi.copy_(tensors["phi"])
             runs.load_optimizer(self.optimizer, tensors)
             vector_to_parameters(self.phi.detach(), self.rule.parameters())
-            self.progress = MetaProgress(**meta["progress"])
+            self.progress, self.records = MetaProgress(**meta["progress"]), meta["log"]
 
 
-def meta_train_general(
-    trainer: GeneralTrainer, run: runs.Run, save: Callable[[Rule, MetaProgress], None], resume: bool = False
-) -> MetaProgress:
+def meta_train_general(trainer: GeneralTrainer, run: runs.Run, save: SaveRule, resume: bool = False) -> MetaProgress:
     """Train φ until the steps are done; ``save`` gets the rule at each validation.
+
+    What it writes through the changes that it gets, the log and the checkpoint change together.
 
     The last rule counts, not the one that validates best: a few dozen tasks cannot tell them apart (docs/LOG.md).
     """
@@ -194,11 +196,13 @@ def meta_train_general(
             if step != validated and (step % config.validate_every == 0 or step == config.steps):
                 valid, best = trainer.validate(), trainer.progress.best
                 trainer.progress = MetaProgress(step, min(valid, best), 0, time.perf_counter() - started)
-                save(trainer.rule, trainer.progress)
                 mean = sum(outcomes) / len(outcomes) if outcomes else None
                 record = {"step": step, "train": mean, "valid": valid, "seconds": round(trainer.progress.seconds, 1)}
-                runs.append_log(run.log("learn-optimizer"), record)
-                runs.write_tensors(path, *trainer.state())
+                trainer.records.append(record)
+                with changing(run.path) as new:
+                    save(trainer.rule, trainer.progress, new)
+                    runs.write_log(new.at(run.log("learn-optimizer")), trainer.records)
+                    runs.write_tensors(new.at(path), *trainer.state())
                 bar.write(f"step {step}: mean log(last / first held-out loss) {valid:.4f}")
                 outcomes = []
             if step == config.steps:

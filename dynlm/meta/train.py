@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dynlm import runs
 from dynlm.adapt import Reader
+from dynlm.changes import Changes, changing
 from dynlm.data.segments import article_segments
 from dynlm.interrupt import Interrupted, Interruptible
 from dynlm.meta.estimators import EstimatorConfig, make_estimator
@@ -76,6 +77,10 @@ class MetaProgress(NamedTuple):
     seconds: float = 0.0
 
 
+SaveRule = Callable[[Rule, MetaProgress, Changes], None]
+"""writes a rule through changes of a run directory"""
+
+
 def set_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:
     """A warm-up over ten steps under a cosine to zero."""
     for group in optimizer.param_groups:
@@ -92,17 +97,22 @@ class Stream:
 
 
 class MetaTrainer:
-    """Everything a checkpoint must hold: φ, its optimizer, the streams and the random state."""
+    """Everything a checkpoint must hold: φ, its optimizer, the streams, the random state, the best φ and the log."""
 
-    def __init__(self, reader: Reader, articles: Sequence[TokenizedArticle], start_id: int, config: MetaConfig) -> None:
+    def __init__(
+        self, reader: Reader, articles: Sequence[TokenizedArticle], start_id: int, config: MetaConfig, model: str = ""
+    ) -> None:
+        """``model``: fingerprint of the base model, which a checkpoint keeps."""
         self.reader, self.rule, self.config = reader, reader.rule, config
-        self.articles, self.start_id = articles, start_id
+        self.articles, self.start_id, self.model = articles, start_id, model
         self.phi = [p for p in self.rule.parameters() if p.requires_grad and p.numel()]
         self.optimizer = torch.optim.Adam(self.phi, lr=config.lr, betas=(0.9, 0.98))
         self.generator = torch.Generator().manual_seed(config.seed)
         self.estimator = make_estimator(reader, config.estimator, self.generator)
         self.streams: list[Stream] = [self._fresh_stream() for _ in range(config.articles)]
-        self.progress = MetaProgress()
+        self.progress, self.records = MetaProgress(), list[runs.Json]()
+        self.best = copy.deepcopy(self.rule)
+        """the rule as it was where validation was lowest"""
 
     def step(self) -> float:
         """One window of each stream, then one update of φ; returns mean nats per token before the update.
@@ -147,39 +157,50 @@ class MetaTrainer:
 
     def state(self) -> tuple[dict[str, Tensor], runs.Json]:
         tensors: dict[str, Tensor] = {f"phi.{name}": p for name, p in self.rule.named_parameters()}
+        tensors |= {f"best.{name}": p for name, p in self.best.named_parameters()}
         tensors |= runs.optimizer_tensors(self.optimizer)
         tensors["rng"] = self.generator.get_state()
         streams = [
             {"article": s.article, "done": s.done, "position": pack(s.position, f"stream.{i}", tensors)}
             for i, s in enumerate(self.streams)
         ]
-        settings = runs.settings_of(self.config)
-        return tensors, {"progress": self.progress._asdict(), "config": settings, "streams": streams}
+        told = {"progress": self.progress._asdict(), "config": runs.settings_of(self.config), "log": self.records}
+        return tensors, {**told, "model": self.model, "streams": streams}
+
+    def keep(self, run: runs.Run, stage: str, save_best: SaveRule | None) -> None:
+        """Write log and checkpoint, and the best rule too where there is a new one."""
+        with changing(run.path) as new:
+            if save_best:
+                save_best(self.best, self.progress, new)
+            runs.write_log(new.at(run.log(stage)), self.records)
+            runs.write_tensors(new.at(run.checkpoint(stage)), *self.state())
 
     def load(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        with runs.resuming(meta, self.config, "meta"):
-            self.rule.load_state_dict({k.removeprefix("phi."): v for k, v in tensors.items() if k.startswith("phi.")})
+        with runs.resuming(meta, self.config, "meta", model=self.model):
+            for rule, prefix in ((self.rule, "phi."), (self.best, "best.")):
+                rule.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
             runs.load_optimizer(self.optimizer, tensors)
             self.generator.set_state(tensors["rng"])
             for i, record in enumerate(meta["streams"]):
                 self.streams[i] = stream = self._stream(record["article"])
                 stream.done = record["done"]
                 stream.position = unpack(record["position"], tensors, self.reader.parameters[0].device)
-            self.progress = MetaProgress(**meta["progress"])
+            self.progress, self.records = MetaProgress(**meta["progress"]), meta["log"]
 
 
 def meta_train(
     trainer: MetaTrainer,
     validate: Callable[[], float],
     run: runs.Run,
-    save_best: Callable[[Rule, MetaProgress], None],
+    save_best: SaveRule,
     resume: bool = False,
     stage: str = "meta-train",
 ) -> MetaProgress:
     """Train φ until the steps are done or validation stops improving; ``save_best`` gets each best rule.
 
-    ``validate`` reads the meta-validation articles with the present φ and returns nats per token; ``stage`` names
-    checkpoint and log.
+    What it writes through the changes that it gets, the log and the checkpoint change together. The best rule of all is
+    ``trainer.best``. ``validate`` reads the meta-validation articles with the present φ and returns nats per token;
+    ``stage`` names checkpoint and log.
     """
     config, path = trainer.config, run.checkpoint(stage)
     if resume:
@@ -187,9 +208,9 @@ def meta_train(
     started = time.perf_counter() - trainer.progress.seconds
     bar = Bar(config.steps, "meta-train", initial=trainer.progress.step)
     with bar, Interruptible() as signals:
-        if trainer.progress.step == 0:
+        if math.isinf(trainer.progress.best):
             trainer.progress = trainer.progress._replace(best=validate())
-            save_best(trainer.rule, trainer.progress)
+            trainer.keep(run, stage, save_best)
             bar.write(f"start, the tuned hand-made rule: meta-validation {trainer.progress.best:.4f} nats/token")
         while trainer.progress.step < config.steps and trainer.progress.stale < config.patience:
             loss = trainer.step()
@@ -208,10 +229,9 @@ def meta_train(
             stale = 0 if improved else trainer.progress.stale + 1
             seconds = time.perf_counter() - started
             trainer.progress = MetaProgress(step, min(valid, trainer.progress.best), stale, seconds)
+            trainer.records.append({"step": step, "train": loss, "valid": valid, "seconds": round(seconds, 1)})
             if improved:
-                save_best(copy.deepcopy(trainer.rule), trainer.progress)
-            record = {"step": step, "train": loss, "valid": valid, "seconds": round(seconds, 1)}
-            runs.append_log(run.log(stage), record)
-            runs.write_tensors(path, *trainer.state())
+                trainer.best.load_state_dict(trainer.rule.state_dict())
+            trainer.keep(run, stage, save_best if improved else None)
             bar.write(f"step {step}: meta-validation {valid:.4f} nats/token ({'best' if improved else 'no better'})")
     return trainer.progress

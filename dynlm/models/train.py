@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dynlm import runs
+from dynlm.changes import Changes, changing
 from dynlm.data.segments import training_streams
 from dynlm.interrupt import Interrupted, Interruptible
 from dynlm.models.lstm import Hidden, LSTMForCausalLM
@@ -63,10 +64,12 @@ def train_base_model(
     articles: tuple[Sequence[TokenizedArticle], Sequence[TokenizedArticle]],
     config: TrainConfig,
     run: runs.Run,
-    save_best: Callable[[LSTMForCausalLM], None],
+    save_best: Callable[[LSTMForCausalLM, Changes], None],
     resume: bool = False,
 ) -> Progress:
     """Train ``model`` on (train, valid) articles; ``save_best`` gets it after each best validation.
+
+    What it writes through the changes that it gets, the log and the checkpoint change together.
 
     Raises:
         InputError: a loss that is not finite (earlier files stay), or a checkpoint that does not fit.
@@ -93,12 +96,13 @@ def train_base_model(
             valid = trainer.validate()
             improved = valid < trainer.progress.best
             trainer.progress = Progress(step, min(valid, trainer.progress.best), time.perf_counter() - started)
+            trainer.records.append({"step": step, "train": loss, "valid": valid, "seconds": round(seconds, 1)})
             if accelerator.is_main_process:
-                if improved:
-                    save_best(trainer.bare_model)
-                record = {"step": step, "train": loss, "valid": valid, "seconds": round(seconds, 1)}
-                runs.append_log(run.log("train"), record)
-                runs.write_tensors(path, *trainer.state())
+                with changing(run.path) as new:
+                    if improved:
+                        save_best(trainer.bare_model, new)
+                    runs.write_log(new.at(run.log("train")), trainer.records)
+                    runs.write_tensors(new.at(path), *trainer.state())
                 word_ppl = perplexity(valid * trainer.valid_tokens_per_word, 1)
                 bar.write(f"step {step}: validation {valid:.4f} nats/token, word perplexity {word_ppl:.1f}")
     accelerator.wait_for_everyone()
@@ -148,7 +152,7 @@ class _Trainer:
         self.bare_model = model
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.hidden: Hidden | None = None
-        self.progress = Progress()
+        self.progress, self.records = Progress(), list[runs.Json]()
         torch.manual_seed(config.seed + accelerator.process_index)
 
     def steps(self) -> Iterator[float]:
@@ -207,7 +211,8 @@ class _Trainer:
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
-        return tensors, {"progress": self.progress._asdict(), "config": runs.settings_of(self.config)}
+        settings = runs.settings_of(self.config)
+        return tensors, {"progress": self.progress._asdict(), "config": settings, "log": self.records}
 
     def load(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         with runs.resuming(meta, self.config, "train", "model"):
@@ -223,7 +228,7 @@ class _Trainer:
             torch.set_rng_state(tensors["rng.cpu"])
             if torch.cuda.is_available() and "rng.cuda" in tensors:
                 torch.cuda.set_rng_state(tensors["rng.cuda"])
-            self.progress = Progress(**meta["progress"])
+            self.progress, self.records = Progress(**meta["progress"]), meta["log"]
 
 
 def cycle(fraction: float, warmup: float = 0.1) -> float:

@@ -32,7 +32,7 @@ def test_it_leaves_a_rule_that_loads_and_does_not_replace_it_unasked(tmp_path, c
     assert "add --overwrite" in capsys.readouterr().err
     assert Run(tmp_path / "run").rule("general").read_bytes() == before
     assert main([*command, "--resume"]) == 2
-    assert "checkpoints/learn-optimizer.safetensors does not exist" in capsys.readouterr().err
+    assert "exists and nothing is left to resume: add --overwrite" in capsys.readouterr().err
     assert Run(tmp_path / "run").rule("general").read_bytes() == before
 
 

@@ -74,7 +74,7 @@ def test_it_resumes_exactly_and_saves_at_each_validation(tmp_path):
 
     kept = []
     straight = GeneralTrainer(General(), CONFIG)
-    meta_train_general(straight, Run(tmp_path / "straight"), lambda rule, progress: kept.append(progress))
+    meta_train_general(straight, Run(tmp_path / "straight"), lambda rule, progress, new: kept.append(progress))
     assert [progress.step for progress in kept] == [0, 2, 4]
     assert kept[-1].best == min(progress.best for progress in kept)
     cut, validate = GeneralTrainer(General(), CONFIG), GeneralTrainer.validate

@@ -16,7 +16,7 @@ CONFIG = TrainConfig(epochs=2, batch_size=4, segment=10, lr=2e-2, validations_pe
 ARTICLES = ([make_article(300, seed=1) for _ in range(4)], [make_article(300, seed=1)])
 
 
-def ignore(model):
+def ignore(model, new):
     pass
 
 
@@ -28,7 +28,7 @@ def test_training_learns_and_keeps_the_best_model(tmp_path):
     best = []
     config = replace(CONFIG, epochs=6)
     progress = train_base_model(
-        build(), ARTICLES, config, Run(tmp_path), lambda m: best.append(copy.deepcopy(m.state_dict()))
+        build(), ARTICLES, config, Run(tmp_path), lambda m, new: best.append(copy.deepcopy(m.state_dict()))
     )
     assert progress.best < 2.4  # ln 23 = 3.1 before
     model = build()
@@ -48,13 +48,13 @@ def test_an_interrupted_training_resumes_bit_for_bit(tmp_path, monkeypatch):
 
     write, calls = runs.write_tensors, []
 
-    def stop_after_the_second(path, tensors, meta=None):
+    def stop_within_the_third(path, tensors, meta=None):
         write(path, tensors, meta)
         calls.append(path)
-        if len(calls) == 2:
+        if len(calls) == 3:
             raise StopError
 
-    monkeypatch.setattr(runs, "write_tensors", stop_after_the_second)
+    monkeypatch.setattr(runs, "write_tensors", stop_within_the_third)
     with pytest.raises(StopError):
         train_base_model(build(), ARTICLES, CONFIG, Run(tmp_path / "cut"), ignore)
     monkeypatch.undo()
@@ -78,7 +78,7 @@ def test_a_loss_that_runs_away_stops_before_anything_is_saved(tmp_path):
     broken, saved = build(), []
     broken.lm_head.bias.data[3] = float("nan")
     with pytest.raises(InputError, match=r"training loss is nan at step 0: lower train\.lr"):
-        train_base_model(broken, ARTICLES, CONFIG, Run(tmp_path / "run"), saved.append)
+        train_base_model(broken, ARTICLES, CONFIG, Run(tmp_path / "run"), lambda *_: saved.append(1))
     assert not saved
     assert not (tmp_path / "run").exists()
 

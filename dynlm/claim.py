@@ -20,7 +20,7 @@ LOCK = ".lock"
 PATIENCE = 1.0
 """seconds to wait for a lock: the workers of a killed process end a moment after it"""
 TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
-"""names of folders that dynlm.runs.replacing makes"""
+"""names of folders that dynlm.runs.replacing and dynlm.changes make"""
 
 
 def is_first_process() -> bool:
@@ -48,7 +48,8 @@ def claim(run: Run, *, begins: bool = False, writes: bool = True) -> Iterator[No
     made = _make(run.path)
     try:
         with _lock(run.path):
-            complete(run.path)
+            for folder in (run.path, run.retraining.path):
+                complete(folder)
             _remove_temporary(run.path)
             yield
     finally:
@@ -145,10 +146,10 @@ def _take(path: Path) -> int:
 
 def _remove_temporary(path: Path) -> None:
     """Remove the folders in which killed commands were writing; nobody else writes while the lock is held."""
-    for folder in [*path.glob(f"{NEXT}*"), *path.glob(COMMIT)]:
-        shutil.rmtree(folder, ignore_errors=True)
-    for folder in path.rglob(".*"):
+    for folder in list(path.rglob(".*")):
         name = TEMPORARY.fullmatch(folder.name)
+        if name and name[1] == NEXT.strip("."):
+            shutil.rmtree(folder, ignore_errors=True)
         if not name or folder.is_symlink() or not folder.is_dir():
             continue
         target, held = folder.with_name(name[1]), set(os.listdir(folder))

@@ -1,4 +1,4 @@
-"""Files that change as one: whenever the process ends, all of them have changed, or none, or the next command does it."""
+"""Files that change as one: when the process is killed, all of them change, or none."""
 
 import json
 import os
@@ -59,26 +59,26 @@ def test_an_error_inside_changes_nothing(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "recipe.json", "rules"]
 
 
+def mortal(function, life):
+    """``function``, as long as there is life: then it and all that would run later, as clean-up, raises."""
+
+    def wrapper(*arguments, **more):
+        if next(life, None) is None:
+            raise KilledError
+        return function(*arguments, **more)
+
+    return wrapper
+
+
 def test_whenever_it_is_killed_all_or_nothing_has_changed(tmp_path, monkeypatch):
     """Killed before each rename, removal and new folder in turn."""
     outcomes = set()
     for point in range(40):
         run = tmp_path / str(point)
-        before, count = make_run(run), 0
-
-        def dying(function):
-            def wrapper(*arguments, **more):
-                nonlocal count
-                count += 1
-                if count > point:  # and all that would run later, as clean-up
-                    raise KilledError
-                return function(*arguments, **more)
-
-            return wrapper
-
+        before, life = make_run(run), iter(range(point))
         with monkeypatch.context() as patch:
             for name in ("rename", "replace", "unlink", "rmdir", "mkdir"):
-                patch.setattr(os, name, dying(getattr(os, name)))
+                patch.setattr(os, name, mortal(getattr(os, name), life))
             killed = False
             try:
                 change(run)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
 import dynlm
 from dynlm import runs
 from dynlm.adapt import ReadConfig, Reader, make_priors
+from dynlm.changes import changing
+from dynlm.cli.kept import free_parts, mark
 from dynlm.cli.recipe import FewShotConfig, Recipe
 from dynlm.data.fewshot import FewShotTask, TaskSource, TaskSplits, load_tasks
 from dynlm.evaluate.fewshot import adapted, error_rate, mean_loss, mean_over_tasks, tune_rate
@@ -37,24 +41,35 @@ METHODS: dict[str, Method] = {
 def few_shot(recipe: Recipe) -> runs.Json:
     """Every method over the same tasks: few-shot.json, and the learned starts beside it.
 
-    With ``resume``, methods that an earlier command finished under the same settings are taken over.
+    With ``resume``, methods that an earlier command finished under the same settings are taken over. An earlier
+    comparison stays until all methods are finished.
     """
     config, run = recipe.fewshot, runs.Run(recipe.run)
+    parts = run.parts("few-shot")
     for name in config.methods:
         if name not in METHODS:
             raise InputError(f"fewshot.methods: unknown {name!r}: choose from {', '.join(METHODS)}")
-        for path in (run.few_shot, run.few_shot_start(name)):
-            if path.exists() and not (recipe.overwrite or recipe.resume):
-                raise InputError(f"{path} exists: add --overwrite to replace it, or --resume to keep what is finished")
+        free_parts(run.few_shot_start(name), parts, recipe)
+    free_parts(run.few_shot, parts, recipe)
+    finished = {name: _finished(run, name, recipe) for name in config.methods} if recipe.resume else {}
     splits = load_tasks(config.tasks)
+    if parts.exists() and not recipe.resume:
+        with changing(run.path) as new:
+            new.remove(parts)
     torch.set_num_threads(1)  # such small networks lose by threads
     results: runs.Json = {}
     for name in config.methods:
-        done = _finished(run, name, config) if recipe.resume else None
-        results[name] = done or _Trial(config, name, splits).run(run)
+        results[name] = finished.get(name) or _run_method(recipe, run, name, splits)
     print(table(results, config.tasks.kind))
     versions = {"dynlm": dynlm.__version__, "torch": torch.__version__}
-    runs.write_json(run.few_shot, {"schema": 1, "fewshot": asdict(config), "versions": versions, "methods": results})
+    with changing(run.path) as new:
+        mark(new, run, recipe)
+        for name in config.methods:
+            if (part := _part(run, name)).exists():
+                shutil.copy(part, new.at(run.few_shot_start(name)))
+        comparison = {"schema": 1, "fewshot": asdict(config), "versions": versions, "methods": results}
+        runs.write_json(new.at(run.few_shot), comparison)
+        new.remove(parts)
     print(f"results: {run.few_shot}")
     return {"methods": results}
 
@@ -71,13 +86,37 @@ def own_settings(settings: Mapping[str, object], name: str) -> runs.Json:
     return kept
 
 
-def _finished(run: runs.Run, name: str, config: FewShotConfig) -> runs.Json | None:
-    """The result of a method that was finished under these settings."""
-    if not run.few_shot_start(name).exists():
-        return None
-    meta = runs.read_tensors(run.few_shot_start(name))[1]
-    same = own_settings(meta["settings"], name) == own_settings(asdict(config), name)
-    return meta["result"] if same else None
+def _part(run: runs.Run, name: str) -> Path:
+    """Where a method of an unfinished comparison is kept."""
+    return run.parts("few-shot") / f"{name}.safetensors"
+
+
+def _finished(run: runs.Run, name: str, recipe: Recipe) -> runs.Json | None:
+    """The result of a method that was finished under these settings, in this comparison or in an earlier one.
+
+    Raises:
+        InputError: an earlier comparison has it under other settings, and ``overwrite`` does not allow to replace it.
+    """
+    for path in (_part(run, name), run.few_shot_start(name)):
+        meta = runs.read_tensors(path)[1] if path.exists() else {}
+        if meta and own_settings(meta["settings"], name) == own_settings(asdict(recipe.fewshot), name):
+            result: runs.Json = meta["result"]
+            return result
+        if meta and path != _part(run, name) and not recipe.overwrite:
+            raise InputError(f"{path} was made with other settings: add --overwrite too, to replace it")
+    return None
+
+
+def _run_method(recipe: Recipe, run: runs.Run, name: str, splits: TaskSplits) -> runs.Json:
+    """Learn, tune and test; the learned start is kept with its result until the comparison is finished."""
+    trial = _Trial(recipe.fewshot, name, splits)
+    result = trial.run()
+    tensors = {prior.name: prior.theta0 for prior in trial.reader.priors}
+    with changing(run.path) as new:
+        mark(new, run, recipe)
+        settings = asdict(recipe.fewshot)
+        runs.write_tensors(new.at(_part(run, name)), tensors, {"result": result, "settings": settings})
+    return result
 
 
 class _Trial:
@@ -106,8 +145,8 @@ class _Trial:
         own = {"joint": 0, "imaml": config.proximal_steps, "reptile": config.reptile_steps}
         return own.get(self.method, config.inner_steps)
 
-    def run(self, run: runs.Run) -> runs.Json:
-        """Train, tune, test; writes the learned start with its result."""
+    def run(self) -> runs.Json:
+        """Train, tune, test; the learned start is in the reader's priors."""
         config, clock = self.config, time.process_time
         outer = config.outer
         if self.name == "reptile-serial":  # as many tasks, a step after each
@@ -126,7 +165,7 @@ class _Trial:
         seconds = {part: b - a for part, a, b in zip(("train", "tune", "test"), marks, marks[1:], strict=False)}
         if tuned.at_bound:
             print(f"{self.name}: inner rate {tuned.lr:g} is at the edge of fewshot.rates; a wider range may help")
-        result = {
+        return {
             "error": value,
             "error_ci95": list(ci95),
             "test_tasks": config.test_tasks,
@@ -136,9 +175,6 @@ class _Trial:
             "best_step": best_step,
             "cpu_seconds": {**seconds, "total": marks[-1] - marks[0]},
         }
-        tensors = {prior.name: prior.theta0 for prior in self.reader.priors}
-        runs.write_tensors(run.few_shot_start(self.name), tensors, {"result": result, "settings": asdict(config)})
-        return result
 
     def train(self, outer: OuterConfig) -> tuple[float, int]:
         """(validation loss, step) of the start that was kept: after as many updates as in training."""

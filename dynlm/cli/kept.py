@@ -36,6 +36,20 @@ def free(path: Path, recipe: Recipe, checkpoint: Path | None = None) -> None:
         raise InputError(f"{path} exists: add --overwrite to replace it, or choose another --run")
 
 
+def free_parts(path: Path, parts: Path, recipe: Recipe) -> None:
+    """As :func:`free`, for a stage that keeps what it has finished in ``parts`` until all of it is.
+
+    Raises:
+        InputError: with the flag that the user may mean.
+    """
+    if recipe.overwrite or recipe.resume:
+        return
+    if parts.exists():
+        raise InputError(f"{parts} holds unfinished work: add --resume to go on, or --overwrite to start again")
+    if path.exists():
+        raise InputError(f"{path} exists: add --overwrite to replace it, or --resume to keep what is finished")
+
+
 def made_alike(path: Path, settings: Mapping[str, object], recipe: Recipe) -> bool:
     """Whether ``--resume`` keeps the finished file ``path``: it is there, and says that it was made with ``settings``.
 

@@ -259,10 +259,13 @@ def recipe_of_run(path: Path) -> Recipe:
     """
     values, _ = read_stamped(path)
     for table in MADE_WITH:
-        given = values.get(table)
-        for f in dataclasses.fields(getattr(Recipe(), table)):
+        given, default = values.get(table), getattr(Recipe(), table)
+        for f in dataclasses.fields(default):
             if not isinstance(given, dict) or f.name not in given:
-                raise InputError(f"{path} lacks {table}.{f.name}: it was changed; train again in another --run")
+                raise InputError(
+                    f"{path} lacks {table}.{f.name}: it was changed, or another version of dynlm wrote it: add it there "
+                    f"(the default is {getattr(default, f.name)!r}), or train again in another --run"
+                )
     return cast(Recipe, build(Recipe, values, str(path)))
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dynlm.adapt import ReadConfig, Reader, make_priors
+from dynlm.cli import fewshot
 from dynlm.cli.fewshot import METHODS, tasks_of
 from dynlm.cli.main import main
 from dynlm.data.fewshot import Sinusoids
@@ -65,7 +66,8 @@ def test_the_learned_start_gives_the_reported_error(finished):
     parameters = adapted_parameters(net)
     priors = make_priors(parameters, [a.matrix_RC.abs() for a in parameters])
     priors = [p._replace(theta0=tensors[p.name]) for p in priors]
-    reader = Reader(net, NetScorer(net, squared_error), SGD(meta["result"]["lr"]), priors, ReadConfig(kernel="eager"))
+    config = ReadConfig(kernel="eager", trust=0)
+    reader = Reader(net, NetScorer(net, squared_error), SGD(meta["result"]["lr"]), priors, config)
     values = adapted(reader, tasks_of(Sinusoids(10, 8), 6, seed=3), 3, mean_loss)
     assert mean_over_tasks(values).value == pytest.approx(result["error"], rel=1e-5)
 
@@ -81,7 +83,7 @@ def test_a_run_repeats_itself_and_nothing_is_replaced_unasked(finished, capsys):
         assert {**result, "cpu_seconds": 0} == {**after["methods"][name], "cpu_seconds": 0}
 
 
-def test_resume_takes_over_what_was_finished_under_the_same_settings(finished, tmp_path):
+def test_resume_takes_over_what_was_finished_under_the_same_settings(finished, tmp_path, capsys):
     recipe = str(finished[0])
     flags = ["few-shot", recipe, "--run", str(tmp_path)]
     assert main([*flags, "--fewshot.methods", "joint", "fomaml"]) == 0
@@ -90,7 +92,11 @@ def test_resume_takes_over_what_was_finished_under_the_same_settings(finished, t
     second = json.loads(Run(tmp_path).few_shot.read_text())["methods"]
     assert list(second) == ["fomaml", "reptile"]
     assert second["fomaml"] == first["fomaml"], "the very same seconds: nothing was trained again"
-    assert main([*flags, "--fewshot.methods", "fomaml", "--resume", "--fewshot.inner-lr", "0.03"]) == 0
+    other = [*flags, "--fewshot.methods", "fomaml", "--resume", "--fewshot.inner-lr", "0.03"]
+    assert main(other) == 2
+    assert "was made with other settings: add --overwrite too" in capsys.readouterr().err
+    assert json.loads(Run(tmp_path).few_shot.read_text())["methods"] == second
+    assert main([*other, "--overwrite"]) == 0
     third = json.loads(Run(tmp_path).few_shot.read_text())["methods"]
     assert third["fomaml"]["error"] != first["fomaml"]["error"]
 
@@ -117,3 +123,31 @@ def test_characters_run_too(finished, tmp_path, capsys):
     assert "accuracy" in capsys.readouterr().out
     results = json.loads(Run(tmp_path).few_shot.read_text())["methods"]
     assert all(0 <= result["error"] <= 1 for result in results.values())
+
+
+def test_an_interrupted_comparison_keeps_what_is_finished_and_the_earlier_one(finished, tmp_path, capsys, monkeypatch):
+    recipe, run = str(finished[0]), Run(tmp_path)
+    flags = ["few-shot", recipe, "--run", str(tmp_path), "--fewshot.methods"]
+    assert main([*flags, "joint"]) == 0
+    before = run.few_shot.read_bytes(), run.few_shot_start("joint").read_bytes()
+    train = fewshot._Trial.train
+
+    def interrupted(self, outer):
+        if self.name == "fomaml":
+            raise KeyboardInterrupt
+        return train(self, outer)
+
+    more = ["joint", "fomaml", "--fewshot.inner-lr", "0.03"]
+    with monkeypatch.context() as patch:
+        patch.setattr(fewshot._Trial, "train", interrupted)
+        assert main([*flags, *more, "--overwrite"]) == 130
+    assert (run.few_shot.read_bytes(), run.few_shot_start("joint").read_bytes()) == before
+    capsys.readouterr()
+    assert main([*flags, *more]) == 2
+    assert "holds unfinished work: add --resume" in capsys.readouterr().err
+    assert main([*flags, *more, "--resume"]) == 0
+    results = json.loads(run.few_shot.read_text())
+    assert list(results["methods"]) == ["joint", "fomaml"]
+    assert results["fewshot"]["inner_lr"] == 0.03
+    assert read_tensors(run.few_shot_start("joint"))[1]["settings"]["inner_lr"] == 0.03
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["few-shot", "few-shot.json", "recipe.json"]

@@ -45,7 +45,9 @@ def phi(trainer):
 def test_meta_training_beats_its_start(tmp_path):
     trainer, validate = make_trainer(replace(CONFIG, steps=40, validate_every=10))
     start, kept = validate(), []
-    progress = meta_train(trainer, validate, Run(tmp_path), lambda rule, p, new: kept.append((copy.deepcopy(rule), p.best)))
+    progress = meta_train(
+        trainer, validate, Run(tmp_path), lambda rule, p, new: kept.append((copy.deepcopy(rule), p.best))
+    )
     assert progress.best < start - 0.05
     trainer.rule.load_state_dict(kept[-1][0].state_dict())
     assert validate() == pytest.approx(progress.best)

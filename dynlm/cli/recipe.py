@@ -263,8 +263,8 @@ def recipe_of_run(path: Path) -> Recipe:
         for f in dataclasses.fields(default):
             if not isinstance(given, dict) or f.name not in given:
                 raise InputError(
-                    f"{path} lacks {table}.{f.name}: it was changed, or another version of dynlm wrote it: add it there "
-                    f"(the default is {getattr(default, f.name)!r}), or train again in another --run"
+                    f"{path} lacks {table}.{f.name}: it was changed, or another version of dynlm wrote it: add it "
+                    f"there (the default is {getattr(default, f.name)!r}), or train again in another --run"
                 )
     return cast(Recipe, build(Recipe, values, str(path)))
 

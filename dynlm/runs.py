@@ -85,13 +85,17 @@ class Run:
 
     def derived(self) -> list[Path]:
         """What dynlm made from base model and tokenizer. Files that others have put beside it are not among them."""
-        found = [self.prior, self.report, self.results, self.losses, self.demo, self.parts("evaluate")]
+        found = [self.prior, self.results, self.losses, self.demo, self.parts("evaluate"), *self.reported()]
         found += [path for path in self.path.glob("rules/*") if path.name != "general" and is_tensors(path)]
         found += [path for path in self.path.glob("starts/*.safetensors") if is_tensors(path)]
-        found += [path for path in self.figures.glob("*") if FIGURE.fullmatch(path.name)]
         for pattern in ("meta-train*.jsonl", "checkpoints/meta-train*.safetensors", "checkpoints/learn-start*"):
             found += self.path.glob(pattern)
         return [path for path in found if path.exists()]
+
+    def reported(self) -> list[Path]:
+        """The report and its figures."""
+        figures = [path for path in self.figures.glob("*") if FIGURE.fullmatch(path.name)]
+        return [path for path in (self.report, *figures) if path.exists()]
 
     def require(self, path: Path, made_by: str) -> Path:
         """``path``, or an error that names the command that makes it."""
@@ -206,6 +210,13 @@ def resuming(meta: Json, config: Any, table: str, owner: str = "run", model: str
         raise InputError(
             f"the checkpoint belongs to the base model {meta.get('model')}, this run holds {model}: use --overwrite"
         )
+    with fitting(owner):
+        yield
+
+
+@contextmanager
+def fitting(owner: str = "run") -> Iterator[None]:
+    """Inside, a checkpoint is taken over: that it does not fit is one clear line."""
     try:
         yield
     except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:

@@ -45,10 +45,12 @@ COMMANDS: dict[str, Command] = {
     "learn-optimizer": Command(
         "general.learn_optimizer", "meta-train the general-purpose optimizer on small training tasks", True, True
     ),
-    "learn-start": Command("start.learn_start_stage", "learn a start θ0 of the base model for reading with a rule"),
-    "evaluate": Command("stages.evaluate", "read held-out articles with every method and write the report"),
+    "learn-start": Command(
+        "start.learn_start_stage", "learn a start θ0 of the base model for reading with a rule", True
+    ),
+    "evaluate": Command("evaluation.evaluate", "read held-out articles with every method and write the report", True),
     "audit": Command("audit.audit_stage", "check that every method of a run reads without leaks and adds up"),
-    "report": Command("stages.report", "write the report of an evaluation again"),
+    "report": Command("evaluation.report", "write the report of an evaluation again"),
     "few-shot": Command(
         "fewshot.few_shot", "learn a start for few-shot tasks with several methods and compare them", True, True
     ),

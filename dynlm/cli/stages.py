@@ -1,50 +1,38 @@
-"""The stages of a run after training, each from the files of the one before: meta-train, evaluate, report."""
+"""What the stages after training share, and meta-train: each works from the files of the one before."""
 
 from __future__ import annotations
 
 import dataclasses
-import platform
-from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
 import torch
-import transformers
 
-import dynlm
 from dynlm import runs
 from dynlm.adapt import ReadConfig, Reader, make_priors, measure_priors
 from dynlm.changes import Changes, changing
 from dynlm.cli.adopt import load_base
 from dynlm.cli.kept import free, is_finished, told
-from dynlm.cli.kit import model_fingerprint
 from dynlm.cli.recipe import Recipe, recipe_of_run, require_same
 from dynlm.data.articles import Corpus, load_corpus
 from dynlm.data.segments import article_segments
-from dynlm.data.tokenizers import load_tokenizer, lost_share, tokenize
-from dynlm.evaluate.breakdowns import Reading, break_down
+from dynlm.data.tokenizers import load_tokenizer, tokenize
 from dynlm.evaluate.cache import CachedReader, cached_name, load_cache
-from dynlm.evaluate.compare import identify, summarize, write_results
-from dynlm.evaluate.metrics import count
 from dynlm.evaluate.stateless import STATELESS, StatelessScorer
-from dynlm.evaluate.stream import Scores, read_and_watch, read_articles
-from dynlm.evaluate.tap import TappedReader
+from dynlm.evaluate.stream import read_articles
 from dynlm.meta.train import MetaProgress, MetaTrainer, divide_meta_split, meta_train
 from dynlm.models.causal import CausalScorer, scorer_for
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.general import General
 from dynlm.optim.handmade import Static
-from dynlm.optim.hub import fingerprint
 from dynlm.optim.library import LEARNED, load_rule, save_rule, seeded, seedless, start_rule
 from dynlm.progress import Bar
-from dynlm.report.html import write_report
 from dynlm.stamps import fingerprint_files, read_stamped, unfinished
 from dynlm.threads import choose_threads
-from dynlm.types import Article, DivergedError, InputError, TokenizedArticle
+from dynlm.types import Article, InputError, TokenizedArticle
 
 USUAL = {"sgd": "tune", "rms": "tune", "adam": "tune", "gated": "meta-train"}
 """rules that a comparison usually has, and the commands that make them"""
@@ -219,119 +207,3 @@ def methods_of(run: runs.Run, chosen: Sequence[str]) -> list[str]:
     if missing:
         print(f"note: this run has no {', '.join(missing)}: they are left out", flush=True)
     return ["static", STATELESS, *held]
-
-
-def evaluate(recipe: Recipe) -> runs.Json:
-    """All methods over the same tokens of one split; results.json, losses and the report."""
-    bench, config = Bench(recipe), recipe.evaluate
-    free(bench.run.results, recipe)
-    methods = methods_of(bench.run, config.methods)
-    if "static" not in methods:
-        raise InputError(f"evaluate.methods {methods} lack 'static', the baseline of every gain: add it")
-    readers = {name: bench.method(name) for name in methods}
-    articles = bench.articles(config.split, config.max_articles)
-    counts = count(articles)
-    start_id = bench.tokenizer.eos_id
-    scores, diverged = dict[str, Scores](), dict[str, str]()
-    for name, reader in readers.items():
-        try:
-            scores[name] = _read(name, reader, articles, start_id, config.gate_articles)
-        except DivergedError as error:  # the other methods go on, but without the baseline there is nothing to say
-            if name == "static":
-                raise
-            diverged[name] = str(error)
-            print(f"note: {name} diverged and is left out: {error}", flush=True)
-    lost = lost_share(
-        bench.tokenizer, (a.text for a in bench.corpus.split(config.split)[: config.max_articles or None])
-    )
-    if lost:
-        print(f"note: the tokenizer loses {lost:.2%} of the text, so bits per byte are not given", flush=True)
-    summary = summarize(scores, {name: _settings(readers[name]) for name in scores}, counts, lossless=not lost)
-    summary["diverged"] = diverged
-    for name in scores:
-        reader = readers[name]
-        summary["methods"][name] |= identify(name, reader.rule)
-        summary["methods"][name]["fingerprint"] = fingerprint(reader.rule) if reader.rule.reads_gradient else None
-    words = Counter(word for article in bench.corpus.train for word in article.text.split())
-    reading = Reading(articles, bench.tokenizer, words, recipe.read.segment, recipe.read.reset)
-    summary["breakdowns"] = break_down(scores, reading)
-    write_results(bench.run, scores, articles, {**_circumstances(bench, articles), **counts._asdict(), **summary})
-    for name, method in sorted(summary["methods"].items(), key=lambda item: -item[1]["nats"]):
-        low, high = method["gain_ci95"]
-        print(
-            f"{name:>12}  {_number(method['bits_per_byte'], '.4f')} bits/byte"
-            f"  gain {method['gain_nats_per_token']:+.4f} [{low:+.4f}, {high:+.4f}] nats/token"
-            f"  word perplexity {_number(method['word_ppl'], ',.4g')}  {method['tokens_per_s']:,.0f} tokens/s"
-        )
-    report(recipe)
-    return {
-        "methods": {name: _figures(method) for name, method in summary["methods"].items()},
-        "diverged": diverged,
-        **counts._asdict(),
-    }
-
-
-def _number(value: float | None, form: str) -> str:
-    """A figure, or a dash where there is none: a perplexity beyond all numbers, bits per byte of text that was lost."""
-    return "–" if value is None else format(value, form)
-
-
-def _figures(method: runs.Json) -> runs.Json:
-    """What ``--json`` shows of a method; results.json holds the rest."""
-    names = ("bits_per_byte", "gain_nats_per_token", "gain_ci95", "word_ppl", "tokens_per_s")
-    return {name: method[name] for name in names}
-
-
-def _settings(reader: Reader) -> dict[str, float]:
-    """The rule's, and the cache's where there is one."""
-    of_cache = asdict(reader.cache) if isinstance(reader, CachedReader) else {}
-    return {**reader.rule.settings(), **{f"cache.{name}": value for name, value in of_cache.items()}}
-
-
-def _read(name: str, reader: Reader, articles: list[TokenizedArticle], start_id: int, gate_articles: int) -> Scores:
-    """``gate_articles`` counts for nothing with a cache, beside which a rule does what it does alone."""
-    tapped = reader if isinstance(reader, TappedReader) else TappedReader.of(reader)
-    if tapped.rule.reads_gradient:
-        with suppress(DivergedError), tapped:  # kernels are built outside the timed pass
-            tapped.read(dataclasses.replace(articles[0], ids_T=articles[0].ids_T[:128]), start_id)
-    with Bar(total=sum(map(len, articles)), desc=f"read {name}", unit="token", unit_scale=True) as bar:
-        gate_articles = 0 if cached_name(name) else gate_articles
-        return read_and_watch(tapped, articles, start_id, bar.update, gate_articles)
-
-
-def _circumstances(bench: Bench, articles: list[TokenizedArticle]) -> runs.Json:
-    """What results.json says of data, model and versions."""
-    recipe = bench.recipe
-    return {
-        "data": {
-            "source": recipe.data.source,
-            "split": recipe.evaluate.split,
-            "titles": [a.title for a in articles],
-            "fingerprint": bench.corpus.fingerprint,
-        },
-        "reset": recipe.read.reset,
-        "segment": recipe.read.segment,
-        "model": {
-            "class": type(bench.model).__name__,
-            "parameters": bench.model.num_parameters(),
-            "adapted": sum(p.theta0.numel() for p in bench.priors),
-            "fingerprint": model_fingerprint(bench.priors, bench.model),
-        },
-        "tokenizer": {"class": type(bench.tokenizer).__name__, "vocab_size": bench.tokenizer.vocab_size},
-        "versions": {
-            "dynlm": dynlm.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-
-
-def report(recipe: Recipe) -> None:
-    """The report of a finished evaluation."""
-    run = runs.Run(recipe.run)
-    run.require(run.results, "evaluate")
-    pieces = load_tokenizer(run.tokenizer).pieces if run.tokenizer.is_dir() else None
-    print(f"report: {write_report(run, recipe.report.format, pieces, recipe.report.articles)}")
-    if recipe.report.format:
-        print(f"figures: {run.figures}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dynlm.changes import changing
 from dynlm.evaluate.cache import cached_name
 from dynlm.evaluate.metrics import Counts, gain_by_position, holm, paired_gain, perplexities, sign_flip_p
 from dynlm.evaluate.stream import Scores
@@ -98,7 +99,8 @@ def write_results(run: Run, scores: Mapping[str, Scores], articles: Sequence[Tok
     """results.json and, beside it, every token with its loss under every method, and the gates of the first articles.
 
     losses.safetensors: "losses/METHOD" (T,) in nats; "ids", "article" and "position" in it (T,), int32; and where they
-    were recorded "gates/METHOD" (3, updates, tensors), float32: COPY, UPDATE and FLUSH (dynlm.evaluate.gates).
+    were recorded "gates/METHOD" (3, updates, tensors), float32: COPY, UPDATE and FLUSH (dynlm.evaluate.gates). The
+    report of an earlier evaluation is removed.
     """
     lengths = [len(article) for article in articles]
     tensors: dict[str, Any] = {f"losses/{name}": torch.cat(score.losses) for name, score in scores.items()}
@@ -106,5 +108,7 @@ def write_results(run: Run, scores: Mapping[str, Scores], articles: Sequence[Tok
     tensors["ids"] = torch.cat([article.ids_T for article in articles]).int()
     tensors["article"] = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).int()
     tensors["position"] = torch.cat([torch.arange(n) for n in lengths]).int()
-    write_tensors(run.losses, tensors)
-    write_json(run.results, {"schema": SCHEMA, **results})
+    with changing(run.path) as new:
+        write_tensors(new.at(run.losses), tensors)
+        write_json(new.at(run.results), {"schema": SCHEMA, **results})
+        new.remove(*run.reported(), run.parts("evaluate"))

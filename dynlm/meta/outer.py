@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dynlm import runs
 from dynlm.adapt import Reader
 from dynlm.meta.initialisation import Method, Task, add, outer_gradient
 from dynlm.types import DivergedError
@@ -56,6 +57,9 @@ class OuterProgress(NamedTuple):
     """steps where an inner loop ran away: each time the best start came back, and the rates were halved"""
 
 
+Checkpoint = tuple[dict[str, Tensor], runs.Json]
+
+
 def learn_start(
     method: Method,
     reader: Reader,
@@ -63,47 +67,98 @@ def learn_start(
     config: OuterConfig,
     validate: Callable[[], float],
     progress: Callable[[int], object] | None = None,
+    *,
+    keep: Callable[[Checkpoint], object] | None = None,
+    resume: Checkpoint | None = None,
 ) -> OuterProgress:
     """Learn θ0 in ``reader.priors`` (a copy of those it came with) and, with ``phi_lr``, the rule's settings.
 
     ``validate`` reads with ``reader`` and returns a number to keep low; the start where it was lowest is kept.
     Methods that take the inner loop's end for exact (FOMAML, iMAML) drive θ0 to where the inner rate is too high: then
-    the best start so far is taken up again with half the outer rate.
+    the best start so far is taken up again with half the outer rate. ``keep`` gets a checkpoint after each validation,
+    ``resume`` is one to go on from; where ``sample`` stands is the caller's to keep.
 
     Raises:
         DivergedError: an inner loop that diverges in the first step. The seventh later on ends the loop.
     """
-    reader.priors = [prior._replace(theta0=prior.theta0.clone()) for prior in reader.priors]
-    learned = [prior.theta0 for prior in reader.priors] + (list(reader.rule.parameters()) if config.phi_lr else [])
-    outer, kept = _optimizer(reader, config), [t.detach().clone() for t in learned]
-    result = OuterProgress(math.inf, -1, [], [], [])
-    for step in range(config.steps + 1):
-        if step % config.validate_every == 0 or step == config.steps:
-            value = _value(validate, step)
-            result.valid.append((step, value))
-            if value < result.best:
-                kept = [t.detach().clone() for t in learned]
-                result = result._replace(best=value, best_step=step)
+    loop = _Loop(reader, config)
+    if resume:
+        loop.load(resume)
+    first = loop.step
+    for step in range(first, config.steps + 1):
+        if (step % config.validate_every == 0 or step == config.steps) and (step != first or not resume):
+            loop.validated(step, _value(validate, step))
+            if keep:
+                keep(loop.state())
         if step == config.steps:
             break
-        share = 0.5 + 0.5 * math.cos(math.pi * step / config.steps) if config.schedule == "cosine" else 1.0
-        for group in outer.param_groups:
-            group["lr"] = group["initial_lr"] * share * 0.5 ** len(result.restarts)
+        loop.set_rate(step)
         try:
-            result.train_losses.append(_outer_step(method, reader, sample, config, outer))
+            loop.result.train_losses.append(_outer_step(method, reader, sample, config, loop.outer))
         except DivergedError as error:
             if step == 0:
                 raise
-            result.restarts.append(f"step {step}: {error}")
-            if len(result.restarts) > MOST_RESTARTS:
+            loop.result.restarts.append(f"step {step}: {error}")
+            if len(loop.result.restarts) > MOST_RESTARTS:
                 break
-            _restore(learned, kept)
-            outer = _optimizer(reader, config)
+            loop.restore()
+            loop.outer = _optimizer(reader, config)
         if progress:
             progress(1)
-    _restore(learned, kept)
+    loop.restore()
     reader.begin()
-    return result
+    return loop.result
+
+
+class _Loop:
+    """Where the outer loop stands: what is learned, the best of it so far, its optimizer, and how it went."""
+
+    def __init__(self, reader: Reader, config: OuterConfig) -> None:
+        reader.priors = [prior._replace(theta0=prior.theta0.clone()) for prior in reader.priors]
+        self.config, self.step = config, 0
+        self.learned = [prior.theta0 for prior in reader.priors] + (
+            list(reader.rule.parameters()) if config.phi_lr else []
+        )
+        self.outer, self.kept = _optimizer(reader, config), [t.detach().clone() for t in self.learned]
+        self.result = OuterProgress(math.inf, -1, [], [], [])
+
+    def validated(self, step: int, value: float) -> None:
+        self.step = step
+        self.result.valid.append((step, value))
+        if value < self.result.best:
+            self.kept = [t.detach().clone() for t in self.learned]
+            self.result = self.result._replace(best=value, best_step=step)
+
+    def set_rate(self, step: int) -> None:
+        """The schedule, halved at every restart."""
+        cosine = self.config.schedule == "cosine"
+        share = 0.5 + 0.5 * math.cos(math.pi * step / self.config.steps) if cosine else 1.0
+        for group in self.outer.param_groups:
+            group["lr"] = group["initial_lr"] * share * 0.5 ** len(self.result.restarts)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """The best start comes back."""
+        for tensor, best in zip(self.learned, self.kept, strict=True):
+            tensor.copy_(best)
+
+    def state(self) -> Checkpoint:
+        """All of it for a checkpoint."""
+        tensors = {f"learned.{i}": t for i, t in enumerate(self.learned)}
+        tensors |= {f"kept.{i}": t for i, t in enumerate(self.kept)}
+        return tensors | runs.optimizer_tensors(self.outer), {"step": self.step, "result": self.result._asdict()}
+
+    @torch.no_grad()
+    def load(self, checkpoint: Checkpoint) -> None:
+        """The counterpart of :meth:`state`."""
+        tensors, meta = checkpoint
+        with runs.fitting():
+            for i, (learned, kept) in enumerate(zip(self.learned, self.kept, strict=True)):
+                learned.copy_(tensors[f"learned.{i}"])
+                kept.copy_(tensors[f"kept.{i}"])
+            runs.load_optimizer(self.outer, tensors)
+            valid = [(step, value) for step, value in meta["result"]["valid"]]
+            self.step, self.result = meta["step"], OuterProgress(**{**meta["result"], "valid": valid})
 
 
 def _value(validate: Callable[[], float], step: int) -> float:
@@ -124,12 +179,6 @@ def _optimizer(reader: Reader, config: OuterConfig) -> torch.optim.Optimizer:
     if config.optimizer == "adam":
         return torch.optim.Adam(groups)
     return torch.optim.SGD(groups)
-
-
-@torch.no_grad()
-def _restore(learned: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
-    for tensor, best in zip(learned, kept, strict=True):
-        tensor.copy_(best)
 
 
 def _outer_step(

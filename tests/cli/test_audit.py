@@ -10,6 +10,7 @@ from dynlm.data.tokenizers import load_tokenizer
 from dynlm.models.causal import LSTMScorer
 from dynlm.optim.library import load_rule, save_rule
 from dynlm.runs import Run, read_tensors, write_tensors
+from dynlm.stamps import fingerprint_files
 
 
 def test_a_sound_run_passes_and_nothing_is_written(copy, capsys):
@@ -88,7 +89,8 @@ def test_what_is_known_without_any_memory_and_what_the_figures_belong_to(copy, c
     assert {name: method["fingerprint"] for name, method in methods.items()} == {
         "static": None, "stateless": None, "gated": kit["rule"],
     }  # fmt: skip
-    assert results["tokenizer"] == {"class": "SentencePieceTokenizer", "vocab_size": 400}
+    tokenizer = {"class": "SentencePieceTokenizer", "vocab_size": 400}
+    assert results["tokenizer"] == {**tokenizer, "fingerprint": fingerprint_files(Run(run).tokenizer)}
     first_S = slice(0, results["segment"])
     assert torch.equal(tensors["losses/static"][first_S], tensors["losses/stateless"][first_S])
     assert methods["stateless"]["nats"] != methods["static"]["nats"]

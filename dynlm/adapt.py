@@ -48,8 +48,8 @@ class ReadConfig:
     """globs on names of the adapted parameters; tied tensors count once"""
     kernel: Literal["auto", "compiled", "eager"] = "auto"
     """auto compiles the update step where a C++ compiler is present"""
-    trust: float = 4.0
-    """trust region: a tensor's gradient is scaled down to at most this many times its static RMS; 0: as it is"""
+    trust: float = 3.0
+    """trust region: a tensor's gradient is scaled down to at most this many times its usual norm; 0: as it is"""
 
 
 class Step(NamedTuple):
@@ -96,7 +96,7 @@ class Reader:
         self.parameters = [a.parameter for a in self.adapted]
         self.thetas = [a.matrix_RC for a in self.adapted]
         self.apply: UpdateStep = FusedStep(rule, {"auto": None, "compiled": True, "eager": False}[config.kernel])
-        self.clipped = 0
+        self.largest, self.clipped = largest_norms(priors, config.trust), 0
         """updates so far whose gradient left the trust region"""
         self.begin()
 
@@ -164,9 +164,7 @@ class Reader:
         """∇θ of a mean segment loss as (R, C) matrices, inside the trust region; 0 for parameters it does not reach."""
         grads = torch.autograd.grad(mean_loss, self.parameters, materialize_grads=True)
         matrices = [as_matrix(g.contiguous()) for g in grads]  # of a convolution it may be channels-last
-        if not self.config.trust:
-            return matrices
-        within, clipped = within_trust(matrices, self.priors, self.config.trust)
+        within, clipped = within_trust(matrices, self.largest)
         self.clipped += clipped
         return within
 
@@ -200,18 +198,24 @@ def _require_alone(model: nn.Module, reader: Reader | None) -> None:
         )
 
 
-def within_trust(grads: Sequence[Tensor], priors: Sequence[Prior], trust: float) -> tuple[list[Tensor], bool]:
-    """Scale down each gradient whose RMS is above ``trust`` times its static RMS; also says whether any was.
+def largest_norms(priors: Sequence[Prior], trust: float) -> list[float]:
+    """The trust region: of each tensor's gradient, ``trust`` times the norm of its static RMS. None where that is 0."""
+    return [trust * float(torch.linalg.vector_norm(prior.rms)) for prior in priors] if trust else []
+
+
+def within_trust(grads: Sequence[Tensor], most: Sequence[float]) -> tuple[list[Tensor], bool]:
+    """Scale down each gradient whose norm is above ``most``, its largest; also says whether any was.
 
     A gradient larger than any of the model's own kind of text comes of text that is far from it, and would carry every
     rule further than it was made for. Differentiable; the meta-gradient engines see the loss's slope as the rule does.
     """
+    if not most:
+        return list(grads), False
     norms = [torch.linalg.vector_norm(grad) for grad in grads]
     within, clipped = list(grads), False
-    for i, (prior, norm) in enumerate(zip(priors, torch.stack(norms).tolist(), strict=True)):
-        most = trust * prior.mean_rms * math.sqrt(grads[i].numel())
-        if norm > most:
-            within[i], clipped = grads[i] * (most / norms[i]), True
+    for i, (largest, norm) in enumerate(zip(most, torch.stack(norms).tolist(), strict=True)):
+        if norm > largest:
+            within[i], clipped = grads[i] * (largest / norms[i]), True
     return within, clipped
 
 

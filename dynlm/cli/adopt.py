@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dynlm import runs
+from dynlm.adapt import Scorer
 from dynlm.changes import Changes, changing
 from dynlm.cli.recipe import Recipe, saved_settings
 from dynlm.data.tokenizers import HuggingFaceTokenizer, Tokenizer, TokenizerConfig
@@ -65,8 +66,8 @@ def load_ready_tokenizer(source: str, config: TokenizerConfig) -> Tokenizer:
     return HuggingFaceTokenizer(config.name or source)
 
 
-def require_reads(model: PreTrainedModel, tokenizer: Tokenizer, context: ContextConfig, segment: int) -> None:
-    """The model scores segments of this tokenizer's tokens, causally and to finite losses.
+def require_reads(model: PreTrainedModel, tokenizer: Tokenizer, context: ContextConfig, segment: int) -> Scorer:
+    """The model's scorer, after it has scored a segment of this tokenizer's tokens, causally and to finite losses.
 
     Raises:
         InputError: the first of these that does not hold.
@@ -79,9 +80,11 @@ def require_reads(model: PreTrainedModel, tokenizer: Tokenizer, context: Context
         )
     ids_S = torch.arange(segment, device=model.device) % tokenizer.vocab_size
     with torch.no_grad():
-        losses_S, _ = scorer_for(model, context)(ids_S, ids_S.roll(-1), None)
+        score = scorer_for(model, context)
+        losses_S, _ = score(ids_S, ids_S.roll(-1), None)
     if not math.isfinite(float(losses_S.mean())):
         raise InputError(f"{type(model).__name__} gives losses that are not finite: its weights are broken")
+    return score
 
 
 def adopt(recipe: Recipe, run: runs.Run, data: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +21,7 @@ from dynlm.models.causal import scorer_for
 from dynlm.models.context import ContextConfig
 from dynlm.models.lora import LoraSettings
 from dynlm.models.params import adapted_parameters
-from dynlm.optim.base import Rule
+from dynlm.optim.base import Prior, Rule
 from dynlm.optim.library import make_rule
 from dynlm.progress import Bar
 from dynlm.types import Article, InputError, Piece
@@ -29,7 +29,9 @@ from dynlm.types import Article, InputError, Piece
 if TYPE_CHECKING:
     from dynlm.cli.read import ReadSettings
 
-PRIOR_TOKENS = 512
+PRIOR_TOKENS = 256
+CAUTION = 0.3
+"""of the rate where tuning starts"""
 
 
 def load_bare(settings: ReadSettings) -> Kit:
@@ -46,11 +48,11 @@ def load_bare(settings: ReadSettings) -> Kit:
     try:
         model, params = load_base(settings.model, lora, ("*",), device)
         tokenizer, config = load_ready_tokenizer(settings.model, TokenizerConfig()), ReadConfig(params=params)
-        require_reads(model, tokenizer, context, config.segment)
+        score = require_reads(model, tokenizer, context, config.segment)
     except InputError as error:
         flags = (("set context.carry to ", "use --carry "), ("lora.rank", "--lora-rank"))
         raise InputError(_replaced(str(error), flags)) from None
-    score, config = scorer_for(model, context), ReadConfig(reset=settings.resets, params=params)
+    config = ReadConfig(reset=settings.resets, params=params)
     if kind == "static":  # which never asks for a gradient
         adapted = adapted_parameters(model, params)
         priors = make_priors(adapted, [torch.ones_like(a.matrix_RC) for a in adapted])
@@ -58,7 +60,7 @@ def load_bare(settings: ReadSettings) -> Kit:
         pieces = list(_pieces(_prior_articles(settings.prior_text), tokenizer, config.segment, device))
         with Bar(len(pieces), "prior", "segment") as bar:
             priors = measure_priors(model, score, bar.over(pieces), params)
-    rule = _rule(kind, settings.lr, 1 / priors[0].relative_rms).requires_grad_(False).to(device)
+    rule = _rule(kind, settings.lr, priors).requires_grad_(False).to(device)
     return Kit(
         model,
         lambda m: scorer_for(m, context),
@@ -94,11 +96,11 @@ def _pieces(articles: Iterator[Article], tokenizer: Tokenizer, segment: int, dev
     return itertools.islice(pieces, PRIOR_TOKENS // segment)
 
 
-def _rule(kind: str, lr: float, unit: float) -> Rule:
-    """A hand-made rule where tuning starts; ``unit`` is the mean static RMS of the gradient."""
+def _rule(kind: str, lr: float, priors: Sequence[Prior]) -> Rule:
+    """A hand-made rule at the settings where tuning starts, with a rate below it, as nothing checks it here."""
     if kind == "static":
         return make_rule(kind)
-    settings = {name: r.start for name, r in search_space(kind, unit).items()}
+    settings = {name: r.start for name, r in search_space(kind, priors).items()}
     if lr < 0:
         raise InputError(f"--lr is {lr}: expected more than 0, or 0 for the rule's own")
-    return make_rule(kind, **settings | ({"lr": lr} if lr else {}))
+    return make_rule(kind, **settings | {"lr": lr or CAUTION * settings["lr"]})

@@ -46,7 +46,7 @@ class ReadSettings:
     rule: str = ""
     """rule of the run; without it gated, or else rms. With --model: rms, sgd, adam or static"""
     lr: float = 0.0
-    """with --model: learning rate of the rule; 0 is where tuning starts (rms 0.002, sgd 1, adam 0.001)"""
+    """with --model: learning rate of the rule; 0: a cautious one, from the size of the model's gradient"""
     lora_rank: int = 0
     """with --model: adapt low-rank weights of this rank beside the model's own; 0 adapts the model's own"""
     carry: Literal["cache", "overlap", "none"] = "cache"

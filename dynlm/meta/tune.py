@@ -1,10 +1,10 @@
 """Tuning hand-made rules on the meta split, with the articles that the learned rule is trained on.
 
 Half of the trials are Optuna's TPE over η, ε and λ on log scales, the other half a pattern search from the best of
-them: each setting is doubled and halved, then moved by √2, and so on, while that helps. ε, and η of SGD, are searched
-in units of the mean static RMS of the gradient, so that the same ranges serve models of every size; where reading
-diverges even so, the rates are divided by 4 until it does not. Trials that fall behind the median after the same
-articles are cut short.
+them: each setting is doubled and halved, then moved by √2, and so on, while that helps. ε is searched in units of the
+mean static RMS of the gradient, and η by what a step promises to first order, so that the same ranges serve models of
+every size; where reading diverges even so, η is divided by 4 until it does not. Trials that fall behind the median
+after the same articles are cut short.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import optuna
 
 from dynlm.adapt import Reader
 from dynlm.evaluate.stream import read_articles
-from dynlm.optim.base import Rule
+from dynlm.optim.base import Prior, Rule
 from dynlm.optim.library import make_rule
 from dynlm.types import DivergedError, InputError, TokenizedArticle
 
@@ -46,42 +46,49 @@ class TuneConfig:
 
 
 class Range(NamedTuple):
-    """A log-uniform range and where its search starts, times ``power`` of the mean static RMS."""
+    """A log-uniform range and where its search starts, in units of the model at hand.
+
+    ``unit``: "rms" is the mean static RMS of the gradient; "loss" is for learning rates, a nat that the loss of a
+    segment would fall by to first order in one step on it.
+    """
 
     low: float
     high: float
     start: float
-    power: int = 0
-
-    def scaled(self, rms: float) -> Range:
-        """The range for a model whose mean static RMS is ``rms``."""
-        return self.times(rms**self.power)
+    unit: Literal["", "rms", "loss"] = ""
 
     def times(self, factor: float) -> Range:
         return Range(self.low * factor, self.high * factor, self.start * factor)
 
 
+LARGEST_STEP = 1.25e-3
+"""of a weight, for each nat that the loss would fall by"""
+DECAY = Range(1e-6, 3e-1, 1e-3)
 SPACES: dict[str, dict[str, Range]] = {
-    "sgd": {"lr": Range(1e-5, 1e-1, 1.4e-3, power=-1), "decay": Range(1e-6, 3e-1, 1e-3)},
-    "rms": {
-        "lr": Range(1e-5, 1e-1, 2e-3),
-        "eps": Range(1e-3, 1e1, 0.5, power=1),
-        "decay": Range(1e-6, 3e-1, 1e-3),
-    },
-    "adam": {
-        "lr": Range(1e-5, 1e-1, 1e-3),
-        "eps": Range(1e-4, 1e2, 0.1, power=1),
-        "decay": Range(1e-6, 3e-1, 1e-3),
-    },
+    "sgd": {"lr": Range(2e-2, 2e2, 1.6, "loss"), "decay": DECAY},
+    "rms": {"lr": Range(8e-3, 8e1, 1.6, "loss"), "eps": Range(1e-3, 1e1, 0.5, "rms"), "decay": DECAY},
+    "adam": {"lr": Range(8e-3, 8e1, 0.8, "loss"), "eps": Range(1e-4, 1e2, 0.1, "rms"), "decay": DECAY},
 }
 
 
+def search_space(kind: str, priors: Sequence[Prior]) -> dict[str, Range]:
+    """What is searched for a hand-made rule on the model that ``priors`` belong to, in the rule's own units."""
+    rms, space = 1 / priors[0].relative_rms, SPACES[kind]
+    eps = space["eps"].start * rms if "eps" in space else None
+    largest = LARGEST_STEP / (rms if eps is None else 1.0)  # few weights, such as low-rank ones, take no larger steps
+    units = {"": 1.0, "rms": rms, "loss": min(1 / _first_order(priors, eps), largest)}
+    return {name: r.times(units[r.unit]) for name, r in space.items()}
+
+
+def _first_order(priors: Sequence[Prior], eps: float | None) -> float:
+    """What a loss would fall by in a step of rate 1 along g (or along g / (r + ε), with ``eps``), if it were linear."""
+    squares = [prior.rms.double().square() for prior in priors]
+    if eps is None:
+        return sum(float(r2.sum()) for r2 in squares)
+    return sum(float((r2 / (prior.rms.double() + eps)).sum()) for r2, prior in zip(squares, priors, strict=True))
+
+
 STEP_DOWN, STEPS_DOWN = 4.0, 6  # of the rate; how often for settings that lose, yet do not diverge
-
-
-def search_space(kind: str, rms: float) -> dict[str, Range]:
-    """What is searched for a hand-made rule, on a model whose gradient has this mean static RMS."""
-    return {name: r.scaled(rms) for name, r in SPACES[kind].items()}
 
 
 class Tuned(NamedTuple):
@@ -114,8 +121,7 @@ def tune_rule(
     texts = config.excerpts(articles)
     if not texts:
         raise InputError("no article to tune on: the meta split is empty (data.meta_articles)")
-    unit = 1 / reader_for(make_rule("static")).priors[0].relative_rms
-    space = search_space(kind, unit)
+    space = search_space(kind, reader_for(make_rule("static")).priors)
 
     def objective(trial: optuna.Trial) -> float:
         settings = {name: trial.suggest_float(name, r.low, r.high, log=True) for name, r in space.items()}

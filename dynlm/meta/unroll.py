@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from dynlm.adapt import Scorer, Snapshot, detach, within_trust
+from dynlm.adapt import Scorer, Snapshot, detach, largest_norms, within_trust
 from dynlm.allocator import give_back_memory
 from dynlm.compiler import supported
 from dynlm.meta.buffers import BufferLog, unchanged_buffers
@@ -78,7 +78,7 @@ class Unroll:
         if any(n < 1 for n in config.slices) or list(config.slices) != sorted(config.slices, reverse=True):
             raise InputError(f"slices {config.slices} must be positive and fall from the outermost level inwards")
         self.score, self.rule, self.adapted, self.priors, self.config = score, rule, adapted, priors, config
-        self.trust = trust
+        self.largest = largest_norms(priors, trust)
         fused = config.fused and rule.traceable and supported(*(prior.theta0 for prior in priors))
         self.step = FusedAdjoint(rule) if fused else None
 
@@ -158,7 +158,7 @@ class Unroll:
     def trusted(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """Gradients as the rule sees them: (R, C), inside the reader's trust region."""
         matrices = [as_matrix(g.contiguous()) for g in grads]  # of a convolution it may be channels-last
-        return within_trust(matrices, self.priors, self.trust)[0] if self.trust else matrices
+        return within_trust(matrices, self.largest)[0]
 
     @contextmanager
     def model_graph(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -218,6 +219,8 @@ def load_model(
     if not is_hub and not (folder / "config.json").is_file():
         advice = "run `dynlm train` first" if isinstance(source, Path) else "give one of save_pretrained, or a hub name"
         raise InputError(f"{folder} holds no model (config.json): {advice}")
+    if (folder / "adapter_config.json").is_file() and find_spec("peft") is None:
+        raise InputError(f"{folder} holds an adapter, which needs peft: install dynlm[lora]")
     local = {"local_files_only": not (is_hub and download)}
     try:
         model, info = cast(Any, AutoModelForCausalLM).from_pretrained(
@@ -227,8 +230,8 @@ def load_model(
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if is_hub:
             raise InputError(
-                f"{source} is no folder, and no hub model of that name is at hand ({reason}): give a folder, or fetch "
-                f"it with `hf download {source}` or download=True"
+                f"{source} is no folder, and no hub model of that name is on this machine ({reason}): give a folder, "
+                f"or fetch it with `hf download {source}`"
             ) from None
         raise InputError(f"{folder} is not a whole model ({reason}): train it again") from None
     if info["missing_keys"]:

@@ -11,10 +11,10 @@ import pytest
 from cli.test_adopt import ready  # noqa: F401  (a fixture)
 from cli.test_main import fails
 from dynlm.cli import bare
-from dynlm.cli.bare import PRIOR_TOKENS, load_bare
+from dynlm.cli.bare import CAUTION, PRIOR_TOKENS, load_bare
 from dynlm.cli.main import main
 from dynlm.cli.read import ReadSettings
-from dynlm.meta.tune import SPACES
+from dynlm.meta.tune import SPACES, search_space
 from dynlm.optim.handmade import RMS
 
 TEXT = "The cat sat on the mat. The cat liked the mat, and sat on it.\n" * 12
@@ -74,7 +74,8 @@ def test_rules_start_where_tuning_starts(model, tmp_path):
     kit = load_bare(ReadSettings(("x",), **some))
     assert isinstance(kit.rule, RMS)
     mean = sum(p.mean_rms for p in kit.priors) / len(kit.priors)
-    assert kit.rule.settings() == pytest.approx({"lr": 2e-3, "eps": 0.5 * mean, "decay": 1e-3})
+    start = search_space("rms", kit.priors)
+    assert kit.rule.settings() == pytest.approx({"lr": CAUTION * start["lr"].start, "eps": 0.5 * mean, "decay": 1e-3})
     assert load_bare(ReadSettings(("x",), rule="adam", lr=1e-4, **some)).rule.settings()["lr"] == pytest.approx(1e-4)
     assert not load_bare(ReadSettings(("x",), rule="static", **some)).rule.reads_gradient
 
@@ -97,10 +98,22 @@ def test_the_prior_is_measured_on_few_segments_and_not_at_all_where_nothing_is_l
     assert max(measured) <= PRIOR_TOKENS <= 512
 
 
-def test_the_rate_of_sgd_follows_the_size_of_the_gradient(model, text):
-    kit = load_bare(ReadSettings((text,), model=model, rule="sgd", prior_text=(text,)))
-    mean = sum(p.mean_rms for p in kit.priors) / len(kit.priors)
-    assert kit.rule.settings()["lr"] == pytest.approx(1.4e-3 / mean)
+@pytest.mark.parametrize("rule", SPACES)
+def test_a_first_step_promises_the_same_fall_of_the_loss_on_models_of_any_size(rule, model, text):
+    priors = load_bare(ReadSettings((text,), model=model, rule="rms", prior_text=(text,))).priors
+    start = SPACES[rule]["lr"].start
+    for times in (1e3, 1e5):  # gradients of larger models
+        larger = [
+            p._replace(rms=times * p.rms, mean_rms=times * p.mean_rms, relative_rms=p.relative_rms / times)
+            for p in priors
+        ]
+        space = search_space(rule, larger)
+        eps = space["eps"].start if "eps" in space else None
+        steps = [p.rms.double() ** 2 / (1.0 if eps is None else p.rms.double() + eps) for p in larger]
+        assert space["lr"].start * sum(float(step.sum()) for step in steps) == pytest.approx(start)
+    few = [p._replace(rms=1e-6 * p.rms, mean_rms=1e-6 * p.mean_rms, relative_rms=1e6 * p.relative_rms) for p in priors]
+    unit = 1 / few[0].relative_rms
+    assert search_space(rule, few)["lr"].start == pytest.approx(1.25e-3 * start / (unit if rule == "sgd" else 1))
 
 
 @pytest.mark.skipif("DYNLM_TEST_MODEL" not in os.environ, reason="DYNLM_TEST_MODEL is not set")

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +23,7 @@ from dynlm.data.segments import article_segments
 from dynlm.models.params import Adapted, adapted_parameters, as_matrix, matched_parameters
 from dynlm.optim.base import Prior, Rule, RuleState, Seen
 from dynlm.optim.kernel import FusedStep
+from dynlm.settings import Count, NotEmpty, NotNegative, Settings
 from dynlm.types import DivergedError, InputError, TokenizedArticle
 
 UpdateStep = Callable[[Sequence[Tensor], Sequence[Tensor], RuleState, Sequence[Prior]], Seen]
@@ -37,18 +38,18 @@ class Scorer(Protocol):
 
 
 @dataclass(frozen=True)
-class ReadConfig:
+class ReadConfig(Settings):
     """How an article is read."""
 
-    segment: int = 32
+    segment: Count = 32
     """tokens scored between two updates"""
     reset: Literal["article", "never"] = "article"
     """article: weights, optimizer state and hidden state start anew at each article; never: one stream"""
-    params: tuple[str, ...] = ("*",)
+    params: Annotated[tuple[str, ...], NotEmpty()] = ("*",)
     """globs on names of the adapted parameters; tied tensors count once"""
     kernel: Literal["auto", "compiled", "eager"] = "auto"
     """auto compiles the update step where a C++ compiler is present"""
-    trust: float = 3.0
+    trust: NotNegative = 3.0
     """trust region: a tensor's gradient is scaled down to at most this many times its usual norm; 0: as it is"""
 
 

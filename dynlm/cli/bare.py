@@ -101,6 +101,4 @@ def _rule(kind: str, lr: float, priors: Sequence[Prior]) -> Rule:
     if kind == "static":
         return make_rule(kind)
     settings = {name: r.start for name, r in search_space(kind, priors).items()}
-    if lr < 0:
-        raise InputError(f"--lr is {lr}: expected more than 0, or 0 for the rule's own")
     return make_rule(kind, **settings | {"lr": lr or CAUTION * settings["lr"]})

@@ -25,6 +25,7 @@ from dynlm.cli.terminal import Color, Screen, Theme, tell, usage_errors
 from dynlm.cli.totals import Totals, word_lines
 from dynlm.data.texts import STDIN, Text, read_texts
 from dynlm.progress import Bar
+from dynlm.settings import WIDE, Bound, NotNegative, Settings
 from dynlm.threads import choose_threads
 from dynlm.types import InputError
 
@@ -32,7 +33,7 @@ TABLE_ROWS = 8
 
 
 @dataclass(frozen=True)
-class ReadSettings:
+class ReadSettings(Settings):
     """Read texts with a language model that learns while it reads, and see token by token what that gains."""
 
     files: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -45,9 +46,9 @@ class ReadSettings:
     `dynlm tune`"""
     rule: str = ""
     """rule of the run; without it gated, or else rms. With --model: rms, sgd, adam or static"""
-    lr: float = 0.0
+    lr: NotNegative = 0.0
     """with --model: learning rate of the rule; 0: a cautious one, from the size of the model's gradient"""
-    lora_rank: int = 0
+    lora_rank: Annotated[int, Bound(0, WIDE)] = 0
     """with --model: adapt low-rank weights of this rank beside the model's own; 0 adapts the model's own"""
     carry: Literal["cache", "overlap", "none"] = "cache"
     """with --model: what it sees of the text before a segment, as context.carry of a run; overlap sees it under the
@@ -74,7 +75,7 @@ class ReadSettings:
     """go on from such a file"""
     overwrite: bool = False
     """let --html and --save-memory replace a file that is no page, or no memory, of dynlm"""
-    threads: int = 0
+    threads: Annotated[int, Bound(0, 1024)] = 0
     """threads to compute with; 0: one for small models, else chosen by a measurement of some 50 ms"""
     json: bool = False
     """print one JSON object to standard output and everything else to standard error: totals, settings, fingerprints,

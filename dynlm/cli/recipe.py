@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_type_hints
+from typing import Annotated, Any, Literal, cast
 
 import tyro
 
@@ -16,6 +14,7 @@ from dynlm.adapt import ReadConfig
 from dynlm.data.articles import DataConfig
 from dynlm.data.fewshot import TasksConfig
 from dynlm.data.tokenizers import TokenizerConfig
+from dynlm.evaluate.methods import MethodName, RuleName
 from dynlm.meta.outer import OuterConfig
 from dynlm.meta.tasks import GeneralMetaConfig
 from dynlm.meta.train import MetaConfig
@@ -24,6 +23,7 @@ from dynlm.models.context import ContextConfig
 from dynlm.models.lora import LoraSettings
 from dynlm.models.lstm import ModelConfig
 from dynlm.models.train import TrainConfig
+from dynlm.settings import Bound, Count, NotEmpty, Positive, Seed, Settings, Size, Whole, build
 from dynlm.stamps import read_stamped
 from dynlm.types import InputError
 
@@ -32,32 +32,32 @@ SHIPPED = (PACKAGE / "recipes", PACKAGE.parent / "recipes")  # in a wheel, in a 
 
 
 @dataclass(frozen=True)
-class PriorConfig:
+class PriorConfig(Settings):
     """The static RMS of the gradient, measured on training text."""
 
-    tokens: int = 65536
+    tokens: Count = 65536
     """training tokens it is measured on, from the first articles of the train split"""
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """Reading held-out articles with several methods."""
 
-    methods: tuple[str, ...] = ()
+    methods: tuple[MethodName, ...] = ()
     """methods to read with; without any, static, stateless and every rule that the run holds. static is the baseline of
     every gain; others are taken from the run's rules: RULE, RULE#SEED of another seed, RULE@METHOD from a learned
     start; cache is static with a neural cache, RULE+cache another method with one (tune.rules takes these names);
     stateless is static, its hidden state dropped before each segment"""
-    split: str = "valid"
+    split: Literal["train", "meta", "valid", "test"] = "valid"
     """split to read"""
-    max_articles: int = 0
+    max_articles: Whole = 0
     """read only the first so many; 0 reads all"""
-    gate_articles: int = 8
+    gate_articles: Whole = 8
     """record what each rule's COPY, UPDATE and FLUSH do while it reads the first so many; 0 records nothing"""
 
 
 @dataclass(frozen=True)
-class AuditConfig:
+class AuditConfig(Settings):
     """Checking that every method of a run reads without leaks."""
 
     quick: Annotated[bool, tyro.conf.arg(aliases=["--quick"])] = False
@@ -65,7 +65,7 @@ class AuditConfig:
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Settings):
     """The report of an evaluation."""
 
     format: Annotated[str, tyro.conf.arg(aliases=["--format"])] = ""
@@ -75,67 +75,67 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
-class FewShotConfig:
+class FewShotConfig(Settings):
     """Learning a start for few-shot tasks with several methods, and comparing them with a jointly trained start."""
 
-    methods: tuple[str, ...] = ("joint", "maml", "fomaml", "reptile", "reptile-serial", "imaml")
+    methods: Annotated[tuple[str, ...], NotEmpty()] = ("joint", "maml", "fomaml", "reptile", "reptile-serial", "imaml")
     """methods to compare; joint is the baseline"""
-    width: int = 40
+    width: Size = 40
     """hidden units of the MLP's two layers (sinusoid), or channels of the four convolutions (characters)"""
     normalise: Literal["batch", "image"] = "batch"
     """characters: statistics over the images scored together (transductive), or over each image alone"""
-    inner_lr: float = 0.02
+    inner_lr: Positive = 0.02
     """learning rate of the inner loop while the start is learned (maml, fomaml, reptile)"""
-    inner_steps: int = 8
+    inner_steps: Count = 8
     """updates on the support while the start is learned (maml, fomaml)"""
-    proximal: float = 1.0
+    proximal: Positive = 1.0
     """imaml: λ, the pull of the inner loop towards θ0"""
-    proximal_lr: float = 0.01
+    proximal_lr: Positive = 0.01
     """imaml: learning rate of the inner loop while the start is learned"""
-    proximal_steps: int = 32
+    proximal_steps: Count = 32
     """imaml: updates that solve the proximal problem while the start is learned"""
-    reptile_steps: int = 32
+    reptile_steps: Count = 32
     """reptile: updates on minibatches of the whole task"""
-    reptile_batch: int = 10
+    reptile_batch: Size = 10
     """reptile: examples of such a minibatch"""
-    test_steps: int = 32
+    test_steps: Count = 32
     """updates on the support in validation and test, for every method"""
-    rates: tuple[float, ...] = (0.005, 0.007, 0.01, 0.014, 0.02, 0.028, 0.04, 0.056, 0.08)
+    rates: Annotated[tuple[Positive, ...], NotEmpty()] = (0.005, 0.007, 0.01, 0.014, 0.02, 0.028, 0.04, 0.056, 0.08)
     """inner rates that are tried on validation tasks for each method, the joint start included"""
-    valid_tasks: int = 60
+    valid_tasks: Size = 60
     """tasks for validation while training, and as many others to choose the rate with"""
-    test_tasks: int = 600
+    test_tasks: Size = 600
     """test tasks, the same for every method"""
-    seed: int = 0
+    seed: Seed = 0
     """of the random start and of all tasks"""
     tasks: TasksConfig = field(default_factory=TasksConfig)
     outer: OuterConfig = field(default_factory=OuterConfig)
 
 
 @dataclass(frozen=True)
-class PlanConfig:
+class PlanConfig(Settings):
     """Predicting what meta-training takes."""
 
-    memory: int = 0
+    memory: Whole = 0
     """MiB that it may take; 0 is what the machine has available"""
 
 
 @dataclass(frozen=True)
-class StartConfig:
+class StartConfig(Settings):
     """Learning a start θ0 of the base model from which a rule reads better."""
 
     method: Literal["fomaml", "reptile", "joint", "maml"] = "fomaml"
     """joint is plain training on the same text, the control"""
-    rule: str = "gated"
+    rule: RuleName = "gated"
     """rule of the run that reads in the inner loop"""
-    segments: int = 48
+    segments: Count = 48
     """segments read of each training article"""
-    seed: int = 0
+    seed: Seed = 0
     outer: OuterConfig = field(default_factory=lambda: OuterConfig(steps=600, tasks=2, lr=5e-4, validate_every=100))
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Settings):
     """All settings of a run."""
 
     run: str = "runs/default"
@@ -144,7 +144,7 @@ class Recipe:
     """replace what an earlier run of the same command left"""
     resume: bool = False
     """go on where the command stopped: from its checkpoint, or after what it has finished"""
-    threads: int = 0
+    threads: Annotated[int, Bound(0, 1024)] = 0
     """threads to compute with; 0: one for small models, else chosen by a measurement of some 50 ms"""
     quiet: bool = False
     """results only: no progress"""
@@ -186,7 +186,9 @@ def load_recipe(path: Path) -> Recipe:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"recipe {path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"recipe {path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"recipe {path} is not TOML ({error})") from None
     for name in FLAGS:
         if name in values:
@@ -214,41 +216,6 @@ def find_recipe(name: str) -> Path:
 def shipped_recipes() -> dict[str, Path]:
     """Return the recipes that ship, by name."""
     return {found.stem: found for folder in SHIPPED for found in sorted(folder.glob("*.toml"))}
-
-
-def build(kind: type[Any], values: Mapping[str, Any], where: str, default: Any = None) -> Any:
-    """A (nested) config dataclass from plain values, every key and type checked; the rest is ``default``'s."""
-    hints = get_type_hints(kind)
-    known = [f.name for f in dataclasses.fields(kind)]
-    default, settings = default if default is not None else kind(), {}
-    for key, value in values.items():
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f": did you mean {close[0]!r}?" if close else f": known are {', '.join(known)}"
-            raise InputError(f"{where}: unknown key {key!r}{hint}")
-        settings[key] = _check(hints[key], value, f"{where}: {key}", getattr(default, key))
-    return dataclasses.replace(default, **settings)
-
-
-def _check(hint: Any, value: Any, where: str, default: Any = None) -> Any:
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise InputError(f"{where} is {value!r}: expected a [table] of settings")
-        return build(hint, value, where, default) if isinstance(hint, type) else value
-    arguments: tuple[Any, ...] = getattr(hint, "__args__", ())
-    if getattr(hint, "__origin__", None) is tuple:
-        if not isinstance(value, list | tuple):
-            raise InputError(f"{where} is {value!r}: expected a list")
-        return tuple(_check(arguments[0], item, where) for item in value)
-    if arguments:  # Literal
-        if value not in arguments:
-            raise InputError(f"{where} is {value!r}: expected one of {', '.join(map(repr, arguments))}")
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
-        raise InputError(f"{where} is {value!r} ({type(value).__name__}): expected {hint.__name__}")
-    return value
 
 
 def recipe_of_run(path: Path) -> Recipe:

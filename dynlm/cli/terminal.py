@@ -22,6 +22,11 @@ RESET = "\x1b[0m"
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """what moves the cursor, ends or turns a line, or cannot be written"""
+RULE = "\u2500\u256d\u2570\u256f-"
+FIELD = re.compile(
+    r"(Error parsing (?:[A-Z]\w*|(?P<section>[a-z][\w.-]*)): |(?=[A-Z]))([A-Z]\w*\.)?(?P<field>\w+)(?= (is|has|names) )"
+)
+"""the name of a setting behind what tyro and a class of settings put before it"""
 BLACK, WHITE = 16, 231
 LIGHT_BACKGROUNDS = {7, 9, 10, 11, 12, 13, 14, 15}
 
@@ -51,11 +56,24 @@ def usage_errors() -> Iterator[None]:
         if end.code in (0, None):
             raise
         title, *lines = (line.strip("\u2502 ") for line in said.getvalue().strip().splitlines())
-        rule = next((i for i, line in enumerate(lines) if not line.strip("\u2500\u256d\u2570\u256f")), len(lines))
+        if not lines[0].strip(RULE):  # a box of plain characters has one below its title
+            del lines[0]
+        rule = next((i for i, line in enumerate(lines) if not line.strip(RULE)), len(lines))
         after = lines[lines.index("Perhaps you meant:") :] if "Perhaps you meant:" in lines else []
         near = next((f": did you mean {line.split()[0]}?" for line in after if line.startswith("--")), "")
-        raise InputError(f"{' '.join(lines[:rule]).rstrip('.') or title}{near}") from None
+        raise InputError(f"{_named(' '.join(lines[:rule]).rstrip('.') or title)}{near}") from None
+    except InputError as error:  # of the outermost settings
+        raise InputError(_named(str(error))) from None
     sys.stderr.write(said.getvalue())
+
+
+def _named(message: str) -> str:
+    """Put the name of a setting as a recipe has it, ``train.epochs``, for a section of tyro and a field of a class."""
+    match = FIELD.match(message)
+    if not match:
+        return message
+    section, field = match["section"], match["field"]
+    return f"{f'{section}.{field}' if section else '--' + field.replace('_', '-')}{message[match.end() :]}"
 
 
 def color_depth(choice: Color, is_terminal: bool, environment: Mapping[str, str] = os.environ) -> int:

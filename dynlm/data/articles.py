@@ -26,6 +26,7 @@ from typing import Any
 from dynlm.data import stdlib, wikitext
 from dynlm.data.hub import read_hub
 from dynlm.data.rows import Columns, from_rows, is_wikitext, joined_lines, make_article, split_of_name, texts_of
+from dynlm.settings import Seed, Settings, Whole
 from dynlm.types import Article, InputError
 
 SPLITS = ("train", "meta", "valid", "test")
@@ -38,7 +39,7 @@ BOM = "\N{ZERO WIDTH NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """Where articles come from and how they are split."""
 
     source: str = "stdlib"
@@ -47,11 +48,11 @@ class DataConfig:
     """column of the article's text in .jsonl, .parquet and hub data sets"""
     title_column: str = "title"
     """column of its title; articles without one are numbered"""
-    meta_articles: int = 60
+    meta_articles: Whole = 60
     """articles kept out of base training, to tune and meta-train on (at most a quarter of the source)"""
-    held_out: int = 24
+    held_out: Whole = 24
     """articles of valid, and again of test, where the source has no split of its own (at most an eighth each)"""
-    split_seed: int = 0
+    split_seed: Seed = 0
     """the split orders articles by a hash of this seed and their ids"""
 
     @property

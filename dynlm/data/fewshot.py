@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Annotated, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from dynlm.data.characters import font_characters, hub_characters
+from dynlm.settings import Bound, Seed, Settings, Size
 from dynlm.types import InputError, Piece
 
 
@@ -85,24 +86,24 @@ class Images:
 
 
 @dataclass(frozen=True)
-class TasksConfig:
+class TasksConfig(Settings):
     """Which few-shot tasks."""
 
     kind: Literal["sinusoid", "characters"] = "sinusoid"
     """sinusoid: regression of a sine; characters: which of ``ways`` unseen characters is it"""
-    shots: int = 10
+    shots: Size = 10
     """support examples: of the task (sinusoid), or a class (characters)"""
-    queries: int = 50
+    queries: Size = 50
     """query examples: of the task (sinusoid), or a class (characters)"""
-    ways: int = 5
+    ways: Size = 5
     """characters: classes a task"""
     source: str = "fonts"
     """characters: fonts, those that matplotlib ships; or hf:NAME, a Hugging Face data set of images and labels"""
-    side: int = 20
+    side: Annotated[int, Bound(4, 1024)] = 20
     """characters: pixels a side"""
-    variants: int = 2
+    variants: Annotated[int, Bound(1, 1024)] = 2
     """characters: random transformations of each font's glyph"""
-    seed: int = 0
+    seed: Seed = 0
     """of transformations and of the division of characters; tasks have their own"""
 
 

@@ -13,23 +13,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import Annotated, Literal, Protocol, cast
 
 import torch
 
 from dynlm.runs import read_json, replacing, write_json
+from dynlm.settings import Bound, Settings
 from dynlm.types import Article, InputError, TokenizedArticle
 
 ESCAPE = "\ue000"  # of the private use area
 
 
 @dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(Settings):
     """How text becomes tokens. Trained on the train and meta splits, never on valid or test."""
 
     kind: Literal["sentencepiece", "word", "huggingface"] = "sentencepiece"
     """sentencepiece (byte pairs, trained here), word (whitespace words and <eos>), huggingface (a ready tokenizer)"""
-    vocab_size: int = 4096
+    vocab_size: Annotated[int, Bound(2, 2**20)] = 4096
     """entries; sentencepiece only"""
     byte_fallback: bool = True
     """spell unseen characters as bytes (256 entries); off: every character of the training text is an entry"""

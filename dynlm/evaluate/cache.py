@@ -22,29 +22,22 @@ from torch import Tensor
 from dynlm import runs
 from dynlm.adapt import Reader, Snapshot, Step
 from dynlm.evaluate.tap import Tap, TappedReader
+from dynlm.settings import Count, NotNegative, Settings, Share
 from dynlm.types import InputError
 
 SUFFIX = "cache"
 
 
 @dataclass(frozen=True)
-class CacheConfig:
+class CacheConfig(Settings):
     """A cache's settings."""
 
-    weight: float = 0.1
+    weight: Share = 0.1
     """λ, the share of p_cache, from 0 to below 1"""
-    theta: float = 0.3
+    theta: NotNegative = 0.3
     """θ_c, sharpness a unit of h · h"""
-    window: int = 1000
+    window: Count = 1000
     """positions looked back"""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight < 1:
-            raise InputError(f"cache weight is {self.weight}: expected 0 or more and below 1")
-        if not (math.isfinite(self.theta) and self.theta >= 0):
-            raise InputError(f"cache theta is {self.theta}: expected a finite number from 0 on")
-        if self.window < 1:
-            raise InputError(f"cache window is {self.window}: expected at least 1 position")
 
 
 class Memory(NamedTuple):

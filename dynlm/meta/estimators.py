@@ -26,27 +26,28 @@ from dynlm.meta.unroll import Unroll, UnrollConfig
 from dynlm.models.params import split_like
 from dynlm.optim.base import RuleState
 from dynlm.optim.features import N_COL, N_ROW, N_SCALARS
+from dynlm.settings import Count, Positive, Settings, Size, Whole
 from dynlm.types import InputError, Piece
 
 
 @dataclass(frozen=True)
-class EstimatorConfig:
+class EstimatorConfig(Settings):
     """How the meta-gradient is estimated."""
 
     kind: Literal["replay", "unroll", "forward", "pes"] = "replay"
     """replay: exact and fast, first order; unroll: any order; forward: no truncation; pes: unbiased over windows"""
-    coordinates: int = 40_000
+    coordinates: Whole = 40_000
     """replay and forward: weights sampled for a window (an article); 0 takes all"""
     record: RecordConfig = field(default_factory=RecordConfig)
-    memory: int = 1024
+    memory: Count = 1024
     """unroll: MiB for the graph and the positions of a window, from which slices are chosen"""
     order: Literal[1, 2] = 1
     """unroll: 2 differentiates through the gradients too"""
-    slices: tuple[int, ...] = ()
+    slices: tuple[Count, ...] = ()
     """unroll: segments of a checkpointed slice, from the outermost level inwards; none: chosen from ``memory``"""
-    pairs: int = 2
+    pairs: Size = 2
     """pes: antithetic pairs of perturbed rules that read each article"""
-    sigma: float = 0.03
+    sigma: Positive = 0.03
     """pes: standard deviation of a perturbation, in units of each meta-parameter tensor's RMS (one where it is zero)"""
 
 

@@ -13,32 +13,33 @@ from torch import Tensor
 from dynlm import runs
 from dynlm.adapt import Reader
 from dynlm.meta.initialisation import Method, Task, add, outer_gradient
+from dynlm.settings import Count, NotNegative, Positive, Settings, Size
 from dynlm.types import DivergedError
 
 
 @dataclass(frozen=True)
-class OuterConfig:
+class OuterConfig(Settings):
     """The outer loop: how θ0 (and φ) move."""
 
-    steps: int = 1000
+    steps: Count = 1000
     """outer steps"""
-    tasks: int = 4
+    tasks: Size = 4
     """tasks a step, whose gradients are averaged; 1 makes Reptile serial"""
     stacked: bool = False
     """all tasks of a step at once, in a model that holds a copy of θ for each (few-shot sinusoids)"""
     optimizer: Literal["adam", "sgd"] = "adam"
     """sgd with lr ε is Reptile's own step θ0 + ε mean(θ_k − θ0)"""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """learning rate of θ0"""
-    clip: float = 0.0
+    clip: NotNegative = 0.0
     """bound on the norm of the gradient of θ0; 0 leaves it"""
-    phi_lr: float = 0.0
+    phi_lr: NotNegative = 0.0
     """learning rate of the rule's settings φ, with the same optimizer; 0 leaves them as they are"""
     schedule: Literal["cosine", "constant"] = "cosine"
     """cosine falls to zero over the steps"""
-    cg_steps: int = 5
+    cg_steps: Count = 5
     """imaml: conjugate-gradient steps"""
-    validate_every: int = 200
+    validate_every: Count = 200
     """steps between validations; the best start is kept"""
 
 

@@ -16,17 +16,18 @@ from torch import Tensor
 from dynlm.adapt import Reader, Step
 from dynlm.meta.sampling import Stratum
 from dynlm.optim.base import Slots
+from dynlm.settings import Count, Settings
 
 
 @dataclass(frozen=True)
-class RecordConfig:
+class RecordConfig(Settings):
     """How recorded gradients are kept."""
 
     dtype: Literal["weights", "bf16"] = "weights"
     """weights: exact; bf16: half the memory, gradients rounded to 8 bits"""
     where: Literal["device", "cpu", "disk"] = "device"
     """disk: a temporary memory-mapped file, which the system writes out when memory is short"""
-    memory: int = 96
+    memory: Count = 96
     """MiB for what a window records: long windows get fewer coordinates; and for a block of the replay"""
 
 

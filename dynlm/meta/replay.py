@@ -22,13 +22,14 @@ from dynlm.meta.recording import Recording
 from dynlm.meta.sampling import Stratum
 from dynlm.optim.base import Coordinates, Rule
 from dynlm.optim.kernel import FusedReplay, ReplayWork
+from dynlm.settings import Settings, Whole
 
 
 @dataclass(frozen=True)
-class ReplayConfig:
+class ReplayConfig(Settings):
     """How a recording is replayed."""
 
-    memory: int = 256
+    memory: Whole = 256
     """MiB that a block of coordinates may take beside the recording; blocks are sized from it"""
     fused: bool = True
     """one C loop where the rule and the machine allow it; False: torch's autograd, the plain form"""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from dynlm.models.tasks import TaskConfig, TrainingTask, sample_task
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.general import General, GeneralConfig
 from dynlm.progress import Bar
+from dynlm.settings import Bound, Count, Positive, Seed, Settings, Size
 from dynlm.types import DivergedError
 
 VALIDATION_SEED = 10**9
@@ -38,25 +39,25 @@ FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
-class GeneralMetaConfig:
+class GeneralMetaConfig(Settings):
     """Meta-training of the general-purpose rule."""
 
-    steps: int = 300
+    steps: Count = 300
     """updates of φ"""
-    pairs: int = 12
+    pairs: Size = 12
     """tasks an update, each trained twice, with φ + ε and φ − ε"""
-    sigma: float = 0.1
+    sigma: Positive = 0.1
     """standard deviation of ε"""
-    lr: float = 3e-2
+    lr: Positive = 3e-2
     """peak of Adam's learning rate on φ; cosine to zero over the steps"""
     fixed: tuple[str, ...] = ("tensor_weight", "tensor_to_hidden", "input_weight")
     """meta-parameters that keep their random start (globs): hidden layers, whose read-outs are learned"""
-    validate_every: int = 20
+    validate_every: Count = 20
     """steps between trainings of the meta-validation tasks; each writes a checkpoint"""
-    validation_tasks: int = 24
-    workers: int = 2
+    validation_tasks: Size = 24
+    workers: Annotated[int, Bound(1, 256)] = 2
     """processes that train tasks side by side"""
-    seed: int = 0
+    seed: Seed = 0
     family: TaskConfig = field(default_factory=TaskConfig)
 
 

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,34 +26,35 @@ from dynlm.meta.estimators import EstimatorConfig, make_estimator
 from dynlm.meta.positions import pack, unpack
 from dynlm.optim.base import Rule
 from dynlm.progress import Bar
+from dynlm.settings import WIDE, Bound, Count, Positive, Seed, Settings, Size
 from dynlm.types import InputError, TokenizedArticle
 
 
 @dataclass(frozen=True)
-class MetaConfig:
+class MetaConfig(Settings):
     """Meta-training of a learned rule."""
 
     rule: Literal["gated", "linear", "diagonal", "lstm", "gru", "mlp"] = "gated"
     """learned cell to train; it starts at a tuned hand-made rule"""
-    steps: int = 300
+    steps: Count = 300
     """updates of φ"""
-    articles: int = 2
+    articles: Size = 2
     """articles read side by side, each giving one window a step"""
-    truncation: int = 64
+    truncation: Count = 64
     """segments of one window: how far the meta-gradient sees"""
-    lr: float = 1e-2
+    lr: Positive = 1e-2
     """peak of Adam's learning rate on φ; cosine to zero over the steps"""
-    clip: float = 1.0
+    clip: Positive = 1.0
     """bound on the norm of the meta-gradient (nats per token)"""
-    hidden: int = 0
+    hidden: Annotated[int, Bound(0, WIDE)] = 0
     """units of the rule's shared network; 0 is the cell's own default"""
-    validate_every: int = 25
+    validate_every: Count = 25
     """steps between readings of the meta-validation articles; each writes a checkpoint"""
-    validation_articles: int = 12
+    validation_articles: Count = 12
     """articles of the meta split that only choose φ"""
-    patience: int = 6
+    patience: Count = 6
     """validations without improvement before stopping early"""
-    seed: int = 0
+    seed: Seed = 0
     """of the cell's first weights, the order of articles and the sample; with another than 0 the rule is RULE#SEED"""
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
 

@@ -14,30 +14,39 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import optuna
 
 from dynlm.adapt import Reader
+from dynlm.evaluate.cache import cached_name
+from dynlm.evaluate.methods import MethodName
 from dynlm.evaluate.stream import read_articles
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.library import make_rule
+from dynlm.settings import Count, NotEmpty, Seed, Settings, Whole
 from dynlm.types import DivergedError, InputError, TokenizedArticle
 
 
 @dataclass(frozen=True)
-class TuneConfig:
+class TuneConfig(Settings):
     """Search for the settings of hand-made rules."""
 
-    rules: tuple[str, ...] = ("sgd", "rms", "adam")
+    rules: Annotated[tuple[MethodName, ...], NotEmpty()] = ("sgd", "rms", "adam")
     """rules to tune, each on its own"""
-    trials: int = 40
+    trials: Count = 40
     """settings tried a rule"""
-    articles: int = 16
+    articles: Count = 16
     """meta-training articles read a trial"""
-    max_tokens: int = 4096
+    max_tokens: Whole = 4096
     """each article is read up to this many tokens"""
-    seed: int = 0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.rules:
+            if name not in SPACES and cached_name(name) is None:
+                raise InputError(f"rules names {name!r}: choose from {', '.join(SPACES)}, cache and METHOD+cache")
 
     def excerpts(self, articles: Sequence[TokenizedArticle]) -> list[TokenizedArticle]:
         """What is read in a trial."""

@@ -32,6 +32,7 @@ from dynlm.models.params import Adapted, as_matrix, pointed
 from dynlm.models.recurrence import differentiable_twice
 from dynlm.optim.adjoint import FusedAdjoint
 from dynlm.optim.base import Prior, Rule, RuleState
+from dynlm.settings import Count, Settings
 from dynlm.types import InputError, Piece
 
 NODE_BYTES = (
@@ -40,12 +41,12 @@ NODE_BYTES = (
 
 
 @dataclass(frozen=True)
-class UnrollConfig:
+class UnrollConfig(Settings):
     """How a window is unrolled."""
 
     order: Literal[1, 2] = 1
     """1: gradients are inputs without derivative; 2: differentiate through them too"""
-    slices: tuple[int, ...] = ()
+    slices: tuple[Count, ...] = ()
     """segments of a checkpointed slice, from the outermost level inwards; none keeps the whole graph"""
     fused: bool = True
     """one node an update, with its adjoint in C, where the rule and the machine allow it; False: torch's autograd"""
@@ -75,8 +76,8 @@ class Unroll:
         *,
         trust: float = 0.0,
     ) -> None:
-        if any(n < 1 for n in config.slices) or list(config.slices) != sorted(config.slices, reverse=True):
-            raise InputError(f"slices {config.slices} must be positive and fall from the outermost level inwards")
+        if list(config.slices) != sorted(config.slices, reverse=True):
+            raise InputError(f"slices {config.slices} must fall from the outermost level inwards")
         self.score, self.rule, self.adapted, self.priors, self.config = score, rule, adapted, priors, config
         self.largest = largest_norms(priors, trust)
         fused = config.fused and rule.traceable and supported(*(prior.theta0 for prior in priors))

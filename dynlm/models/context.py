@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
+from dynlm.settings import Settings, Whole
 from dynlm.types import InputError
 
 POSITION_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
@@ -27,13 +28,13 @@ FrozenCache = tuple[tuple[tuple[str, Any], ...], ...]
 
 
 @dataclass(frozen=True)
-class ContextConfig:
+class ContextConfig(Settings):
     """What a transformers language model sees of the article before a segment; an LSTM carries its own state."""
 
     carry: Literal["overlap", "cache", "none"] = "cache"
     """cache: keys and values, or recurrent states, as earlier weights left them; overlap: the tokens before it, read
     again under the present weights, which takes many times longer; none: the segment alone"""
-    window: int = 0
+    window: Whole = 0
     """most tokens seen at once, the segment's own among them; 0: the model's positions, at most 1024, or 256 where it
     has none; a recurrent model's cache sees the whole article whatever the window"""
 

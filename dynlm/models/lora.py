@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dynlm.models.params import matching
+from dynlm.settings import WIDE, Bound, NotEmpty, Positive, Seed, Settings
 from dynlm.types import InputError
 
 LORA_PARAMS = ("*.lora_A.*", "*.lora_B.*")
@@ -18,16 +20,16 @@ LORA_PARAMS = ("*.lora_A.*", "*.lora_B.*")
 
 
 @dataclass(frozen=True)
-class LoraSettings:
+class LoraSettings(Settings):
     """Which layers get low-rank weights, and how large these are."""
 
-    rank: int = 8
+    rank: Annotated[int, Bound(0, WIDE)] = 8
     """columns of B and rows of A; in a recipe 0, the default there, is none"""
-    alpha: float = 16.0
+    alpha: Positive = 16.0
     """B A is scaled by alpha / rank"""
-    targets: tuple[str, ...] = ("*",)
+    targets: Annotated[tuple[str, ...], NotEmpty()] = ("*",)
     """globs on the names of linear layers; the output head is never one"""
-    seed: int = 0
+    seed: Seed = 0
     """of A"""
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,43 +33,42 @@ from dynlm.models.generation import HiddenGenerationMixin
 from dynlm.models.padding import Padding, padding_of
 from dynlm.models.recurrence import lstm_layer, one_stream
 from dynlm.models.tied import Link, embed, read_out
+from dynlm.settings import Bound, NotNegative, Settings, Share, Size
 from dynlm.types import InputError
 
 LOSS_ARGUMENTS = {"num_items_in_batch", "ignore_index", "shift_labels"}
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """The base model of a recipe: an LSTM with tied embeddings, or any causal language model, trained already."""
 
     pretrained: str = ""
     """folder or hub name of a causal language model of transformers, which is taken as it is; without it an LSTM of the
     sizes below is trained"""
-    embedding_size: int = 256
+    embedding_size: Size = 256
     """width of the embedding and of the last layer's output"""
-    hidden_size: int = 256
+    hidden_size: Size = 256
     """width between layers; one layer has none"""
-    layers: int = 1
+    layers: Annotated[int, Bound(1, 3)] = 1
     """LSTM layers, 1 to 3"""
-    embedding_dropout: float = 0.0
+    embedding_dropout: Share = 0.0
     """probability that a word's whole embedding is dropped for a batch"""
-    input_dropout: float = 0.0
+    input_dropout: Share = 0.0
     """locked dropout on the first layer's input"""
-    hidden_dropout: float = 0.0
+    hidden_dropout: Share = 0.0
     """locked dropout between layers"""
-    output_dropout: float = 0.0
+    output_dropout: Share = 0.0
     """locked dropout on the last layer's output"""
-    weight_drop: float = 0.0
+    weight_drop: Share = 0.0
     """probability that a recurrent weight is dropped for a batch"""
-    activation_regularization: float = 0.0
+    activation_regularization: NotNegative = 0.0
     """AR: weight of the mean squared output"""
-    temporal_activation_regularization: float = 0.0
+    temporal_activation_regularization: NotNegative = 0.0
     """TAR: weight of the mean squared change of the output over time"""
 
     def build(self, vocab_size: int, eos_token_id: int, seed: int) -> LSTMForCausalLM:
         """A fresh model with weights drawn from ``seed``."""
-        if not 1 <= self.layers <= 3:
-            raise InputError(f"model.layers is {self.layers}: expected 1 to 3")
         settings = {name: value for name, value in asdict(self).items() if name not in ("layers", "pretrained")}
         torch.manual_seed(seed)
         return LSTMForCausalLM(

@@ -22,6 +22,7 @@ from dynlm.data.exercises import Corpus, Draw, GlyphNoise, Spectrum, Transductio
 from dynlm.models import small
 from dynlm.models.nets import Losses, cross_entropy, squared_error
 from dynlm.models.params import adapted_parameters
+from dynlm.settings import Count, Settings, Size
 from dynlm.types import InputError, Piece
 
 VALID_SEED = 1 << 40
@@ -82,21 +83,28 @@ class TrainingTask(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TaskConfig:
+class TaskConfig(Settings):
     """Which tasks are sampled."""
 
     families: tuple[str, ...] = ()
     """names of FAMILIES; empty: all of them, each as often"""
-    min_steps: int = 50
+    min_steps: Count = 50
     """horizons are log-uniform from here"""
-    max_steps: int = 1000
+    max_steps: Count = 1000
     """to here"""
     augment: bool = True
     """random scales of the loss and of single tensors, and label noise"""
-    valid_batches: int = 4
+    valid_batches: Size = 4
     """held-out batches a task"""
-    valid_size: int = 64
+    valid_size: Size = 64
     """examples of one"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := sorted(set(self.families) - set(FAMILIES)):
+            raise InputError(f"families names {unknown[0]!r}: choose from {', '.join(FAMILIES)}")
+        if self.min_steps > self.max_steps:
+            raise InputError(f"min_steps is {self.min_steps}: expected at most max_steps, {self.max_steps}")
 
 
 class Dice(random.Random):
@@ -259,8 +267,6 @@ def sample_task(seed: int, config: TaskConfig | None = None) -> TrainingTask:
     config = config or TaskConfig()
     dice = Dice(seed)
     names = config.families or tuple(FAMILIES)
-    if unknown := set(names) - set(FAMILIES):
-        raise InputError(f"task families {sorted(unknown)}: choose from {', '.join(FAMILIES)}")
     name = dice.choice(names)
     horizon = round(dice.log_uniform(config.min_steps, config.max_steps))
     problem = FAMILIES[name](dice, config.augment)

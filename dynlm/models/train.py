@@ -24,30 +24,31 @@ from dynlm.data.segments import training_streams
 from dynlm.interrupt import Interrupted, Interruptible
 from dynlm.models.lstm import Hidden, LSTMForCausalLM
 from dynlm.progress import Bar
+from dynlm.settings import Count, NotNegative, Positive, Seed, Settings
 from dynlm.types import InputError, TokenizedArticle, perplexity
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Base training."""
 
-    epochs: int = 8
+    epochs: Count = 8
     """passes over the train split"""
-    batch_size: int = 32
+    batch_size: Count = 32
     """parallel streams"""
-    segment: int = 64
+    segment: Count = 64
     """tokens of one backpropagation window"""
-    lr: float = 3e-3
+    lr: Positive = 3e-3
     """peak learning rate of the cycle (warm-up over the first tenth, then cosine to zero)"""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """AdamW's decoupled decay, a step"""
-    clip: float = 0.5
+    clip: Positive = 0.5
     """bound on the norm of the gradient"""
-    validations_per_epoch: int = 1
+    validations_per_epoch: Count = 1
     """each one validates and writes a checkpoint"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto takes bf16 on CUDA and on CPUs with AMX"""
-    seed: int = 0
+    seed: Seed = 0
     """order of articles, initial weights and dropout"""
 
 

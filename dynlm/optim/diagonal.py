@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +18,16 @@ from torch import Tensor, nn
 from dynlm.optim.base import Coordinates, Shared, Slots
 from dynlm.optim.features import softsign
 from dynlm.optim.learned import CellConfig, GatingNetwork, assemble, frame, moved, power, pull
+from dynlm.settings import Decay, NotEmpty, Size
 
 
 @dataclass(frozen=True)
 class DiagonalConfig(CellConfig):
     """The diagonal recurrence."""
 
-    hidden: int = 4
+    hidden: Size = 4
     """units of the shared network"""
-    decays: tuple[float, ...] = (0.5, 0.8, 0.95, 0.9)
+    decays: Annotated[tuple[Decay, ...], NotEmpty()] = (0.5, 0.8, 0.95, 0.9)
     """start of each state's decay, per segment; learned. The last state starts on |n|, the others on n"""
 
 

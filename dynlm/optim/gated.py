@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dynlm.optim.base import Coordinates, Shared, Slots
 from dynlm.optim.features import softsign
 from dynlm.optim.learned import CellConfig, GatingNetwork, assemble, frame, moved, power, pull
+from dynlm.settings import Decay, Size
 
 N_FEATURES = 5
 N_OUTPUTS = 4  # log2 of UPDATE's multiplier, two momentum shares, shift of FLUSH
@@ -28,9 +29,9 @@ N_OUTPUTS = 4  # log2 of UPDATE's multiplier, two momentum shares, shift of FLUS
 class GatedConfig(CellConfig):
     """The gated cell."""
 
-    hidden: int = 4
+    hidden: Size = 4
     """units of the shared network"""
-    betas: tuple[float, float] = (0.7, 0.95)
+    betas: tuple[Decay, Decay] = (0.7, 0.95)
     """start of the two running means' decays, per segment; learned"""
 
 

@@ -25,6 +25,7 @@ from dynlm.kernels import Array, Each, Kernel
 from dynlm.optim.base import Coordinates, Prior, Rule, RuleState, Seen, Shared, Slots
 from dynlm.optim.features import affine, softsign
 from dynlm.optim.learned import Weights, assemble, power
+from dynlm.settings import Decay, Log2, Settings, Size
 
 N_SAMPLED = 1024  # coordinates of a tensor that its statistics look at, at the least (all, if it has fewer)
 N_SCALARS = 12
@@ -34,18 +35,18 @@ SMALLEST_RMS = 2.0**-7  # a tensor that starts at zero is taken for one of this 
 
 
 @dataclass(frozen=True)
-class GeneralConfig:
+class GeneralConfig(Settings):
     """Sizes, and the Adam that it starts at."""
 
-    hidden: int = 4
+    hidden: Size = 4
     """units a weight"""
-    tensor_hidden: int = 16
+    tensor_hidden: Size = 16
     """units a tensor"""
-    betas: tuple[float, float, float] = (0.9, 0.98, 0.99)
+    betas: tuple[Decay, Decay, Decay] = (0.9, 0.98, 0.99)
     """start of the decays of m, n and v; learned"""
-    log2_lr: float = -5.0
+    log2_lr: Log2 = -5.0
     """of a matrix with one column and RMS 1; its rate goes with columns^−¼ RMS^½ at the start"""
-    log2_lr_vector: float = -8.0
+    log2_lr_vector: Log2 = -8.0
 
 
 class General(Rule):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dynlm.optim.base import Coordinates, Rule, Shared, Slots, columns
+from dynlm.settings import NotNegative, Share, check, hints_of
 
 TINY = 1e-36
 """below this a mean square counts as zero: far below ε², within float32"""
@@ -34,15 +35,26 @@ class Static(Rule):
         return w.theta, slots
 
 
-class SGD(Rule):
+class HandMade(Rule):
+    """A rule whose settings are numbers with bounds: the types of its constructor's arguments say which."""
+
+    def require_bounds(self, where: str) -> None:
+        """Refuse settings that are not finite, or out of their bounds."""
+        hints = hints_of(type(self).__init__)
+        for name, value in self.settings().items():
+            check(hints[name], value, f"{where}: {self.name} {name}")
+
+
+class SGD(HandMade):
     """Gradient descent with decay to the prior. ``lr`` is per nat of mean segment loss."""
 
     name = "sgd"
     context_shapes = ((), ())
 
-    def __init__(self, lr: float = 1.0, decay: float = 0.0) -> None:
+    def __init__(self, lr: NotNegative = 1.0, decay: NotNegative = 0.0) -> None:
         super().__init__()
         self.lr, self.decay = scalar(lr), scalar(decay)
+        self.require_bounds("rule")
 
     @property
     def uses_prior(self) -> bool:
@@ -56,15 +68,16 @@ class SGD(Rule):
         return w.theta - lr * w.grad + decay * (w.theta0 - w.theta), slots
 
 
-class RMS(Rule):
+class RMS(HandMade):
     """Dynamic evaluation with a static RMS (Krause et al. 2017). R is clipped so that decay never overshoots θ0."""
 
     name = "rms"
     context_shapes = ((), (), ())
 
-    def __init__(self, lr: float = 2e-3, eps: float = 5e-4, decay: float = 1e-3) -> None:
+    def __init__(self, lr: NotNegative = 2e-3, eps: NotNegative = 5e-4, decay: NotNegative = 1e-3) -> None:
         super().__init__()
         self.lr, self.eps, self.decay = scalar(lr), scalar(eps), scalar(decay)
+        self.require_bounds("rule")
 
     def context(self, shared: Shared) -> Tensor:
         return columns(shared, self.lr, self.eps, self.decay * shared.relative_rms.double())
@@ -75,7 +88,7 @@ class RMS(Rule):
         return w.theta - lr * (w.grad / (w.rms + eps)) + pull * (w.theta0 - w.theta), slots
 
 
-class Adam(Rule):
+class Adam(HandMade):
     """Adam with decay to the prior; moments start at zero in each article and are bias-corrected."""
 
     name = "adam"
@@ -83,11 +96,17 @@ class Adam(Rule):
     context_shapes = ((),) * 6
 
     def __init__(
-        self, lr: float = 1e-3, eps: float = 1e-8, decay: float = 0.0, beta1: float = 0.9, beta2: float = 0.999
+        self,
+        lr: NotNegative = 1e-3,
+        eps: NotNegative = 1e-8,
+        decay: NotNegative = 0.0,
+        beta1: Share = 0.9,
+        beta2: Share = 0.999,
     ) -> None:
         super().__init__()
         self.lr, self.eps, self.decay = scalar(lr), scalar(eps), scalar(decay)
         self.beta1, self.beta2 = scalar(beta1), scalar(beta2)
+        self.require_bounds("rule")
 
     @property
     def uses_prior(self) -> bool:

@@ -15,17 +15,18 @@ from torch import Tensor, nn
 
 from dynlm.optim.base import Coordinates, Prior, Rule, RuleState, Seen, Shared, Slots
 from dynlm.optim.features import N_COL, N_ROW, N_SCALARS, affine, look
+from dynlm.settings import NotNegative, Settings
 
 FLUSH_RANGE = 0.05  # one unit of output moves FLUSH by this much per segment
 
 
 @dataclass(frozen=True)
-class CellConfig:
+class CellConfig(Settings):
     """The RMS rule that a cell starts at, and the tensors it knows by name."""
 
-    lr: float = 2e-3
-    eps: float = 5e-4
-    decay: float = 1e-3
+    lr: NotNegative = 2e-3
+    eps: NotNegative = 5e-4
+    decay: NotNegative = 1e-3
     tensors: tuple[str, ...] = ()
     """names of the tensors that get a learned embedding; others use the shared network alone"""
 

@@ -13,11 +13,12 @@ from dynlm.optim.base import Prior, Rule
 from dynlm.optim.diagonal import Diagonal
 from dynlm.optim.gated import Gated
 from dynlm.optim.general import General
-from dynlm.optim.handmade import RMS, SGD, Adam, Static
+from dynlm.optim.handmade import RMS, SGD, Adam, HandMade, Static
 from dynlm.optim.learned import Learned
 from dynlm.optim.linear import Linear
 from dynlm.optim.mlp import MLP
 from dynlm.optim.recurrent import GRUCell, LSTMCell
+from dynlm.settings import build, shown
 from dynlm.types import InputError
 
 HANDMADE: dict[str, type[Rule]] = {"static": Static, "sgd": SGD, "rms": RMS, "adam": Adam}
@@ -35,11 +36,16 @@ def make_rule(kind: str, **settings: Any) -> Rule:
     """A fresh rule; ``settings`` are a hand-made rule's arguments, or fields of a learned cell's configuration."""
     if kind in HANDMADE:
         return HANDMADE[kind](**settings)
-    if kind in LEARNED or kind == General.name:
-        build: Any = LEARNED.get(kind, General)
-        rule: Rule = build(build.config_class(**settings))
-        return rule
-    raise InputError(f"unknown rule {kind!r}: choose one of {', '.join([*HANDMADE, *LEARNED, General.name])}")
+    make = _cell(kind)
+    rule: Rule = make(make.config_class(**settings))
+    return rule
+
+
+def _cell(kind: str) -> Any:
+    """The class of a learned rule."""
+    if kind not in LEARNED and kind != General.name:
+        raise InputError(f"unknown rule {kind!r}: choose one of {', '.join([*HANDMADE, *LEARNED, General.name])}")
+    return LEARNED.get(kind, General)
 
 
 def seeded(name: str, seed: int) -> str:
@@ -72,13 +78,25 @@ def save_rule(rule: Rule, path: Path, made: runs.Json | None = None) -> None:
 
 
 def load_rule(path: str | Path) -> tuple[Rule, runs.Json]:
-    """(rule, how it was made). A truncated or foreign file is one clear line."""
+    """(rule, how it was made).
+
+    Raises:
+        InputError: a file that holds no whole rule, settings or numbers that no rule has.
+    """
     tensors, meta = runs.read_tensors(Path(path))
-    config = {key: tuple(value) if isinstance(value, list) else value for key, value in meta.get("config", {}).items()}
+    kind, config, made = meta.get("kind"), meta.get("config", {}), meta.get("made", {})
+    if not (isinstance(kind, str) and isinstance(config, dict) and isinstance(made, dict)):
+        raise InputError(f"{path} is no rule: its kind is {shown(kind)}; make it again")
+    if kind in HANDMADE:
+        rule = HANDMADE[kind]()
+    else:
+        make = _cell(kind)
+        rule = make(build(make.config_class, config, f"{path}: config"))
     try:
-        rule = make_rule(meta.get("kind", ""), **config)
         rule.load_state_dict(tensors)
     except (RuntimeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{path} is not a rule of this version ({reason}): make it again") from None
-    return rule, meta.get("made", {})
+    if isinstance(rule, HandMade):
+        rule.require_bounds(str(path))
+    return rule, made

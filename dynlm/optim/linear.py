@@ -14,14 +14,15 @@ from torch import Tensor
 
 from dynlm.optim.base import Coordinates, Prior, Rule, Shared, Slots, columns
 from dynlm.optim.handmade import scalar
+from dynlm.settings import Finite, Settings
 
 
 @dataclass(frozen=True)
-class LinearConfig:
+class LinearConfig(Settings):
     """Where the two weights start."""
 
-    weight: float = 0.0
-    bias: float = 0.0
+    weight: Finite = 0.0
+    bias: Finite = 0.0
 
 
 class Linear(Rule):

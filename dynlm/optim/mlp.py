@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dynlm.optim.base import Coordinates, Shared, Slots
 from dynlm.optim.features import N_COL, N_ROW, N_SCALARS, affine, softsign
 from dynlm.optim.learned import CellConfig, Learned, Weights, assemble, embedded, frame, moved, power, pull
+from dynlm.settings import Decay, Size
 
 N_MEANS = 3
 N_FEATURES = 5 + 2 * N_MEANS + N_ROW + N_COL
@@ -27,11 +28,11 @@ TINY = 1e-6  # under the root of the second moment: a weight that has seen no gr
 class MLPConfig(CellConfig):
     """Sizes of both networks."""
 
-    hidden: int = 4
+    hidden: Size = 4
     """units of each of the two layers of the network a weight"""
-    tensor_hidden: int = 8
+    tensor_hidden: Size = 8
     """units of the recurrent network a tensor"""
-    betas: tuple[float, ...] = (0.5, 0.8, 0.95, 0.95)
+    betas: tuple[Decay, Decay, Decay, Decay] = (0.5, 0.8, 0.95, 0.95)
     """start of the decays of three running means and of the second moment, per segment; learned"""
 
 

@@ -9,7 +9,7 @@ The gradient enters as LogAndSign, and a typical update of the RMS rule is the u
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from dynlm.optim.base import Coordinates, Shared, Slots
 from dynlm.optim.features import N_COL, N_ROW, N_SCALARS
 from dynlm.optim.learned import CellConfig, Frame, Learned, Weights, assemble, embedded, frame, moved
 from dynlm.optim.recurrent_kernel import recurrent_kernel
+from dynlm.settings import Bound, NotNegative, Size
 
 LOG_RANGE = 5.0  # k of LogAndSign: sizes between e^−k and 1 are seen as logarithms
 N_INPUTS = 3 + N_ROW + N_COL
@@ -28,10 +29,10 @@ N_INPUTS = 3 + N_ROW + N_COL
 class RecurrentConfig(CellConfig):
     """A stack of recurrent layers in each weight."""
 
-    hidden: int = 20
+    hidden: Size = 20
     """units of a layer"""
-    layers: int = 2
-    scale: float = 0.0
+    layers: Annotated[int, Bound(1, 64)] = 2
+    scale: NotNegative = 0.0
     """one unit of read-out, in typical gradients over RMS + ε; 0 takes ``lr``"""
 
 

@@ -273,8 +273,8 @@ def test_errors(lab):
     rule = SGD(0.1)
     with pytest.raises(InputError, match=r"^no segment to unroll$"):
         make_unroll(lab, rule).run(origin(lab, rule), [], [])
-    for slices in [(0,), (4, -1), (2, 4)]:
-        with pytest.raises(InputError, match=r"slices \(.*\) must be positive and fall from the outermost level"):
+    for slices in [(2, 4), (8, 4, 5)]:
+        with pytest.raises(InputError, match=r"slices \(.*\) must fall from the outermost level"):
             make_unroll(lab, rule, slices=slices)
     with pytest.raises(InputError, match=r"7 segments, but 6 weights"):
         make_unroll(lab, rule).run(origin(lab, rule), PIECES, WEIGHTS[:6])

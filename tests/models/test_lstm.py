@@ -181,7 +181,7 @@ def test_locked_dropout_keeps_one_mask_a_sequence():
 
 
 def test_bad_models_are_one_clear_line(tmp_path):
-    with pytest.raises(InputError, match=r"model\.layers is 4: expected 1 to 3"):
+    with pytest.raises(InputError, match=r"layers is 4: expected a whole number from 1 to 3"):
         make(layers=4)
     with pytest.raises(InputError, match=r"holds no model \(config\.json\)"):
         load_model(tmp_path)

@@ -102,7 +102,7 @@ def test_scaled_tensors_may_be_nodes_of_a_graph():
 
 
 def test_unknown_families_are_one_line():
-    with pytest.raises(InputError, match=r"task families \['rnn'\]: choose from mlp-digits, "):
+    with pytest.raises(InputError, match=r"families names 'rnn': choose from mlp-digits, "):
         sample_task(0, TaskConfig(families=("rnn",)))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dynlm.runs import read_json, write_json
+from dynlm.files import let_read, read_json, sync, sync_one, write_json, writing
 from dynlm.types import InputError
 
 NEXT, COMMIT = ".next.", ".commit"
@@ -50,8 +50,11 @@ class Changes:
         """From here on the changes will be made, by this command or by the next one."""
         removed = [name for name in self.removed if name not in self.placed]
         write_json(self.scratch / LIST, {"remove": removed, "place": self.placed})
-        _sync(self.scratch)
+        if (self.scratch / "new").exists():
+            let_read(self.scratch / "new")
+        sync(self.scratch)
         os.rename(self.scratch, self.run / COMMIT)
+        sync_one(self.run)
 
 
 @contextmanager
@@ -68,8 +71,9 @@ def changing(run: Path) -> Iterator[Changes]:
         raise InputError(f"cannot write {run}: {error.strerror}; choose another run directory") from error
     try:
         changes = Changes(run, scratch)
-        yield changes
-        changes.decide()
+        with writing(run):
+            yield changes
+            changes.decide()
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -112,13 +116,3 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
     if path.parent.is_dir() and not any(path.parent.iterdir()):
         path.parent.rmdir()
-
-
-def _sync(folder: Path) -> None:
-    """Have the system write files and folders to the disk, so that the rename is never there without them."""
-    for path in [folder, *folder.rglob("*")]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

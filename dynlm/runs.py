@@ -1,37 +1,45 @@
-"""The run directory: the one door to disk.
+"""The run directory: what lies where, and checkpoints of unfinished work (dynlm.files is the door to disk).
 
-Every write goes to a temporary name beside its target and is renamed, so that an interrupted command leaves the
-earlier file whole. Tensors are safetensors, everything else JSON; nothing is pickled.
-
-    RUN/recipe.json            the settings in force        RUN/rules/NAME/      tuned and learned rules
-    RUN/tokenizer/  RUN/model/ the base language model      RUN/evaluate/        results.json, losses.safetensors
-    RUN/prior.safetensors      static RMS of the gradient   RUN/report.html, RUN/figures/  the report
-    RUN/checkpoints/           unfinished work, for --resume
-    RUN/.lock                  held by the command that works here (dynlm.claim)
-    RUN/demo.txt               the demo made this run, and may replace it
-    RUN/few-shot.json          few-shot comparison        RUN/few-shot/          its learned starts θ0
+RUN/recipe.json            the settings in force        RUN/rules/NAME/      tuned and learned rules
+RUN/tokenizer/  RUN/model/ the base language model      RUN/evaluate/        results.json, losses.safetensors
+RUN/prior.safetensors      static RMS of the gradient   RUN/report.html, RUN/figures/  the report
+RUN/checkpoints/           unfinished work, for --resume
+RUN/.lock                  held by the command that works here (dynlm.claim)
+RUN/demo.txt               the demo made this run, and may replace it
+RUN/few-shot.json          few-shot comparison        RUN/few-shot/          its learned starts θ0
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from dynlm.files import Json as Json
+from dynlm.files import is_tensors
+from dynlm.files import read_json as read_json
+from dynlm.files import read_tensors as read_tensors
+from dynlm.files import replacing as replacing
+from dynlm.files import require_layout as require_layout
+from dynlm.files import write_json as write_json
+from dynlm.files import write_tensors as write_tensors
+from dynlm.files import write_text as write_text
+from dynlm.settings import Whole, build, check
 from dynlm.types import InputError
 
-Json = dict[str, Any]
+
+class Record(TypedDict):
+    """A line of a log; it holds more."""
+
+    step: int
+
+
 FIGURE = re.compile(r"(gain|by-position|per-article|stream|words|boundaries|calibration|gates-\d+)\.(svg|png|pdf)")
 """names of the report's figures"""
 
@@ -104,77 +112,6 @@ class Run:
         return path
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling of ``path`` that takes its place when the block ends without an error.
-
-    Works for files and for directories; a directory is swapped in after the old one has moved aside.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another run directory") from error
-    try:
-        target = scratch / path.name
-        yield target
-        if path.is_dir():
-            os.rename(path, scratch / "old")
-        os.replace(target, path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Strict JSON: a NaN or infinity is an error here, not in the reader's parser."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Json:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} is not readable JSON ({error}): make it again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds a {type(value).__name__}, not a JSON object: make it again")
-    return value
-
-
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: Json | None = None) -> None:
-    """Tensors and a JSON-valued ``meta`` in one safetensors file."""
-    contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(contiguous, temporary, metadata={"meta": json.dumps(meta or {})})
-
-
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], Json]:
-    """The counterpart of :func:`write_tensors`; a missing or truncated file is one clear line."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return tensors, json.loads((file.metadata() or {}).get("meta", "{}"))
-    except (SafetensorError, ValueError, OSError) as error:
-        raise InputError(f"{path} is truncated or not safetensors ({error}): delete it and make it again") from error
-
-
-def is_tensors(path: Path) -> bool:
-    """Whether a file is one that :func:`write_tensors` wrote: safetensors, whose header follows its length."""
-    if not path.is_file() or path.is_symlink():
-        return False
-    with path.open("rb") as file:
-        head = file.read(1 << 16)
-    return head.startswith(b'{"__metadata__":{', 8) and b'"meta":' in head
-
-
 def settings_of(config: Any) -> Json:
     """A configuration as JSON gives it back: tuples are lists."""
     settings: Json = json.loads(json.dumps(asdict(config)))
@@ -185,6 +122,20 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     """The state of an optimizer for a checkpoint: ``optimizer.PARAMETER.NAME``."""
     slots = optimizer.state_dict()["state"].items()
     return {f"optimizer.{index}.{name}": value for index, of_one in slots for name, value in of_one.items()}
+
+
+def optimizer_layout(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a checkpoint must hold of an optimizer of Adam's family: of every parameter the same, or nothing at all."""
+    if not any(key.startswith("optimizer.") for key in tensors):
+        return {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = [f"optimizer.{index}" for index in range(len(parameters))]
+    if "optimizer.step" in tensors:  # of the only parameter, as earlier versions wrote it
+        names = ["optimizer"]
+    layout: dict[str, torch.Tensor] = {}
+    for name, p in zip(names, parameters, strict=True):
+        layout |= {f"{name}.exp_avg": p, f"{name}.exp_avg_sq": p, f"{name}.step": torch.zeros(())}
+    return layout
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -216,11 +167,42 @@ def resuming(meta: Json, config: Any, table: str, owner: str = "run", model: str
 
 @contextmanager
 def fitting(owner: str = "run") -> Iterator[None]:
-    """Inside, a checkpoint is taken over: that it does not fit is one clear line."""
+    """Inside, what a checkpoint holds is used for the first time: that it does not fit is one clear line."""
     try:
         yield
-    except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"the checkpoint does not fit this {owner} ({error}): use --overwrite to start anew") from None
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(
+            f"the checkpoint does not fit this {owner} ({reason}): use --overwrite to start anew"
+        ) from None
+
+
+Position = TypeVar("Position")
+
+
+def progress_of(kind: type[Position], meta: Json, steps: int) -> Position:
+    """Where the work of a checkpoint stands.
+
+    Raises:
+        InputError: no such record, or one of more than ``steps`` steps.
+    """
+    progress: Any = build(kind, meta.get("progress"), "progress")
+    step_of({"step": progress.step}, steps)
+    found: Position = progress
+    return found
+
+
+def step_of(meta: Json, steps: int) -> int:
+    """The step of a checkpoint, of ``steps``."""
+    step: int = check(Whole, meta.get("step"), "step")
+    if step > steps:
+        raise InputError(f"it is at step {step:,} of {steps:,}")
+    return step
+
+
+def log_of(meta: Json) -> list[Json]:
+    """The records of a checkpoint's log, each of a step."""
+    return cast(list[Json], check(list[Record], meta.get("log"), "log"))
 
 
 def write_log(path: Path, records: Sequence[Json]) -> None:

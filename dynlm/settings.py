@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from dynlm.types import InputError
 
@@ -76,6 +76,8 @@ Size = Annotated[int, Bound(1, WIDE)]
 """what memory or processes grow with: units, rows, tasks side by side"""
 Seed = Annotated[int, Bound(0, 2**32 - 1)]
 Finite = Annotated[float, FINITE]
+AnyFloat = Annotated[float, Bound(finite=False)]
+"""infinite too, as the best loss before the first"""
 Positive = Annotated[float, Bound(above=0)]
 NotNegative = Annotated[float, Bound(least=0)]
 Share = Annotated[float, Bound(least=0, below=1)]
@@ -151,6 +153,8 @@ def check(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _marked(arguments, value, where)
+    if origin is NotRequired:
+        return check(arguments[0], value, where, default)
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint) or hasattr(hint, "_fields"):
@@ -222,7 +226,8 @@ def _table(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise InputError(f"{where} is {shown(value)}: expected a table")
     hints = hints_of(hint)
-    missing = sorted(hint.__required_keys__ - set(value))
+    needed = [key for key, of_key in hints.items() if hint.__total__ and get_origin(of_key) is not NotRequired]
+    missing = sorted(set(needed) - set(value))
     if missing:
         raise InputError(f"{where} lacks {', '.join(map(repr, missing))}")
     return {key: check(hints[key], v, f"{where}: {key}") if key in hints else v for key, v in value.items()}

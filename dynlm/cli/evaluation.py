@@ -204,7 +204,8 @@ def report(recipe: Recipe) -> None:
     used = runs.read_json(run.results).get("tokenizer", {}).get("fingerprint")
     if run.tokenizer.is_dir() and used not in (None, fingerprint_files(run.tokenizer)):
         raise InputError(f"{run.tokenizer} is not the tokenizer that {run.results} was made with: evaluate again")
-    pieces = load_tokenizer(run.tokenizer).pieces if run.tokenizer.is_dir() else None
-    print(f"report: {write_report(run, recipe.report.format, pieces, recipe.report.articles)}")
+    tokenizer = load_tokenizer(run.tokenizer) if run.tokenizer.is_dir() else None
+    pieces, vocab_size = (tokenizer.pieces, tokenizer.vocab_size) if tokenizer else (None, None)
+    print(f"report: {write_report(run, recipe.report.format, pieces, recipe.report.articles, vocab_size)}")
     if recipe.report.format:
         print(f"figures: {run.figures}")

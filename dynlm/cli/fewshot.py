@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypedDict, cast
 
 import torch
 
@@ -26,6 +27,7 @@ from dynlm.models.nets import MLP, NetScorer, StackedScorer, build_net, cross_en
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.handmade import SGD
 from dynlm.progress import Bar
+from dynlm.settings import NotNegative, Positive, check
 from dynlm.types import InputError, Piece
 
 METHODS: dict[str, Method] = {
@@ -81,9 +83,31 @@ def own_settings(settings: Mapping[str, object], name: str) -> runs.Json:
         if METHODS[name] != method:
             others |= {key for key in settings if key.startswith(prefix)}
     kept: runs.Json = json.loads(json.dumps({key: value for key, value in settings.items() if key not in others}))
-    if METHODS[name] != "imaml":
-        del kept["outer"]["cg_steps"]
+    if METHODS[name] != "imaml" and isinstance(kept.get("outer"), dict):
+        kept["outer"].pop("cg_steps", None)
     return kept
+
+
+class Seconds(TypedDict):
+    """CPU time of a method."""
+
+    total: NotNegative
+
+
+class Result(TypedDict):
+    """What the table shows of a method; it holds more."""
+
+    error: float
+    error_ci95: tuple[float, float]
+    lr: Positive
+    cpu_seconds: Seconds
+
+
+class Made(TypedDict):
+    """What the file of a learned start says of itself."""
+
+    result: Result
+    settings: runs.Json
 
 
 def _part(run: runs.Run, name: str) -> Path:
@@ -98,11 +122,12 @@ def _finished(run: runs.Run, name: str, recipe: Recipe) -> runs.Json | None:
         InputError: an earlier comparison has it under other settings, and ``overwrite`` does not allow to replace it.
     """
     for path in (_part(run, name), run.few_shot_start(name)):
-        meta = runs.read_tensors(path)[1] if path.exists() else {}
-        if meta and own_settings(meta["settings"], name) == own_settings(asdict(recipe.fewshot), name):
-            result: runs.Json = meta["result"]
-            return result
-        if meta and path != _part(run, name) and not recipe.overwrite:
+        if not path.exists():
+            continue
+        made: Made = check(Made, runs.read_tensors(path)[1], str(path))
+        if own_settings(made["settings"], name) == own_settings(asdict(recipe.fewshot), name):
+            return cast(runs.Json, made["result"])
+        if path != _part(run, name) and not recipe.overwrite:
             raise InputError(f"{path} was made with other settings: add --overwrite too, to replace it")
     return None
 

@@ -12,12 +12,12 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dynlm.adapt import ReadConfig, Reader, Scorer, make_priors
 from dynlm.claim import recover
@@ -25,12 +25,13 @@ from dynlm.cli.terminal import tell
 from dynlm.data.spacing import Spacing
 from dynlm.data.tokenizers import Tokenizer, load_tokenizer
 from dynlm.models.light import LightLSTM, is_light, load_light
-from dynlm.models.params import adapted_parameters
+from dynlm.models.params import Adapted, adapted_parameters
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.handmade import Static
 from dynlm.optim.hub import fingerprint
 from dynlm.optim.library import LEARNED, load_rule, seedless
-from dynlm.runs import Json, Run, read_json, read_tensors
+from dynlm.runs import Json, Run, read_json, read_tensors, require_layout
+from dynlm.settings import Positive, build, check
 from dynlm.stamps import Stamp, fingerprint_files, read_stamped, unfinished
 from dynlm.types import InputError
 
@@ -104,31 +105,43 @@ def load_kit(run_path: str, rule_name: str, reset: Any) -> Kit:
     if not stamp.finished:
         tell(unfinished(run.model, "train"))
     model, scorer, params, carry = _load_model(run, settings)
-    read = settings.get("read", {})
-    config = ReadConfig(read.get("segment", 32), reset, params, read.get("kernel", "auto"))
+    config = replace(build(ReadConfig, settings.get("read", {}), f"{run.recipe}: read"), reset=reset, params=params)
     adapted = adapted_parameters(model, config.params)
-    tensors, measured = read_tensors(run.require(run.prior, "tune"))
-    shapes = {a.name: a.matrix_RC.shape for a in adapted}
+    tensors, measured = read_prior(run.require(run.prior, "tune"), adapted)
     own = stamp.fingerprints["model"]
-    if shapes != {name: t.shape for name, t in tensors.items()} or measured.get("model", own) != own:
-        raise InputError(f"{run.prior} belongs to another model or other read.params: run `dynlm tune` again")
-    priors = make_priors(adapted, [tensors[a.name].float() for a in adapted])
+    if measured.get("model", own) != own:
+        raise InputError(f"{run.prior} belongs to another model: run `dynlm tune` again")
+    priors = make_priors(adapted, tensors)
     tokenizer, rule = load_tokenizer(run.tokenizer), _load_rule(run, rule_name, stamp)
     name = run_path or f"shipped {DEFAULT_MODEL}"
     spacing, home = _known(run)
     return Kit(model, scorer, tokenizer, rule.requires_grad_(False), priors, config, name, spacing, home, carry)
 
 
+class Known(TypedDict, total=False):
+    """What ``kit.json`` says."""
+
+    spacing: Spacing
+    home: Positive | None
+
+
+def read_prior(path: Path, adapted: Sequence[Adapted]) -> tuple[list[Tensor], Json]:
+    """The static RMS of each adapted parameter, and how it was measured.
+
+    Raises:
+        InputError: numbers of other parameters, or that no RMS can be.
+    """
+    tensors, measured = read_tensors(path)
+    layout = {a.name: a.matrix_RC for a in adapted}
+    require_layout(path, tensors, layout, least=0.0, advice=": run `dynlm tune` again, with the same read.params")
+    return [tensors[a.name].to(a.matrix_RC) for a in adapted], measured
+
+
 def _known(run: Run) -> tuple[Spacing, float | None]:
     """(spacing, home) of a kit, from its own file or from what training wrote down."""
     path = run.path / KIT
-    told = read_json(path) if path.is_file() else {}
-    spacing, home = told.get("spacing", "none"), told.get("home", best_validation(run))
-    if spacing not in ("none", "wikitext"):
-        raise InputError(f"{path}: spacing is {spacing!r}: expected 'none' or 'wikitext'")
-    if home is not None and not (isinstance(home, int | float) and 0 < home < math.inf):
-        raise InputError(f"{path}: home is {home!r}: expected nats per token, more than 0")
-    return cast(Spacing, spacing), home
+    told = check(Known, read_json(path), str(path)) if path.is_file() else {}
+    return told.get("spacing", "none"), told.get("home", best_validation(run))
 
 
 def best_validation(run: Run) -> float | None:
@@ -143,7 +156,8 @@ def best_validation(run: Run) -> float | None:
 
 def _load_model(run: Run, settings: Json) -> tuple[nn.Module, Callable[[Any], Scorer], tuple[str, ...], str]:
     """A run's model, what makes it a scorer, the globs of what is adapted, and what it carries."""
-    folder, params = run.require(run.model, "train"), tuple(settings.get("read", {}).get("params", ("*",)))
+    folder = run.require(run.model, "train")
+    params = build(ReadConfig, settings.get("read", {}), f"{run.recipe}: read").params
     if is_light(folder):
         return load_light(folder), _itself, params, Kit.carry
     from dynlm.cli.adopt import load_base  # seconds of imports
@@ -151,8 +165,9 @@ def _load_model(run: Run, settings: Json) -> tuple[nn.Module, Callable[[Any], Sc
     from dynlm.models.context import ContextConfig
     from dynlm.models.lora import LoraSettings
 
-    context, lora = ContextConfig(**settings.get("context", {})), settings.get("lora", {"rank": 0})
-    model, params = load_base(folder, LoraSettings(**lora | {"targets": tuple(lora.get("targets", ("*",)))}), params)
+    context = build(ContextConfig, settings.get("context", {}), f"{run.recipe}: context")
+    lora = build(LoraSettings, settings.get("lora", {"rank": 0}), f"{run.recipe}: lora")
+    model, params = load_base(folder, lora, params)
     return model, lambda model: scorer_for(model, context), params, context.carry
 
 

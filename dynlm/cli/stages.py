@@ -15,6 +15,7 @@ from dynlm.adapt import ReadConfig, Reader, make_priors, measure_priors
 from dynlm.changes import Changes, changing
 from dynlm.cli.adopt import load_base
 from dynlm.cli.kept import free, is_finished, told
+from dynlm.cli.kit import read_prior
 from dynlm.cli.recipe import Recipe, recipe_of_run, require_same
 from dynlm.data.articles import Corpus, load_corpus
 from dynlm.data.segments import article_segments
@@ -91,9 +92,9 @@ class Bench:
         if isinstance(self.score, CausalScorer):
             settings["context"] = asdict(self.recipe.context)
         if self.run.prior.is_file():
-            tensors, meta = runs.read_tensors(self.run.prior)
-            if meta == settings and set(tensors) == set(names):
-                return make_priors(adapted, [tensors[name] for name in names])
+            _, meta = runs.read_tensors(self.run.prior)
+            if meta == settings:
+                return make_priors(adapted, read_prior(self.run.prior, adapted)[0])
         pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
         for article in tokenize(self.tokenizer, _first_tokens(self.corpus.split("train"), self.recipe.prior.tokens)):
             ids_T = article.ids_T.to(self.device)
@@ -130,9 +131,10 @@ class Bench:
         path = self.run.require(self.run.start(start), "learn-start")
         self.require_own(path)
         tensors, _ = runs.read_tensors(path)
-        missing = [prior.name for prior in self.priors if prior.name not in tensors]
-        if missing:
-            raise InputError(f"start {start!r} lacks {missing[0]!r}, an adapted parameter: learn it again")
+        layout = {prior.name: prior.theta0 for prior in self.priors}
+        if any(key.startswith("rule.") for key in tensors):
+            layout |= {f"rule.{name}": value for name, value in rule.state_dict().items()}
+        runs.require_layout(path, tensors, layout, advice=": learn it again")
         phi = {key.removeprefix("rule."): value for key, value in tensors.items() if key.startswith("rule.")}
         if phi and rule.name in LEARNED:  # learned together with this start
             rule.load_state_dict(phi)

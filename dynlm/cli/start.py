@@ -97,6 +97,7 @@ class _Learning:
         if meta.get("rule") != self.made["rule"]:
             raise InputError(f"{self.checkpoint} was made with another rule: put it back, or use --overwrite")
         with runs.resuming(meta, self.bench.recipe.start, "start", model=self.made["model"]):
+            runs.step_of(meta, self.bench.recipe.start.outer.steps)
             self.started -= meta["seconds"]
             self.sample.generator.set_state(tensors.pop("rng"))
         return tensors, meta

@@ -13,12 +13,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Annotated, Literal, Protocol, cast
+from typing import Annotated, Literal, NotRequired, Protocol, TypedDict, cast
 
 import torch
 
-from dynlm.runs import read_json, replacing, write_json
-from dynlm.settings import Bound, Settings
+from dynlm.files import read_json, replacing, require_file, write_json
+from dynlm.settings import Bound, Settings, check, shown
 from dynlm.types import Article, InputError, TokenizedArticle
 
 ESCAPE = "\ue000"  # of the private use area
@@ -222,23 +222,32 @@ def train_tokenizer(config: TokenizerConfig, articles: Iterable[Article]) -> Tok
     return SentencePieceTokenizer.train(texts, config)
 
 
+class Record(TypedDict):
+    """What tokenizer.json says."""
+
+    kind: str
+    words: NotRequired[list[str]]
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The counterpart of ``Tokenizer.save``."""
-    record = read_json(folder / "tokenizer.json")
-    kind = record.get("kind")
+    path = folder / "tokenizer.json"
+    record: Record = check(Record, read_json(path), str(path))
+    kind, words = record["kind"], record.get("words", [])
     if kind == "word":
-        return WordTokenizer(record["words"])
+        if WordTokenizer.EOS not in words or len(set(words)) < len(words):
+            raise InputError(f"{path}: words lack {WordTokenizer.EOS}, or hold a word twice: train the tokenizer again")
+        return WordTokenizer(words)
     if kind == "huggingface":
         return HuggingFaceTokenizer(str(folder / "huggingface"))
     if kind == "sentencepiece":
         path = folder / "sentencepiece.model"
-        if not path.is_file():
-            raise InputError(f"{path} does not exist: train the tokenizer again")
+        require_file(path)
         try:
             return SentencePieceTokenizer(path.read_bytes())
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-    raise InputError(f"{folder}/tokenizer.json: unknown kind {kind!r}")
+    raise InputError(f"{path}: unknown kind {shown(kind)}")
 
 
 def lost_share(tokenizer: Tokenizer, texts: Iterable[str], most: int = 20_000) -> float:

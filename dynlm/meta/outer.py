@@ -13,7 +13,7 @@ from torch import Tensor
 from dynlm import runs
 from dynlm.adapt import Reader
 from dynlm.meta.initialisation import Method, Task, add, outer_gradient
-from dynlm.settings import Count, NotNegative, Positive, Settings, Size
+from dynlm.settings import AnyFloat, Count, NotNegative, Positive, Settings, Size, build
 from dynlm.types import DivergedError
 
 
@@ -49,11 +49,11 @@ MOST_RESTARTS = 6
 class OuterProgress(NamedTuple):
     """``best``: validation value of the start that was kept, found at step ``best_step``; smaller is better."""
 
-    best: float
+    best: AnyFloat
     best_step: int
-    train_losses: list[float]
+    train_losses: list[AnyFloat]
     """mean outer loss of each step"""
-    valid: list[tuple[int, float]]
+    valid: list[tuple[int, AnyFloat]]
     restarts: list[str]
     """steps where an inner loop ran away: each time the best start came back, and the rates were halved"""
 
@@ -154,12 +154,15 @@ class _Loop:
         """The counterpart of :meth:`state`."""
         tensors, meta = checkpoint
         with runs.fitting():
+            layout = {f"{part}.{i}": t for i, t in enumerate(self.learned) for part in ("learned", "kept")}
+            own = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in ("learned", "kept")}
+            runs.require_layout("it", own, layout, advice="")
+            step, result = runs.step_of(meta, self.config.steps), build(OuterProgress, meta.get("result"), "result")
             for i, (learned, kept) in enumerate(zip(self.learned, self.kept, strict=True)):
                 learned.copy_(tensors[f"learned.{i}"])
                 kept.copy_(tensors[f"kept.{i}"])
             runs.load_optimizer(self.outer, tensors)
-            valid = [(step, value) for step, value in meta["result"]["valid"]]
-            self.step, self.result = meta["step"], OuterProgress(**{**meta["result"], "valid": valid})
+            self.step, self.result = step, result
 
 
 def _value(validate: Callable[[], float], step: int) -> float:

@@ -171,11 +171,14 @@ class GeneralTrainer:
 
     def load(self, tensors: dict[str, Tensor], meta: runs.Json) -> None:
         with runs.resuming(meta, self.config, "general"):
+            progress, records = runs.progress_of(MetaProgress, meta, self.config.steps), runs.log_of(meta)
+            layout = {"phi": self.phi, **runs.optimizer_layout(self.optimizer, tensors)}
+            runs.require_layout("it", tensors, layout, advice="")
             with torch.no_grad():
                 self.phi.copy_(tensors["phi"])
             runs.load_optimizer(self.optimizer, tensors)
             vector_to_parameters(self.phi.detach(), self.rule.parameters())
-            self.progress, self.records = MetaProgress(**meta["progress"]), meta["log"]
+            self.progress, self.records = progress, records
 
 
 def meta_train_general(trainer: GeneralTrainer, run: runs.Run, save: SaveRule, resume: bool = False) -> MetaProgress:

@@ -11,8 +11,9 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from dynlm.meta.estimators import EstimatorConfig, make_estimator
 from dynlm.meta.positions import pack, unpack
 from dynlm.optim.base import Rule
 from dynlm.progress import Bar
-from dynlm.settings import WIDE, Bound, Count, Positive, Seed, Settings, Size
+from dynlm.settings import WIDE, AnyFloat, Bound, Count, NotNegative, Positive, Seed, Settings, Size, Whole, check
 from dynlm.types import InputError, TokenizedArticle
 
 
@@ -72,10 +73,10 @@ def divide_meta_split(
 class MetaProgress(NamedTuple):
     """Where meta-training stands; ``best`` is meta-validation nats per token, ``stale`` validations since."""
 
-    step: int = 0
-    best: float = math.inf
-    stale: int = 0
-    seconds: float = 0.0
+    step: Whole = 0
+    best: AnyFloat = math.inf
+    stale: Whole = 0
+    seconds: NotNegative = 0.0
 
 
 SaveRule = Callable[[Rule, MetaProgress, Changes], None]
@@ -95,6 +96,14 @@ class Stream:
         self.article, self.pieces = article, pieces
         self.done = 0
         self.position: Any = None
+
+
+class StreamRecord(TypedDict):
+    """A stream in a checkpoint."""
+
+    article: int
+    done: int
+    position: runs.Json
 
 
 class MetaTrainer:
@@ -178,15 +187,26 @@ class MetaTrainer:
 
     def load(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         with runs.resuming(meta, self.config, "meta", model=self.model):
+            progress, records = runs.progress_of(MetaProgress, meta, self.config.steps), runs.log_of(meta)
+            layout = runs.optimizer_layout(self.optimizer, tensors) | {"rng": self.generator.get_state()}
+            for prefix in ("phi.", "best."):
+                layout |= {f"{prefix}{name}": p for name, p in self.rule.named_parameters()}
+            own = {name: tensor for name, tensor in tensors.items() if not name.startswith("stream.")}
+            runs.require_layout("it", own, layout, advice="")
             for rule, prefix in ((self.rule, "phi."), (self.best, "best.")):
                 rule.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
             runs.load_optimizer(self.optimizer, tensors)
             self.generator.set_state(tensors["rng"])
-            for i, record in enumerate(meta["streams"]):
+            streams = check(list[StreamRecord], meta.get("streams"), "streams")
+            for i, record in zip(range(len(self.streams)), streams, strict=True):
+                if not 0 <= record["article"] < len(self.articles):
+                    raise InputError(f"it reads article {record['article']} of {len(self.articles)}")
                 self.streams[i] = stream = self._stream(record["article"])
                 stream.done = record["done"]
+                if not 0 <= stream.done < len(stream.pieces):
+                    raise InputError(f"it is at segment {stream.done} of {len(stream.pieces)}")
                 stream.position = unpack(record["position"], tensors, self.reader.parameters[0].device)
-            self.progress, self.records = MetaProgress(**meta["progress"]), meta["log"]
+            self.progress, self.records = progress, records
 
 
 def meta_train(
@@ -206,7 +226,7 @@ def meta_train(
     config, path = trainer.config, run.checkpoint(stage)
     if resume:
         trainer.load(*runs.read_tensors(path))
-    started = time.perf_counter() - trainer.progress.seconds
+    first, started = trainer.progress.step, time.perf_counter() - trainer.progress.seconds
     bar = Bar(config.steps, "meta-train", initial=trainer.progress.step)
     with bar, Interruptible() as signals:
         if math.isinf(trainer.progress.best):
@@ -214,7 +234,8 @@ def meta_train(
             trainer.keep(run, stage, save_best)
             bar.write(f"start, the tuned hand-made rule: meta-validation {trainer.progress.best:.4f} nats/token")
         while trainer.progress.step < config.steps and trainer.progress.stale < config.patience:
-            loss = trainer.step()
+            with runs.fitting() if resume and trainer.progress.step == first else nullcontext():
+                loss = trainer.step()
             bar.update()
             bar.set_postfix_str(f"reading {loss:.3f} nats/token")
             step = trainer.progress.step

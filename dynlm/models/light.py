@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,22 @@ from torch.nn import functional as F
 
 from dynlm.models.recurrence import lstm_layer, one_stream
 from dynlm.models.tied import Link, embed, read_out
-from dynlm.runs import Json, read_json, read_tensors
+from dynlm.runs import read_json, read_tensors, require_layout
+from dynlm.settings import Bound, Size, check
 from dynlm.types import InputError
 
 MODEL_TYPE = "dynlm_lstm"
 State = tuple[tuple[Tensor, Tensor], ...]
+
+
+class Sizes(TypedDict):
+    """What config.json says of the model."""
+
+    vocab_size: Annotated[int, Bound(1, 2**24)]
+    embedding_size: Size
+    hidden_size: Size
+    num_hidden_layers: Annotated[int, Bound(1, 3)]
+    tie_word_embeddings: NotRequired[bool]
 
 
 class LightLayer(nn.Module):
@@ -46,7 +57,7 @@ class LightEnds(nn.Module):
 class LightLSTM(nn.Module):
     """Scores segments of one text: (inputs_S, targets_S, hidden) to (losses_S in nats, hidden)."""
 
-    def __init__(self, config: Json) -> None:
+    def __init__(self, config: Sizes) -> None:
         super().__init__()
         width, vocab_size = config["embedding_size"], config["vocab_size"]
         widths = [width, *[config["hidden_size"]] * (config["num_hidden_layers"] - 1), width]
@@ -81,15 +92,16 @@ def load_light(folder: Path) -> LightLSTM:
     Raises:
         InputError: a missing, truncated or foreign model folder.
     """
-    config: dict[str, Any] = read_json(folder / "config.json")
+    config: Sizes = check(Sizes, read_json(folder / "config.json"), str(folder / "config.json"))
     tensors, _ = read_tensors(folder / "model.safetensors")
     try:
         model = LightLSTM(config)
-        given = {name: tensor.float() for name, tensor in tensors.items()}
+        given = dict(tensors)
         if model.tied:
             given["lm_head.weight"] = given["embedding.weight"]
-        model.load_state_dict(given)
-    except (KeyError, RuntimeError, TypeError) as error:
+        require_layout("it", given, model.state_dict(), advice="")
+        model.load_state_dict({name: tensor.float() for name, tensor in given.items()})
+    except (InputError, KeyError, RuntimeError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise InputError(f"{folder} is not a whole model ({reason}): train it again") from None
     return model.eval()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +24,7 @@ from dynlm.data.segments import training_streams
 from dynlm.interrupt import Interrupted, Interruptible
 from dynlm.models.lstm import Hidden, LSTMForCausalLM
 from dynlm.progress import Bar
-from dynlm.settings import Count, NotNegative, Positive, Seed, Settings
+from dynlm.settings import AnyFloat, Count, NotNegative, Positive, Seed, Settings, Whole
 from dynlm.types import InputError, TokenizedArticle, perplexity
 
 
@@ -38,7 +38,7 @@ class TrainConfig(Settings):
     """parallel streams"""
     segment: Count = 64
     """tokens of one backpropagation window"""
-    lr: Positive = 3e-3
+    lr: NotNegative = 3e-3
     """peak learning rate of the cycle (warm-up over the first tenth, then cosine to zero)"""
     weight_decay: NotNegative = 0.01
     """AdamW's decoupled decay, a step"""
@@ -55,9 +55,9 @@ class TrainConfig(Settings):
 class Progress(NamedTuple):
     """Where training stands. ``best`` is validation nats per token."""
 
-    step: int = 0
-    best: float = math.inf
-    seconds: float = 0.0
+    step: Whole = 0
+    best: AnyFloat = math.inf
+    seconds: NotNegative = 0.0
 
 
 def train_base_model(
@@ -142,7 +142,12 @@ class _Trainer:
         )
         self.valid_streams = training_streams(valid, min(16, max(1, sum(map(len, valid)) // 64)), seed=0)
         self.valid_tokens_per_word = sum(map(len, valid)) / sum(a.n_words for a in valid)
-        length = sum(map(len, self.train_articles)) // config.batch_size
+        tokens = sum(map(len, self.train_articles))
+        length = tokens // config.batch_size
+        if length < 2:
+            raise InputError(
+                f"train.batch_size is {config.batch_size}, for {tokens} training tokens: at most {tokens // 2}"
+            )
         self.steps_per_epoch = math.ceil((length - 1) / config.segment)
         self.steps_per_validation = math.ceil(self.steps_per_epoch / config.validations_per_epoch)
         self.total_steps = self.steps_per_epoch * config.epochs
@@ -217,19 +222,29 @@ class _Trainer:
 
     def load(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         with runs.resuming(meta, self.config, "train", "model"):
+            runs.require_layout("it", tensors, self.layout(tensors), advice="")
+            progress, records = runs.progress_of(Progress, meta, self.total_steps), runs.log_of(meta)
             with torch.no_grad():
                 for name, parameter in self.bare_model.named_parameters():
                     parameter.copy_(tensors[f"model.{name}"])
             runs.load_optimizer(self.optimizer, tensors)
-            layers = sum(key.endswith(".h") for key in tensors if key.startswith("hidden."))
-            device = self.accelerator.device
+            device, layers = self.accelerator.device, self.bare_model.config.num_hidden_layers
             self.hidden = tuple(
                 (tensors[f"hidden.{i}.h"].to(device), tensors[f"hidden.{i}.c"].to(device)) for i in range(layers)
             )
             torch.set_rng_state(tensors["rng.cpu"])
             if torch.cuda.is_available() and "rng.cuda" in tensors:
                 torch.cuda.set_rng_state(tensors["rng.cuda"])
-            self.progress, self.records = Progress(**meta["progress"]), meta["log"]
+            self.progress, self.records = progress, records
+
+    def layout(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a checkpoint must hold; of ``tensors``, whether it is one of a CUDA device."""
+        layout: dict[str, Tensor] = {f"model.{name}": p for name, p in self.bare_model.named_parameters()}
+        layout |= runs.optimizer_layout(self.optimizer, tensors)
+        for layer, (h, c) in enumerate(self.bare_model.initial_hidden(self.local.stop - self.local.start)):
+            layout |= {f"hidden.{layer}.h": h, f"hidden.{layer}.c": c}
+        layout["rng.cpu"] = torch.get_rng_state()
+        return layout | ({"rng.cuda": tensors["rng.cuda"]} if "rng.cuda" in tensors else {})
 
 
 def cycle(fraction: float, warmup: float = 0.1) -> float:

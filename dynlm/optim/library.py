@@ -92,11 +92,8 @@ def load_rule(path: str | Path) -> tuple[Rule, runs.Json]:
     else:
         make = _cell(kind)
         rule = make(build(make.config_class, config, f"{path}: config"))
-    try:
-        rule.load_state_dict(tensors)
-    except (RuntimeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{path} is not a rule of this version ({reason}): make it again") from None
+    runs.require_layout(path, tensors, rule.state_dict())
+    rule.load_state_dict(tensors)
     if isinstance(rule, HandMade):
         rule.require_bounds(str(path))
     return rule, made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dynlm.runs import Json, Run, read_json, read_tensors
+from dynlm.report.results import Results
+from dynlm.runs import Json, Run, read_json, read_tensors, require_layout
+from dynlm.settings import check
 from dynlm.types import InputError
 
 Floats = npt.NDArray[np.float64]
@@ -23,14 +25,6 @@ STATIC, STATELESS = "static", "stateless"
 BASELINES = (STATIC, STATELESS)
 SHOWN = 5  # methods in a figure: more do not tell apart
 AGAIN = "run `dynlm evaluate` again"
-
-RESULT_KEYS = ("data", "reset", "segment", "model", "versions", "articles", "tokens", "words", "bytes", "methods")
-DATA_KEYS = ("source", "split", "titles", "fingerprint")
-METHOD_KEYS = (
-    "kind", "cache", "nats", "token_ppl", "word_ppl", "bits_per_byte",
-    "gain_nats_per_token", "gain_ci95", "tokens_per_s",
-)  # fmt: skip
-COMPARISON_KEYS = ("better", "worse", "gain_nats_per_token", "ci95")
 
 
 class Gates(NamedTuple):
@@ -104,7 +98,7 @@ class Evaluation:
         return next(fits, None)
 
 
-def load_evaluation(run: Run) -> Evaluation:
+def load_evaluation(run: Run, vocab_size: int | None = None) -> Evaluation:
     """The evaluation of ``run``; :class:`InputError` where it is missing, of another schema, or inconsistent."""
     results = read_json(run.require(run.results, "evaluate"))
     _check_results(run.results, results)
@@ -117,28 +111,26 @@ def load_evaluation(run: Run) -> Evaluation:
     ids_T = None
     if "ids" in tensors:
         ids_T = _tokens(run.losses, tensors, "ids", results["tokens"]).numpy().astype(np.int64)
+        if ids_T.min() < 0 or (vocab_size and ids_T.max() >= vocab_size):
+            held = ids_T.min() if ids_T.min() < 0 else ids_T.max()
+            raise InputError(f"{run.losses} holds token {held}, the tokenizer has {vocab_size}: {AGAIN}")
     return Evaluation(results, losses, article_T, ids_T, _gates(run.losses, tensors, results))
 
 
 def _check_results(path: Path, results: Json) -> None:
     if results.get("schema") != SCHEMA:
         raise InputError(f"{path} has schema {results.get('schema')!r}, this version reads {SCHEMA}: {AGAIN}")
-    _check_keys(path, "results", results, RESULT_KEYS)
-    _check_keys(path, "data", results["data"], DATA_KEYS)
-    _check_keys(path, "methods", results["methods"], (STATIC,))
-    for name, method in results["methods"].items():
-        _check_keys(path, f"method {name!r}", method, METHOD_KEYS)
-    for comparison in results.get("comparisons", []):
-        _check_keys(path, "a comparison", comparison, COMPARISON_KEYS)
-        _check_keys(path, "methods", results["methods"], (comparison["better"], comparison["worse"]))
-    if results["tokens"] < 1:
-        raise InputError(f"{path} has {results['tokens']} tokens, a report needs at least 1: evaluate some articles")
-
-
-def _check_keys(path: Path, where: str, value: object, keys: Iterable[str]) -> None:
-    missing = [key for key in keys if key not in value] if isinstance(value, dict) else list(keys)
+    try:
+        check(Results, results, str(path))
+    except InputError as error:
+        raise InputError(f"{error}: {AGAIN}") from None
+    methods = results["methods"]
+    named = [
+        name for comparison in results.get("comparisons", []) for name in (comparison["better"], comparison["worse"])
+    ]
+    missing = [name for name in (STATIC, *named) if name not in methods]
     if missing:
-        raise InputError(f"{path}: {where} lacks {', '.join(map(repr, missing))}: {AGAIN}")
+        raise InputError(f"{path}: methods lack {missing[0]!r}: {AGAIN}")
 
 
 def _tokens(path: Path, tensors: dict[str, torch.Tensor], key: str, tokens: int) -> torch.Tensor:
@@ -148,6 +140,8 @@ def _tokens(path: Path, tensors: dict[str, torch.Tensor], key: str, tokens: int)
     if tensors[key].shape != (tokens,):
         count = tensors[key].numel()
         raise InputError(f"{path} has {count} tokens in {key!r}, results.json has {tokens}: {AGAIN}")
+    layout = torch.zeros(tokens, dtype=torch.float32 if key.startswith("losses/") else torch.int32)
+    require_layout(path, {key: tensors[key]}, {key: layout}, advice=f": {AGAIN}")
     return tensors[key]
 
 
@@ -168,5 +162,8 @@ def _gates(path: Path, tensors: dict[str, torch.Tensor], results: Json) -> dict[
         if values is None or values.shape != shape:
             found = "none" if values is None else tuple(values.shape)
             raise InputError(f"{path} has gates of {name!r} of shape {found}, results.json says {shape}: {AGAIN}")
+        require_layout(path, {name: values}, {name: torch.zeros(shape)}, advice=f": {AGAIN}")
+        if len(told["weights"]) != len(told["tensors"]):
+            raise InputError(f"{path}: gates of {name!r} have sizes of other tensors: {AGAIN}")
         gates[name] = Gates(values.numpy().astype(np.float64), told["tensors"], told["weights"], told["segments"])
     return gates

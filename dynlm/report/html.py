@@ -19,7 +19,9 @@ FEWEST_ARTICLES = 8  # a bootstrap over fewer says nothing: the smallest p of a 
 SIGNIFICANT = 0.05
 
 
-def write_report(run: Run, kinds: str = "", pieces: Pieces | None = None, titles: Sequence[str] = ()) -> Path:
+def write_report(
+    run: Run, kinds: str = "", pieces: Pieces | None = None, titles: Sequence[str] = (), vocab_size: int | None = None
+) -> Path:
     """Write ``run.report`` from ``run.results`` and ``run.losses`` and return its path.
 
     ``kinds`` ("png,svg", "pdf") asks for the figures as files too, in ``run.figures``; ``pieces`` of the run's
@@ -30,7 +32,7 @@ def write_report(run: Run, kinds: str = "", pieces: Pieces | None = None, titles
             left as it was.
     """
     wanted = formats(kinds)
-    evaluation = load_evaluation(run)
+    evaluation = load_evaluation(run, vocab_size)
     drawings = draw(evaluation)
     source = render(evaluation, drawings, token_maps(evaluation, pieces, titles))
     for kind in wanted:

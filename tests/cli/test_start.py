@@ -61,7 +61,7 @@ def test_a_start_that_is_missing_or_broken_is_one_line(copy, capsys):
     fails(capsys, arguments, "starts/maml.safetensors", "run `dynlm learn-start`")
     assert files(path) == before
     write_tensors(Run(path).start("maml"), {"embedding.weight": torch.zeros(2, 2)})
-    fails(capsys, arguments, "start 'maml' lacks", "learn it again")
+    fails(capsys, arguments, "maml.safetensors lacks the tensor", "learn it again")
     fails(capsys, ["learn-start", "--run", path, "--start.rule", "nope", *SHORT], "rules/nope", "does not exist")
 
 

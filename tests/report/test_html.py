@@ -235,17 +235,20 @@ def drop_static(run):
 BROKEN = [
     (change("schema", 1), "schema 1, this version reads 2"),
     (change("schema", None), "schema None"),
-    (change("data", []), "data lacks 'source'"),
-    (change("tokens", 0), "0 tokens"),
-    (change("comparisons", [{"better": "x", "worse": "y", "gain_nats_per_token": 0, "ci95": None}]), "lacks 'x', 'y'"),
+    (change("data", []), "data is []: expected a table"),
+    (change("tokens", 0), "tokens is 0: expected a whole number"),
+    (
+        change("comparisons", [{"better": "x", "worse": "y", "gain_nats_per_token": 0, "ci95": None}]),
+        "methods lack 'x'",
+    ),
     (drop_loss, "no 'losses/rms'"),
     (cut_loss, "tokens in 'losses/rms', results.json has"),
     (other_loss, "nats for 'rms'"),
-    (broken_loss, "sums to nan nats"),
+    (broken_loss, "'losses/rms' holds numbers that are not finite"),
     (cut_article, "tokens in 'article'"),
     (drop_title, "names article 9"),
-    (drop_number, "method 'rms' lacks 'word_ppl'"),
-    (drop_static, "methods lacks 'static'"),
+    (drop_number, "methods.rms lacks 'word_ppl'"),
+    (drop_static, "methods lack 'static'"),
 ]
 
 

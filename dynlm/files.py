@@ -127,9 +127,12 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: Json | 
 
 
 def why_unreadable(path: str | Path) -> str | None:
-    """The true reason why no file can be read at ``path``, as the end of a sentence; None where one can."""
+    """The true reason why nothing can be read at ``path``, as the end of a sentence; None where something can.
+
+    Pipes can be read, as ``<(zcat x)`` and /dev/stdin, and so can terminals and /dev/null, which is empty.
+    """
     try:
-        mode = os.stat(path).st_mode
+        status = os.stat(path)
     except FileNotFoundError:
         return "is a broken link" if os.path.islink(path) else "does not exist"
     except OSError as error:
@@ -137,15 +140,19 @@ def why_unreadable(path: str | Path) -> str | None:
     except ValueError:
         return "is no name of a file"
     kinds = {stat.S_IFDIR: "is a folder", stat.S_IFSOCK: "is a socket", stat.S_IFBLK: "is a device of blocks"}
-    if stat.S_IFMT(mode) in kinds:
-        return kinds[stat.S_IFMT(mode)]
-    if not stat.S_ISREG(mode):
-        return None  # opening a pipe would wait for its other end
+    if stat.S_IFMT(status.st_mode) in kinds:
+        return kinds[stat.S_IFMT(status.st_mode)]
+    if stat.S_ISFIFO(status.st_mode):
+        return None  # opening it would wait for its other end
     try:
-        os.close(os.open(path, os.O_RDONLY))
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    return None
+    try:
+        ends = stat.S_ISREG(status.st_mode) or os.isatty(descriptor) or os.path.samestat(status, os.stat(os.devnull))
+    finally:
+        os.close(descriptor)
+    return None if ends else "is a device that never ends"
 
 
 def require_file(path: Path) -> None:

@@ -208,3 +208,8 @@ def test_rules_of_nonsense_are_refused(value, said, tmp_path):
 def test_write_text_is_bytes_as_they_are(tmp_path):
     write_text(tmp_path / "x", json.dumps("ü\r\n") + "\n")
     assert (tmp_path / "x").read_bytes() == b'"\\u00fc\\r\\n"\n'
+
+
+def test_devices_that_never_end_are_told_from_those_that_do():
+    assert why_unreadable("/dev/zero") == "is a device that never ends"
+    assert why_unreadable("/dev/null") is None

@@ -15,6 +15,7 @@ from dynlm.data.articles import DataConfig
 from dynlm.data.fewshot import TasksConfig
 from dynlm.data.tokenizers import TokenizerConfig
 from dynlm.evaluate.methods import MethodName, RuleName
+from dynlm.files import why_unreadable
 from dynlm.meta.outer import OuterConfig
 from dynlm.meta.tasks import GeneralMetaConfig
 from dynlm.meta.train import MetaConfig
@@ -182,10 +183,10 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         InputError: a missing file, text that is not TOML, an unknown key (with the nearest known one), a wrong type.
     """
+    if reason := why_unreadable(path):
+        raise InputError(f"recipe {path} {reason}")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"recipe {path} does not exist") from None
     except OSError as error:
         raise InputError(f"recipe {path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

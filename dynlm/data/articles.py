@@ -26,6 +26,7 @@ from typing import Any
 from dynlm.data import stdlib, wikitext
 from dynlm.data.hub import read_hub
 from dynlm.data.rows import Columns, from_rows, is_wikitext, joined_lines, make_article, split_of_name, texts_of
+from dynlm.files import why_unreadable
 from dynlm.settings import Seed, Settings, Whole
 from dynlm.types import Article, InputError
 
@@ -182,8 +183,12 @@ def _read_files(pattern: str, config: DataConfig) -> dict[str, list[Article]]:
     """Articles of all files, by the splits that their names tell: all of them, and of more than one."""
     paths = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if not Path(p).is_dir()]
     if not paths:
-        kind = "glob matches no file" if glob.has_magic(pattern) else "file does not exist"
+        kind = "glob matches no file" if glob.has_magic(pattern) else f"file {why_unreadable(pattern)}"
         raise InputError(f"data source {pattern!r}: {kind}")
+    for path in paths:
+        again = None if path.is_file() else "is a pipe or device, which can be read only once: write it to a file"
+        if reason := why_unreadable(path) or again:
+            raise InputError(f"data source {path} {reason}")
     named = {path: split_of_name(path.name) for path in paths}
     if None in named.values() or len(set(named.values())) < 2:
         return {"all": _articles_of(paths, "all", config.columns)}

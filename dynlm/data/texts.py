@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dynlm.data.tokenizers import Tokenizer
+from dynlm.files import why_unreadable
 from dynlm.types import Article, InputError
 
 STDIN = "-"
@@ -67,9 +68,8 @@ def read_texts(names: Sequence[str], stdin: BinaryIO | None = None) -> Iterator[
     if list(names).count(STDIN) > 1:
         raise InputError("standard input (-) can be read only once")
     for name in names:
-        if name != STDIN and not Path(name).is_file():
-            reason = "is a folder: name the files in it" if Path(name).is_dir() else "does not exist"
-            raise InputError(f"{name} {reason}")
+        if name != STDIN and (reason := why_unreadable(name)):
+            raise InputError(f"{name} {reason}{': name the files in it' if Path(name).is_dir() else ''}")
     return (text for name in names for text in _texts_of(name, stdin))
 
 

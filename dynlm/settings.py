@@ -17,6 +17,7 @@ import math
 import re
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -68,6 +69,7 @@ class Form:
 FINITE = Bound()
 NAMES = {str: "text", bool: "true or false"}
 MANY, WIDE = 10**9, 2**16
+LARGE = 1e30  # far within single precision
 Count = Annotated[int, Bound(1, MANY)]
 """steps, articles, tokens, MiB"""
 Whole = Annotated[int, Bound(0, MANY)]
@@ -75,11 +77,11 @@ Whole = Annotated[int, Bound(0, MANY)]
 Size = Annotated[int, Bound(1, WIDE)]
 """what memory or processes grow with: units, rows, tasks side by side"""
 Seed = Annotated[int, Bound(0, 2**32 - 1)]
-Finite = Annotated[float, FINITE]
+Finite = Annotated[float, Bound(-LARGE, LARGE)]
 AnyFloat = Annotated[float, Bound(finite=False)]
 """infinite too, as the best loss before the first"""
-Positive = Annotated[float, Bound(above=0)]
-NotNegative = Annotated[float, Bound(least=0)]
+Positive = Annotated[float, Bound(above=0, most=LARGE)]
+NotNegative = Annotated[float, Bound(0, LARGE)]
 Share = Annotated[float, Bound(least=0, below=1)]
 Log2 = Annotated[float, Bound(-100, 100)]
 Decay = Annotated[float, Bound(above=0, below=1)]
@@ -234,11 +236,14 @@ def _table(hint: Any, value: Any, where: str) -> Any:
 
 
 def _either(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
-    """A value or None."""
+    """A value of one type among several, or None; the error is that of the first."""
     if value is None and type(None) in arguments:
         return None
-    (hint,) = (a for a in arguments if a is not type(None))
-    return check(hint, value, where)
+    first, *others = (a for a in arguments if a is not type(None))
+    for hint in others:
+        with suppress(InputError):
+            return check(hint, value, where)
+    return check(first, value, where)
 
 
 def shown(value: Any) -> str:

@@ -205,6 +205,14 @@ def test_rules_of_nonsense_are_refused(value, said, tmp_path):
     assert load_rule(tmp_path / "rms")[0].settings() == rule.settings()
 
 
+def test_a_rule_is_of_the_kind_that_its_name_says(tmp_path):
+    for name in ("gated", "gated#1", "mine"):
+        save_rule(RMS(), tmp_path / name)
+    for name in ("gated", "gated#1"):
+        fails(lambda name=name: load_rule(tmp_path / name), "holds a rule of kind 'rms', not 'gated'")
+    assert load_rule(tmp_path / "mine")[0].name == "rms"
+
+
 def test_write_text_is_bytes_as_they_are(tmp_path):
     write_text(tmp_path / "x", json.dumps("ü\r\n") + "\n")
     assert (tmp_path / "x").read_bytes() == b'"\\u00fc\\r\\n"\n'

@@ -30,6 +30,8 @@ from dynlm.evaluate.tap import TappedReader
 from dynlm.optim.hub import fingerprint
 from dynlm.progress import Bar
 from dynlm.report.html import write_report
+from dynlm.report.maps import require_titles
+from dynlm.report.svg import formats
 from dynlm.stamps import fingerprint_files
 from dynlm.types import DivergedError, InputError, TokenizedArticle
 
@@ -45,6 +47,8 @@ def evaluate(recipe: Recipe) -> runs.Json:
         return kept
     readers = {name: bench.method(name) for name in methods}
     articles = bench.articles(config.split, config.max_articles)
+    formats(recipe.report.format)  # what the report cannot do is said before hours of reading
+    require_titles(recipe.report.articles, [article.title for article in articles])
     counts = count(articles)
     scores, diverged = dict[str, Scores](), dict[str, str]()
     for name, reader in readers.items():

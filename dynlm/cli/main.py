@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -71,6 +72,9 @@ Without a recipe, the settings of an existing --run are the defaults; flags come
 Shell completion: `dynlm COMMAND --tyro-print-completion bash` (zsh, tcsh). Exit code 2: bad input, in one line.
 """
 DEMO = "demo.toml"
+OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory")
+"""what torch says, whose errors are no MemoryError on a CPU"""
+ASKED = re.compile(r"tried to allocate [\d.]+ \w+", re.IGNORECASE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,6 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         tell(f"{error.strerror or error} ({error.filename}): nothing was replaced")
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        asked = ASKED.search(str(error))
+        tell(f"there is not enough memory{f' ({asked[0]})' if asked else ''}: lower the sizes in the settings")
         return 2
     except Interrupted as error:
         tell(str(error))

@@ -14,11 +14,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dynlm import runs
 from dynlm.adapt import Reader, Snapshot
 from dynlm.meta.positions import pack, unpack
+from dynlm.optim.base import RuleState
+from dynlm.settings import Finite, check
 from dynlm.types import InputError
 
 KIND = "dynlm memory 1"
@@ -72,18 +75,50 @@ def load_memory(path: Path, adapted: Reader, belongs: runs.Json) -> Memory:
         found = meta.get(name, own if name == "carry" else None)  # older memories do not say what they carry
         if found != own:
             raise InputError(f"{path} belongs to another {name} ({found}, this one is {own}): read with that")
-    thetas = []
     try:
-        for prior in adapted.priors:
-            delta = tensors[f"delta.{prior.name}"].to(prior.theta0) * meta["scales"][prior.name]
-            thetas.append(prior.theta0 + delta)
-        device = thetas[0].device
-        state, hidden, static_hidden = unpack(meta["state"], tensors, device)
-        slots = [tuple(s.to(t.dtype) for s in part) for part, t in zip(state.slots, thetas, strict=True)]
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{path} is not a whole memory ({type(error).__name__}): save it again") from None
-    position = Snapshot(thetas, dataclasses.replace(state, slots=slots), hidden)
-    return Memory(position, static_hidden, meta.get("segment"))
+        position, static_hidden = _unpacked(tensors, meta, adapted)
+        _try(position, static_hidden, adapted)
+    except Exception as error:  # whatever a damaged file holds
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{path} is not a whole memory ({reason}): save it again") from None
+    segment = meta.get("segment")
+    return Memory(position, static_hidden, segment if isinstance(segment, int) else None)
+
+
+def _unpacked(tensors: dict[str, Tensor], meta: runs.Json, adapted: Reader) -> tuple[Snapshot, Any]:
+    """(position, hidden state of the static reader), of the reader's own shapes and finite."""
+    deltas = {f"delta.{prior.name}": prior.theta0 for prior in adapted.priors}
+    runs.require_layout("it", {name: tensors[name] for name in deltas}, deltas, advice="")
+    rest = {name: tensor for name, tensor in tensors.items() if name not in deltas}
+    runs.require_layout("it", rest, rest, advice="")
+    thetas = []
+    for prior in adapted.priors:
+        scale = check(Finite, meta["scales"][prior.name], "scale")
+        thetas.append(prior.theta0 + tensors[f"delta.{prior.name}"].to(prior.theta0) * scale)
+    state, hidden, static_hidden = unpack(meta["state"], tensors, thetas[0].device)
+    fresh = _slots(adapted.state)
+    runs.require_layout("it", _slots(state), fresh, advice="")
+    slots = [tuple(s.to(t.dtype) for s in part) for part, t in zip(state.slots, thetas, strict=True)]
+    return Snapshot(thetas, dataclasses.replace(state, slots=slots), hidden), static_hidden
+
+
+def _slots(state: RuleState) -> dict[str, Tensor]:
+    """The tensors of a rule's state whose shapes the model gives."""
+    slots = {f"slot {i} {k}": s for i, part in enumerate(state.slots) for k, s in enumerate(part)}
+    return slots | {"tensors": state.tensors}
+
+
+def _try(position: Snapshot, static_hidden: Any, adapted: Reader) -> None:
+    """Read one token on from a copy of the position, then go back to the start."""
+    one_S, clipped = torch.zeros(1, dtype=torch.long, device=position.thetas[0].device), adapted.clipped
+    try:
+        with torch.no_grad():
+            adapted.score(one_S, one_S, static_hidden)
+        adapted.resume(copied(position))
+        adapted.segment(one_S, one_S)
+    finally:
+        adapted.begin()
+        adapted.clipped = clipped
 
 
 def copied(snapshot: Snapshot) -> Snapshot:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
@@ -31,12 +32,20 @@ from dynlm.optim.general import General
 from dynlm.optim.handmade import Static
 from dynlm.optim.library import LEARNED, load_rule, save_rule, seeded, seedless, start_rule
 from dynlm.progress import Bar
+from dynlm.settings import check
 from dynlm.stamps import fingerprint_files, read_stamped, unfinished
 from dynlm.threads import choose_threads
 from dynlm.types import Article, InputError, TokenizedArticle
 
 USUAL = {"sgd": "tune", "rms": "tune", "adam": "tune", "gated": "meta-train"}
 """rules that a comparison usually has, and the commands that make them"""
+
+
+class StartRecord(TypedDict):
+    """What a learned start says of itself; it holds more."""
+
+    config: runs.Json
+    best_step: int
 
 
 class Bench:
@@ -130,7 +139,8 @@ class Bench:
         """The priors of a learned start; ``rule`` becomes what was learned together with it."""
         path = self.run.require(self.run.start(start), "learn-start")
         self.require_own(path)
-        tensors, _ = runs.read_tensors(path)
+        tensors, made = runs.read_tensors(path)
+        check(StartRecord, made, str(path))
         layout = {prior.name: prior.theta0 for prior in self.priors}
         if any(key.startswith("rule.") for key in tensors):
             layout |= {f"rule.{name}": value for name, value in rule.state_dict().items()}

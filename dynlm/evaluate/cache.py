@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self, cast
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from dynlm import runs
 from dynlm.adapt import Reader, Snapshot, Step
 from dynlm.evaluate.tap import Tap, TappedReader
-from dynlm.settings import Count, NotNegative, Settings, Share
+from dynlm.settings import Count, NotNegative, Settings, Share, build
 from dynlm.types import InputError
 
 SUFFIX = "cache"
@@ -148,7 +148,12 @@ def save_cache(cache: CacheConfig, path: Path, made: runs.Json) -> None:
 def load_cache(path: Path) -> CacheConfig:
     """The counterpart of :func:`save_cache`."""
     tensors, meta = runs.read_tensors(path)
-    if meta.get("kind") != SUFFIX or set(tensors) != set(asdict(CacheConfig())):
+    if meta.get("kind") != SUFFIX:
         raise InputError(f"{path} holds no settings of a cache: tune it again")
-    values: dict[str, Any] = {name: tensor.item() for name, tensor in tensors.items()}
-    return CacheConfig(**{**values, "window": int(cast(float, values["window"]))})
+    number = torch.zeros((), dtype=torch.float64)
+    runs.require_layout(path, tensors, dict.fromkeys(asdict(CacheConfig()), number), advice=": tune it again")
+    values = {name: tensor.item() for name, tensor in tensors.items()}
+    if float(values["window"]).is_integer():
+        values["window"] = int(values["window"])
+    config: CacheConfig = build(CacheConfig, values, str(path))
+    return config

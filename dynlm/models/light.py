@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, NotRequired, TypedDict
+from typing import Annotated, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,9 @@ class LightLSTM(nn.Module):
         ids, weight, head = inputs_S[None], self.embedding.weight, self.lm_head
         link = Link() if self.tied and torch.is_grad_enabled() and one_stream(ids) else None
         x = embed(inputs_S, weight, link)[None] if link else F.embedding(ids, weight)
+        widths = [cast(LightLayer, layer).weight_hh.shape[1] for layer in self.layers]
+        if hidden and [t.shape for state in hidden for t in state] != [(1, n) for n in widths for _ in "hc"]:
+            raise InputError("the hidden state is of another model")
         new_hidden = []
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, LightLayer)

@@ -92,6 +92,9 @@ def load_rule(path: str | Path) -> tuple[Rule, runs.Json]:
     else:
         make = _cell(kind)
         rule = make(build(make.config_class, config, f"{path}: config"))
+    named = seedless(Path(path).name)
+    if named != kind and (named in HANDMADE or named in LEARNED):
+        raise InputError(f"{path} holds a rule of kind {kind!r}, not {named!r}: make it again")
     runs.require_layout(path, tensors, rule.state_dict())
     rule.load_state_dict(tensors)
     if isinstance(rule, HandMade):

@@ -108,6 +108,8 @@ def load_evaluation(run: Run, vocab_size: int | None = None) -> Evaluation:
     titles = len(results["data"]["titles"])
     if article_T.min() < 0 or article_T.max() >= titles:
         raise InputError(f"{run.losses} names article {article_T.max()}, {run.results} has {titles} titles: {AGAIN}")
+    if "position" in tensors:
+        _tokens(run.losses, tensors, "position", results["tokens"])
     ids_T = None
     if "ids" in tensors:
         ids_T = _tokens(run.losses, tensors, "ids", results["tokens"]).numpy().astype(np.int64)

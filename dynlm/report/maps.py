@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from dynlm.report.evaluation import STATIC, Evaluation
@@ -76,14 +76,24 @@ def _mapped(evaluation: Evaluation) -> str:
     return evaluation.best("learned", cached=False) or evaluation.shown[-1]
 
 
+def require_titles(chosen: Sequence[str], known: Collection[str]) -> None:
+    """Refuse titles of articles that are not read.
+
+    Raises:
+        InputError: with the nearest that is.
+    """
+    for title in chosen:
+        if title not in known:
+            close = difflib.get_close_matches(title, known, n=1, cutoff=0.0)
+            raise InputError(f"report.articles names {title!r}, which was not read: did you mean {close[0]!r}?")
+
+
 def _named(evaluation: Evaluation, titles: Sequence[str]) -> list[Chosen]:
     """The articles with these titles."""
     spans = {evaluation.titles[evaluation.article_T[span[0]]]: span for span in article_spans(evaluation.article_T)}
     chosen = []
+    require_titles(titles, spans)
     for title in titles:
-        if title not in spans:
-            close = difflib.get_close_matches(title, spans, n=1, cutoff=0.0)
-            raise InputError(f"report.articles names {title!r}, which was not read: did you mean {close[0]!r}?")
         start, stop = spans[title]
         article = int(evaluation.article_T[start])
         chosen.append(Chosen("chosen", article, start, min(stop, start + MAP_TOKENS), stop - start))

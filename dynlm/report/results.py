@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, NotRequired, TypedDict
 
-from dynlm.settings import Count, NotEmpty, Whole
+from dynlm.settings import Bound, Count, NotEmpty, Whole
 
 Interval = list[float | None] | None
 
@@ -21,11 +21,14 @@ class Data(TypedDict):
 class Model(TypedDict):
     """What it was read with."""
 
-    parameters: Whole
-    adapted: Whole
+    parameters: Annotated[int, Bound(0)]
+    adapted: Annotated[int, Bound(0)]
 
 
-Stretch = TypedDict("Stretch", {"from": Whole, "to": Whole, "gain": float | None, "ci95": Interval})
+Stretch = TypedDict(
+    "Stretch",
+    {"from": Whole, "to": Whole, "tokens": Whole, "articles": Whole, "gain": float | None, "ci95": Interval},
+)
 """gains between two positions in the articles"""
 
 
@@ -40,7 +43,9 @@ class Method(TypedDict):
     bits_per_byte: float | None
     gain_nats_per_token: float
     gain_ci95: Interval
-    tokens_per_s: float
+    tokens_per_s: float | None
+    settings: NotRequired[dict[str, float | str]]
+    fingerprint: NotRequired[str | None]
     gain_by_position: NotRequired[list[Stretch]]
 
 
@@ -107,6 +112,23 @@ class GateSizes(TypedDict):
     segments: list[Whole]
 
 
+class Again(TypedDict):
+    """How a method reads the first article at the end of the stream."""
+
+    first_reading: float
+    again: float
+    gain: float
+    ci95: Interval
+
+
+class Interference(TypedDict):
+    """What the end of a stream has done to its beginning."""
+
+    article: str
+    static: float
+    methods: dict[str, Again]
+
+
 class Breakdowns(TypedDict, total=False):
     """dynlm.evaluate.breakdowns."""
 
@@ -115,8 +137,24 @@ class Breakdowns(TypedDict, total=False):
     train_frequency: list[Row]
     vocabulary: list[Row]
     boundaries: Boundaries
+    interference: Interference
     calibration: dict[str, Calibration]
     gates: dict[str, GateSizes]
+
+
+class Spread(TypedDict):
+    """Over seeds."""
+
+    mean: float
+    sd: float
+
+
+class Seeds(TypedDict):
+    """Methods that differ by their seed alone."""
+
+    methods: list[str]
+    word_ppl: Spread
+    gain_nats_per_token: Spread
 
 
 class Results(TypedDict):
@@ -132,6 +170,8 @@ class Results(TypedDict):
     words: Count
     bytes: Count
     methods: dict[str, Method]
+    tokenizer: NotRequired[dict[str, str | int]]
+    seeds: NotRequired[dict[str, Seeds]]
     comparisons: NotRequired[list[Comparison]]
     breakdowns: NotRequired[Breakdowns]
     diverged: NotRequired[dict[str, str]]

@@ -46,7 +46,7 @@ def test_a_folder_of_others_is_never_begun(finished, tmp_path, capsys):
         flags = ["--run", tmp_path / "paper", "--overwrite"]
         fails(capsys, [*command, *flags], "is no run of dynlm and holds other")
     fails(capsys, ["train", recipe, "--run", ""], "give the name of a directory")
-    fails(capsys, ["train", recipe, "--run", "a\0b"], "give the name of a directory")
+    fails(capsys, ["train", recipe, "--run", "a\0b"], "expected text without NUL")
     assert files(tmp_path / "paper") == before
 
 

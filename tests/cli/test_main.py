@@ -204,6 +204,10 @@ def test_evaluation_needs_static_and_existing_splits_and_rules(copy, capsys):
     fails(capsys, [*base, "--evaluate.methods", "static", "adam"], "adam does not exist: run `dynlm tune`")
     fails(capsys, [*base, "--evaluate.split", "dev"], "invalid choice 'dev'", "--evaluate.split")
     fails(capsys, [*base, "--read.params", "layer.*"], "matches no parameter", "did you mean")
+    before = (run / "evaluate" / "results.json").read_bytes()
+    fails(capsys, [*base, "--report.articles", "nope"], "report.articles names 'nope', which was not read")
+    fails(capsys, [*base, "--format", "gif"], "format 'gif' is unknown")
+    assert (run / "evaluate" / "results.json").read_bytes() == before
 
 
 def test_unknown_commands_and_help(capsys):
@@ -235,3 +239,33 @@ def test_a_recipe_survives_its_run_directory(tmp_path):
 def test_run_require_names_the_command(tmp_path):
     with pytest.raises(InputError, match="run `dynlm train` with this run directory first"):
         Run(tmp_path).require(Run(tmp_path).model, "train")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 68719476736 bytes. Error 12"
+            ),
+            "there is not enough memory (tried to allocate 68719476736 bytes): lower the sizes",
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0"), "(Tried to allocate 20.00 GiB)"),
+        (MemoryError(), "there is not enough memory: lower the sizes"),
+    ],
+)
+def test_too_little_memory_is_one_line(error, said, capsys, monkeypatch, tmp_path):
+    def short(*_):
+        raise error
+
+    monkeypatch.setattr("dynlm.cli.training.train", short)
+    fails(capsys, ["train", "--run", tmp_path / "run"], said)
+
+
+def test_other_errors_of_torch_are_shown_whole(monkeypatch, tmp_path):
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("dynlm.cli.training.train", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["train", "--run", str(tmp_path / "run")])

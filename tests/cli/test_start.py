@@ -1,6 +1,7 @@
 """Learning a start on articles, reading from it, and planning: as commands."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -60,8 +61,10 @@ def test_a_start_that_is_missing_or_broken_is_one_line(copy, capsys):
     arguments = ["evaluate", "--run", path, "--overwrite", "--evaluate.methods", "static", "gated@maml"]
     fails(capsys, arguments, "starts/maml.safetensors", "run `dynlm learn-start`")
     assert files(path) == before
-    write_tensors(Run(path).start("maml"), {"embedding.weight": torch.zeros(2, 2)})
+    write_tensors(Run(path).start("maml"), {"embedding.weight": torch.zeros(2, 2)}, {"config": {}, "best_step": 0})
     fails(capsys, arguments, "maml.safetensors lacks the tensor", "learn it again")
+    shutil.copy(Run(path).prior, Run(path).start("maml"))  # the same names and shapes
+    fails(capsys, arguments, "starts/maml.safetensors lacks 'best_step', 'config'")
     fails(capsys, ["learn-start", "--run", path, "--start.rule", "nope", *SHORT], "rules/nope", "does not exist")
 
 

@@ -89,8 +89,8 @@ def test_weights_are_restored_after_an_exception():
 def test_an_exploding_rule_is_one_clear_line_and_leaves_theta0():
     lab = make_lab(torch.float32)
     saved = [p.clone() for p in lab[0].parameters()]
-    reader = reader_for(lab, SGD(1e38))
-    with pytest.raises(DivergedError, match="at segment 4, after 4 updates by rule 'sgd': lower its lr"):
+    reader = reader_for(lab, SGD(1e30, 1e20))
+    with pytest.raises(DivergedError, match=r"updates? by rule 'sgd': lower its lr"):
         reader.read(make_article(80), START)
     assert all(torch.equal(a, b) for a, b in zip(saved, lab[0].parameters(), strict=True))
 

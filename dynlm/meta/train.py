@@ -239,21 +239,24 @@ def meta_train(
             bar.update()
             bar.set_postfix_str(f"reading {loss:.3f} nats/token")
             step = trainer.progress.step
-            if signals.asked:
-                trainer.progress = trainer.progress._replace(seconds=time.perf_counter() - started)
-                runs.write_tensors(path, *trainer.state())
+            due = step % config.validate_every == 0 or step == config.steps
+            seconds = time.perf_counter() - started
+            if due:
+                valid = validate()
+                improved = valid < trainer.progress.best
+                stale = 0 if improved else trainer.progress.stale + 1
+                trainer.progress = MetaProgress(step, min(valid, trainer.progress.best), stale, seconds)
+                trainer.records.append({"step": step, "train": loss, "valid": valid, "seconds": round(seconds, 1)})
+                if improved:
+                    trainer.best.load_state_dict(trainer.rule.state_dict())
+                trainer.keep(run, stage, save_best if improved else None)
+                bar.write(
+                    f"step {step}: meta-validation {valid:.4f} nats/token ({'best' if improved else 'no better'})"
+                )
+            if signals.asked and step < config.steps:
+                if not due:
+                    trainer.progress = trainer.progress._replace(seconds=seconds)
+                    runs.write_tensors(path, *trainer.state())
                 said = f"interrupted after step {step}, which is saved: --resume goes on from there"
                 raise Interrupted(said, signals.asked)
-            if step % config.validate_every and step != config.steps:
-                continue
-            valid = validate()
-            improved = valid < trainer.progress.best
-            stale = 0 if improved else trainer.progress.stale + 1
-            seconds = time.perf_counter() - started
-            trainer.progress = MetaProgress(step, min(valid, trainer.progress.best), stale, seconds)
-            trainer.records.append({"step": step, "train": loss, "valid": valid, "seconds": round(seconds, 1)})
-            if improved:
-                trainer.best.load_state_dict(trainer.rule.state_dict())
-            trainer.keep(run, stage, save_best if improved else None)
-            bar.write(f"step {step}: meta-validation {valid:.4f} nats/token ({'best' if improved else 'no better'})")
     return trainer.progress

@@ -147,7 +147,7 @@ def tune_rule(
                     raise optuna.TrialPruned
         return nats / tokens
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # or Ctrl-C prints its traceback
     study = optuna.create_study(
         sampler=optuna.samplers.TPESampler(seed=config.seed, n_startup_trials=min(10, max(2, config.trials // 4))),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2),

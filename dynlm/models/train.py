@@ -90,24 +90,33 @@ def train_base_model(
             if step % 10 == 0:
                 speed = trainer.tokens_per_step * step / seconds
                 bar.set_postfix_str(f"{speed:,.0f} tokens/s, loss {loss:.3f} nats/token")
-            if signals.asked:
+            if step % trainer.steps_per_validation == 0 or step == trainer.total_steps:
+                _validate(trainer, run, save_best, loss, seconds)
+                bar.write(trainer.told())
+            if signals.asked and step < trainer.total_steps:
                 _leave(trainer, run, signals.asked, time.perf_counter() - started)
-            if step % trainer.steps_per_validation and step != trainer.total_steps:
-                continue
-            valid = trainer.validate()
-            improved = valid < trainer.progress.best
-            trainer.progress = Progress(step, min(valid, trainer.progress.best), time.perf_counter() - started)
-            trainer.records.append({"step": step, "train": loss, "valid": valid, "seconds": round(seconds, 1)})
-            if accelerator.is_main_process:
-                with changing(run.path) as new:
-                    if improved:
-                        save_best(trainer.bare_model, new)
-                    runs.write_log(new.at(run.log("train")), trainer.records)
-                    runs.write_tensors(new.at(path), *trainer.state())
-                word_ppl = perplexity(valid * trainer.valid_tokens_per_word, 1)
-                bar.write(f"step {step}: validation {valid:.4f} nats/token, word perplexity {word_ppl:.1f}")
     accelerator.wait_for_everyone()
     return trainer.progress
+
+
+def _validate(
+    trainer: _Trainer,
+    run: runs.Run,
+    save_best: Callable[[LSTMForCausalLM, Changes], None],
+    loss: float,
+    seconds: float,
+) -> None:
+    """Validate, and write the model if it is the best so far, with log and checkpoint."""
+    step, valid = trainer.progress.step, trainer.validate()
+    improved = valid < trainer.progress.best
+    trainer.progress = Progress(step, min(valid, trainer.progress.best), seconds)
+    trainer.records.append({"step": step, "train": loss, "valid": valid, "seconds": round(seconds, 1)})
+    if trainer.accelerator.is_main_process:
+        with changing(run.path) as new:
+            if improved:
+                save_best(trainer.bare_model, new)
+            runs.write_log(new.at(run.log("train")), trainer.records)
+            runs.write_tensors(new.at(run.checkpoint("train")), *trainer.state())
 
 
 def _leave(trainer: _Trainer, run: runs.Run, signal_number: int, seconds: float) -> None:
@@ -160,6 +169,12 @@ class _Trainer:
         self.hidden: Hidden | None = None
         self.progress, self.records = Progress(), list[runs.Json]()
         torch.manual_seed(config.seed + accelerator.process_index)
+
+    def told(self) -> str:
+        """A line on the last validation."""
+        record = self.records[-1]
+        word_ppl = perplexity(record["valid"] * self.valid_tokens_per_word, 1)
+        return f"step {record['step']}: validation {record['valid']:.4f} nats/token, word perplexity {word_ppl:.1f}"
 
     def steps(self) -> Iterator[float]:
         """Training steps from the present position to the end; yields the mean loss in nats per token."""

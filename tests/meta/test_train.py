@@ -2,6 +2,7 @@
 
 import copy
 import json
+import signal
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from dynlm.adapt import ReadConfig, Reader
 from dynlm.evaluate.stream import read_articles
+from dynlm.interrupt import Interrupted
 from dynlm.meta.estimators import EstimatorConfig
 from dynlm.meta.train import MetaConfig, MetaTrainer, divide_meta_split, meta_train
 from dynlm.optim.library import LEARNED, start_rule
@@ -152,3 +154,26 @@ def test_the_meta_split_is_divided_without_overlap():
     assert not {id(a) for a in train} & {id(a) for a in valid}
     with pytest.raises(InputError, match="needs at least 2"):
         divide_meta_split(ARTICLES[:1], CONFIG)
+
+
+@pytest.mark.parametrize("at", [3, 4])
+def test_a_signal_leaves_no_validation_out(tmp_path, at):
+    """Also where it comes in the step before a validation."""
+    straight, validate = make_trainer()
+    meta_train(straight, validate, Run(tmp_path / "straight"), lambda *_: None)
+    cut, validate_cut = make_trainer()
+    step = cut.step
+
+    def interrupted():
+        if cut.progress.step + 1 == at:
+            signal.raise_signal(signal.SIGTERM)
+        return step()
+
+    cut.step = interrupted
+    with pytest.raises(Interrupted, match=f"interrupted after step {at}, which is saved"):
+        meta_train(cut, validate_cut, Run(tmp_path / "cut"), lambda *_: None)
+    resumed, validate_resumed = make_trainer()
+    meta_train(resumed, validate_resumed, Run(tmp_path / "cut"), lambda *_: None, resume=True)
+    assert [record["step"] for record in resumed.records] == [4, 8]
+    assert [r["valid"] for r in resumed.records] == [r["valid"] for r in straight.records]
+    assert all(torch.equal(a, b) for a, b in zip(phi(straight), phi(resumed), strict=True))

@@ -1,13 +1,16 @@
 """Base training: it learns, resumes bit for bit, and refuses what cannot work."""
 
 import copy
+import json
+import signal
 from dataclasses import replace
 
 import pytest
 import torch
 
+from dynlm.interrupt import Interrupted
 from dynlm.models.lstm import ModelConfig
-from dynlm.models.train import TrainConfig, cycle, train_base_model
+from dynlm.models.train import TrainConfig, _Trainer, cycle, train_base_model
 from dynlm.runs import Run
 from dynlm.types import InputError
 from lab import START, VOCAB, make_article
@@ -88,3 +91,25 @@ def test_learning_rate_cycle():
     assert cycle(0.1) == pytest.approx(1.0)
     assert cycle(1.0) == pytest.approx(0.0)
     assert all(cycle(x / 100) >= cycle((x + 1) / 100) for x in range(10, 100))
+
+
+def test_a_signal_leaves_no_validation_out(tmp_path, monkeypatch):
+    straight = build()
+    train_base_model(straight, ARTICLES, CONFIG, Run(tmp_path / "straight"), ignore)
+    steps = [json.loads(line)["step"] for line in Run(tmp_path / "straight").log("train").read_text().splitlines()]
+    run, step = Run(tmp_path / "cut"), _Trainer._step
+
+    def interrupted(self, window):
+        if self.progress.step + 1 == steps[1]:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, window)
+
+    monkeypatch.setattr(_Trainer, "_step", interrupted)
+    with pytest.raises(Interrupted):
+        train_base_model(build(), ARTICLES, CONFIG, run, ignore)
+    monkeypatch.undo()
+    resumed = build()
+    train_base_model(resumed, ARTICLES, CONFIG, run, ignore, resume=True)
+    assert [json.loads(line)["step"] for line in run.log("train").read_text().splitlines()] == steps
+    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)

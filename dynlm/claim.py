@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dynlm.changes import COMMIT, LIST, NEXT, complete
+from dynlm.files import PROBE
 from dynlm.runs import Run
 from dynlm.stamps import read_stamped
 from dynlm.types import InputError
@@ -152,7 +153,7 @@ def _remove_temporary(path: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         if not name or folder.is_symlink() or not folder.is_dir():
             continue
-        target, held = folder.with_name(name[1]), set(os.listdir(folder))
+        target, held = folder.with_name(name[1]), {n for n in os.listdir(folder) if not n.startswith(PROBE)}
         if not held <= {name[1], "old"}:
             continue  # not dynlm's
         if "old" in held and not target.exists():

@@ -28,6 +28,8 @@ from dynlm.types import InputError
 Json = dict[str, Any]
 SCHEMA = 1
 """of what the files of tensors say of themselves"""
+PROBE = ".mode."
+"""begins the name of a folder in which the mode of new files is tried"""
 
 
 @contextmanager
@@ -99,7 +101,7 @@ def sync_one(path: Path) -> None:
 
 def let_read(path: Path) -> None:
     """Give files the mode of any new file: safetensors writes its own for the owner alone."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=PROBE, dir=path.parent) as folder:
         (Path(folder) / "new").touch()
         mode = stat.S_IMODE((Path(folder) / "new").stat().st_mode)
     for file in [path, *path.rglob("*")]:

@@ -77,3 +77,16 @@ def test_bench_read_times_the_first_tokens_and_the_whole(tmp_path):
     assert (result["runs"], result["rule"]) == (2, "rms")
     assert 200 <= result["words"] < 250
     assert "first coloured token" in printed
+
+
+@pytest.mark.slow
+def test_kill_matrix_kills_a_stage_and_the_result_is_the_right_one(tmp_path):
+    """A small part of the matrix: two stages, a few of their operations on files, and two random moments."""
+    stages = ["--stages", "tune", "train --overwrite"]
+    printed = run("kill_matrix", *stages, "--points", "4", "--random", "2", "--json", tmp_path / "kills.json").stdout
+    for row in json.loads((tmp_path / "kills.json").read_text()):
+        assert row["kills"] == 6
+        assert row["operations"] > 5
+        ways = ("resumed", "begun again", "was finished", "ended before")
+        assert (sum(row[way] for way in ways), row["failures"]) == (6, [])
+    assert "every kill left one generation" in printed

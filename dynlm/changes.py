@@ -1,6 +1,6 @@
 """Several files of a run directory change as one: all of them, or none, whenever the process is killed.
 
-What is new is written to a folder beside its places. One rename of that folder decides; then the files move to their
+New files are written to a folder of their own first. One rename of that folder decides; then the files move to their
 places. A command that is killed before the rename has changed nothing. After it, the next command carries on.
 """
 

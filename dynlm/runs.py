@@ -173,7 +173,7 @@ def fitting(owner: str = "run") -> Iterator[None]:
     except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
-            f"the checkpoint does not fit this {owner} ({reason}): use --overwrite to start anew"
+            f"the checkpoint does not fit this {owner} ({reason}): use --overwrite to start again"
         ) from None
 
 

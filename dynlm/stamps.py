@@ -1,4 +1,4 @@
-"""What recipe.json says of a run beside the settings: that dynlm made it, whether it is finished, what it was made of.
+"""What recipe.json says of a run apart from settings: that dynlm made it, whether it is finished, what it was made of.
 
 A fingerprint is 16 hexadecimal digits of SHA-256. recipe.json keeps those of the corpus, the tokenizer and the base
 model; whatever is made from the model keeps the model's. Each stage compares them.

@@ -107,9 +107,14 @@ def adopt(recipe: Recipe, run: runs.Run, data: str) -> None:
     print(f"{type(model).__name__}: {total:,} weights, {adapted:,} adapted ({adapted / total:.2%})")
 
 
-def begin_run(new: Changes, run: runs.Run, tokenizer: Tokenizer) -> None:
-    """Put a tokenizer in the place of an earlier run's, and remove what was made from that."""
+def begin_run(new: Changes, run: runs.Run, tokenizer: Tokenizer, demo: bool = False) -> None:
+    """Put a tokenizer in the place of an earlier run's, and remove what was made from that.
+
+    ``demo``: the demo makes this run, and may replace it.
+    """
     new.remove(*run.derived())
+    if demo:
+        runs.write_text(new.at(run.demo), "`dynlm demo` made this run, and replaces it when it is run again\n")
     tokenizer.save(new.at(run.tokenizer))
 
 

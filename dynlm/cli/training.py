@@ -39,9 +39,9 @@ def train(recipe: Recipe, demo: bool = False) -> runs.Json | None:
     else:
         tokenizer = train_tokenizer(recipe.tokenizer, corpus.split("train") + corpus.meta)
         work = run.retraining if run.model.exists() and read_stamped(run.recipe)[1].finished else run
-    progress = _train(recipe, work, tokenizer, corpus, run)
+    progress = _train(recipe, work, tokenizer, corpus, demo)
     if is_first_process():
-        _finish(recipe, work, run, demo)
+        _finish(recipe, work, run)
     print(f"best validation {progress.best:.4f} nats/token after {progress.seconds / 60:.1f} minutes of training")
     return {"validation_nats_per_token": progress.best, "steps": progress.step, "seconds": progress.seconds}
 
@@ -55,8 +55,9 @@ def _tokenizer_of(work: runs.Run, corpus: Corpus) -> Tokenizer:
     return load_tokenizer(work.tokenizer)
 
 
-def _train(recipe: Recipe, work: runs.Run, tokenizer: Tokenizer, corpus: Corpus, run: runs.Run) -> Progress:
+def _train(recipe: Recipe, work: runs.Run, tokenizer: Tokenizer, corpus: Corpus, demo: bool) -> Progress:
     """Train in ``work``: the run itself, or a folder of it while the run holds a finished model."""
+    run = runs.Run(recipe.run)
     train_texts, valid_texts = corpus.split("train"), corpus.split("valid")
     articles = tokenize(tokenizer, train_texts), tokenize(tokenizer, valid_texts)
     model = recipe.model.build(tokenizer.vocab_size, tokenizer.eos_id, recipe.train.seed)
@@ -73,7 +74,7 @@ def _train(recipe: Recipe, work: runs.Run, tokenizer: Tokenizer, corpus: Corpus,
     def save_best(best: LSTMForCausalLM, new: Changes) -> None:
         nonlocal fresh
         if fresh:  # only now is there something to put in the place of an earlier run, and of what was made from it
-            begin_run(new, work, tokenizer)
+            begin_run(new, work, tokenizer, demo)
             fresh = False
         best.save_pretrained(new.at(work.model))
         write_recipe(new, work, recipe, corpus.fingerprint, finished=False)
@@ -81,7 +82,7 @@ def _train(recipe: Recipe, work: runs.Run, tokenizer: Tokenizer, corpus: Corpus,
     return train_base_model(model, articles, recipe.train, work, save_best, recipe.resume)
 
 
-def _finish(recipe: Recipe, work: runs.Run, run: runs.Run, demo: bool) -> None:
+def _finish(recipe: Recipe, work: runs.Run, run: runs.Run) -> None:
     """Mark the run as finished, and put what was trained beside an earlier model in the place of that."""
     if not work.model.exists():
         raise InputError("no validation gave a finite loss: lower train.lr; nothing was replaced")
@@ -91,8 +92,8 @@ def _finish(recipe: Recipe, work: runs.Run, run: runs.Run, demo: bool) -> None:
             new.remove(*run.derived())
             for made, place in ((work.tokenizer, run.tokenizer), (work.model, run.model)):
                 shutil.copytree(made, new.at(place))
-            shutil.copy(work.log("train"), new.at(run.log("train")))
+            for made, place in ((work.log("train"), run.log("train")), (work.demo, run.demo)):
+                if made.exists():
+                    shutil.copy(made, new.at(place))
         write_recipe(new, run, recipe, data, finished=True)
-        if demo:
-            runs.write_text(new.at(run.demo), "`dynlm demo` made this run, and replaces it when it is run again\n")
         new.remove(run.checkpoint("train"), run.retraining.path)

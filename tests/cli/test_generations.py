@@ -1,14 +1,18 @@
 """One generation of a run: nothing foreign is touched, nothing is mixed, what differs or is unfinished is said."""
 
 import json
+import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from cli.test_main import fails, files
+from dynlm.claim import claim
 from dynlm.cli import evaluation, stages
 from dynlm.cli.main import main
+from dynlm.cli.recipe import load_recipe
 from dynlm.meta import outer
 from dynlm.meta import train as meta_train
 from dynlm.models import train as base_train
@@ -323,3 +327,39 @@ def test_learning_a_start_goes_on_bitwise(copy, capsys, monkeypatch, more):
     assert all(torch.equal(again[name], tensors[name]) for name in tensors)
     assert {**made_again, "seconds": 0} == {**made, "seconds": 0}
     assert not Run(run).checkpoint("learn-start-fomaml").exists()
+
+
+# one command at a time, one demo
+
+
+def test_two_commands_in_one_run_are_refused(copy, capsys):
+    recipe, run = copy
+    before = files(run)
+    with claim(Run(run)):
+        lock = files(run)
+        for command in ("train", "tune", "meta-train", "learn-start", "evaluate", "report", "audit", "few-shot"):
+            message = fails(capsys, [command, recipe, "--run", run, "--resume" if command == "train" else "--quiet"])
+            assert f"another dynlm works in {run} (process {os.getpid()})" in message
+        assert files(run) == lock
+    assert files(run) == before
+
+
+def test_an_interrupted_demo_is_made_again(finished, tmp_path, capsys, monkeypatch):
+    run = Run(tmp_path / "demo")
+    small = replace(load_recipe(finished[0]), run=str(run.path))
+    small = replace(small, train=replace(small.train, validations_per_epoch=4))
+    monkeypatch.setattr("dynlm.cli.main.parse", lambda name, arguments: small)
+    with monkeypatch.context() as patch:
+        patch.setattr(base_train._Trainer, "_step", mortal(base_train._Trainer._step, 200))
+        dies(["demo"])
+    assert run.demo.exists()
+    assert json.loads(run.recipe.read_text())["dynlm"]["finished"] is False
+    assert main(["demo"]) == 0
+    assert "is an earlier run of the demo: it is replaced" in capsys.readouterr().out
+    assert run.demo.exists()
+    assert run.report.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(base_train._Trainer, "_step", mortal(base_train._Trainer._step, 2))
+        dies(["demo"])
+    assert main(["demo"]) == 0
+    assert run.demo.exists()

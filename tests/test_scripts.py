@@ -55,16 +55,16 @@ def test_bench_general_compares_with_adamw_and_goes_on_where_it_was(tmp_path):
 @pytest.mark.slow
 def test_bench_meta_measures_each_case_and_stops_at_the_memory_limit(tmp_path):
     files = ["--json", tmp_path / "bench.json", "--plot", tmp_path / "bench.svg"]
-    some = ["--methods", "reading,functional", "--lengths", "8,64", "--limit-gib", "0.5"]
+    some = ["--methods", "reading,functional", "--lengths", "8,32", "--limit-gib", "0.5"]
     printed = run("bench_meta", "--quick", "--threads", "1", *some, *files).stdout
     result = json.loads((tmp_path / "bench.json").read_text())
     status = {(case["method"], case["T"]): case["status"] for case in result["cases"]}
-    ok = dict.fromkeys([("reading", 8), ("reading", 64), ("functional", 8)], "ok")
-    assert status == ok | {("functional", 64): "memory"}
+    ok = dict.fromkeys([("reading", 8), ("reading", 32), ("functional", 8)], "ok")
+    assert status == ok | {("functional", 32): "memory"}
     short = result["cases"][2]
     assert short["times_reading"] > 1
     assert short["peak_mib"] - short["baseline_mib"] > 20  # the graph
-    assert 8 < result["largest"]["functional"]["T_estimate"] < 64
+    assert 8 < result["largest"]["functional"]["T_estimate"] < 32
     assert "stopped by the memory limit" in printed
     assert (tmp_path / "bench.svg").read_text().rstrip().endswith("</svg>")
 
@@ -81,12 +81,12 @@ def test_bench_read_times_the_first_tokens_and_the_whole(tmp_path):
 
 @pytest.mark.slow
 def test_kill_matrix_kills_a_stage_and_the_result_is_the_right_one(tmp_path):
-    """A small part of the matrix: two stages, a few of their operations on files, and two random moments."""
-    stages = ["--stages", "tune", "train --overwrite"]
-    printed = run("kill_matrix", *stages, "--points", "4", "--random", "2", "--json", tmp_path / "kills.json").stdout
-    for row in json.loads((tmp_path / "kills.json").read_text()):
-        assert row["kills"] == 6
-        assert row["operations"] > 5
-        ways = ("resumed", "begun again", "was finished", "ended before")
-        assert (sum(row[way] for way in ways), row["failures"]) == (6, [])
+    """A small part of the matrix: one stage, two of its operations on files, and one random moment."""
+    few = ["--stages", "tune", "--points", "2", "--random", "1"]
+    printed = run("kill_matrix", *few, "--json", tmp_path / "kills.json").stdout
+    (row,) = json.loads((tmp_path / "kills.json").read_text())
+    assert row["kills"] == 3
+    assert row["operations"] > 5
+    ways = ("resumed", "begun again", "was finished", "ended before")
+    assert (sum(row[way] for way in ways), row["failures"]) == (3, [])
     assert "every kill left one generation" in printed

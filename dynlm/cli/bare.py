@@ -42,7 +42,8 @@ def load_bare(settings: ReadSettings) -> Kit:
     """
     kind = settings.rule or "rms"
     if kind not in (*SPACES, "static"):
-        raise InputError(f"--rule {kind} with --model: choose {', '.join(SPACES)} or static; a run holds learned rules")
+        known = f"choose {', '.join(SPACES)} or static"
+        raise InputError(f"--rule {kind} with --model: a learned rule belongs to the run it was trained in; {known}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     context, lora = ContextConfig(carry=settings.carry), LoraSettings(rank=settings.lora_rank)
     try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -237,7 +238,20 @@ def load_model(
     if info["missing_keys"]:
         lacking = ", ".join(sorted(info["missing_keys"])[:3])
         raise InputError(f"{source} is not a whole model (it lacks {lacking}): train it again, or save a causal model")
+    if not is_hub:
+        _require_real_weights(folder, model)
     if dtype is None and model.dtype in (torch.float16, torch.bfloat16):
         dtype = torch.float32
     placed: PreTrainedModel = (model if dtype is None else model.to(dtype)).to(device).eval()
     return placed
+
+
+def _require_real_weights(folder: Path, model: PreTrainedModel) -> None:
+    """Refuse whole, logical or complex numbers where the model has real weights: transformers casts them unasked."""
+    weights = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                kind = file.get_slice(name).get_dtype()
+                if name in weights and not kind.startswith(("F", "BF")):
+                    raise InputError(f"{path}: {name!r} is {kind}, expected floating point: train or save it again")

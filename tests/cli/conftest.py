@@ -61,6 +61,12 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture
+def plain_reports(monkeypatch):
+    """Reports without their charts, which take most of the time and have tests of their own."""
+    monkeypatch.setattr("dynlm.report.svg.Drawing.html", lambda drawing: f"<p>{drawing.name}</p>")
+
+
+@pytest.fixture
 def copy(finished, tmp_path):
     """A copy of the finished run, to break."""
     recipe, run = finished

@@ -11,6 +11,8 @@ from dynlm.optim.handmade import SGD
 from dynlm.optim.library import save_rule
 from dynlm.runs import Run
 
+pytestmark = pytest.mark.usefixtures("plain_reports")
+
 
 @pytest.fixture
 def broken(copy):

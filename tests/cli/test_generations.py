@@ -19,6 +19,8 @@ from dynlm.models import train as base_train
 from dynlm.models.causal import load_model
 from dynlm.runs import Run, read_tensors, write_tensors
 
+pytestmark = pytest.mark.usefixtures("plain_reports")
+
 MORE = ["--meta.steps", "4", "--meta.validate-every", "1", "--meta.patience", "9"]
 
 
@@ -299,6 +301,7 @@ def test_methods_that_were_read_are_kept_and_an_evaluation_is_replaced_when_all_
 def test_a_finished_evaluation_is_kept_and_its_report_is_written(copy, capsys):
     _, run = copy
     arguments = ["evaluate", "--run", str(run)]
+    assert main(["report", "--run", str(run)]) == 0
     before, page = Run(run).results.read_bytes(), Run(run).report.read_text()
     Run(run).report.unlink()
     fails(capsys, arguments, "is finished, its report is not: run `dynlm report`")
@@ -349,17 +352,13 @@ def test_an_interrupted_demo_is_made_again(finished, tmp_path, capsys, monkeypat
     small = replace(load_recipe(finished[0]), run=str(run.path))
     small = replace(small, train=replace(small.train, validations_per_epoch=4))
     monkeypatch.setattr("dynlm.cli.main.parse", lambda name, arguments: small)
-    with monkeypatch.context() as patch:
-        patch.setattr(base_train._Trainer, "_step", mortal(base_train._Trainer._step, 200))
-        dies(["demo"])
+    for steps in (2, 200):  # before the first validation, and after it
+        with monkeypatch.context() as patch:
+            patch.setattr(base_train._Trainer, "_step", mortal(base_train._Trainer._step, steps))
+            dies(["demo"])
     assert run.demo.exists()
     assert json.loads(run.recipe.read_text())["dynlm"]["finished"] is False
     assert main(["demo"]) == 0
     assert "is an earlier run of the demo: it is replaced" in capsys.readouterr().out
     assert run.demo.exists()
     assert run.report.exists()
-    with monkeypatch.context() as patch:
-        patch.setattr(base_train._Trainer, "_step", mortal(base_train._Trainer._step, 2))
-        dies(["demo"])
-    assert main(["demo"]) == 0
-    assert run.demo.exists()

@@ -10,6 +10,8 @@ from cli.test_main import fails, files
 from dynlm.cli.main import main
 from dynlm.runs import Run, read_tensors, write_tensors
 
+pytestmark = pytest.mark.usefixtures("plain_reports")
+
 SHORT = ["--start.segments", "4", "--start.outer.steps", "4", "--start.outer.tasks", "2"]
 
 

@@ -361,6 +361,17 @@ def test_a_model_that_lacks_weights_is_one_clear_line(tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Casting complex values")  # the loader's, before ours
+@pytest.mark.parametrize(("dtype", "shown"), [(torch.bool, "BOOL"), (torch.int32, "I32"), (torch.complex64, "C64")])
+def test_weights_that_are_no_real_numbers_are_refused(tmp_path, dtype, shown):
+    make_model("llama").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(dtype)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=rf"'model.norm.weight' is {shown}, expected floating point"):
+        load_model(tmp_path)
+
+
 def test_a_hub_model_is_not_fetched_unasked(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"nobody/nothing is no folder, and no hub model .* is on this machine"):

@@ -199,6 +199,19 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], Json]:
     return tensors, meta
 
 
+def tensor_kinds(path: Path) -> dict[str, str]:
+    """The kind of number of each tensor in a safetensors file, in the file's own words: ``F32``, ``BF16``, ``I64``.
+
+    Raises:
+        InputError: a file that is not safetensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise InputError(f"{path} is truncated or not safetensors ({_reason(error)}): make it again") from error
+
+
 def require_layout(
     where: str | Path,
     tensors: Mapping[str, torch.Tensor],

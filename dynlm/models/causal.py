@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from dynlm.files import tensor_kinds
 from dynlm.models.context import (
     ContextConfig,
     FrozenCache,
@@ -250,8 +250,6 @@ def _require_real_weights(folder: Path, model: PreTrainedModel) -> None:
     """Refuse whole, logical or complex numbers where the model has real weights: transformers casts them unasked."""
     weights = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                kind = file.get_slice(name).get_dtype()
-                if name in weights and not kind.startswith(("F", "BF")):
-                    raise InputError(f"{path}: {name!r} is {kind}, expected floating point: train or save it again")
+        for name, kind in tensor_kinds(path).items():
+            if name in weights and not kind.startswith(("F", "BF")):
+                raise InputError(f"{path}: {name!r} is {kind}, expected floating point: train or save it again")

@@ -12,6 +12,8 @@ from dynlm.runs import Run, read_tensors, write_json
 from dynlm.stamps import Stamp
 from dynlm.types import InputError
 
+pytestmark = pytest.mark.usefixtures("plain_reports")
+
 RECIPES = sorted(Path(__file__).parents[2].glob("recipes/*.toml"))
 STEPS = ("train", "tune", "meta-train", "evaluate")
 

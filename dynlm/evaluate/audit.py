@@ -165,11 +165,15 @@ def _drawn(size: int, n: int) -> Iterator[int]:
 
 
 def causal_inside(make_reader: MakeReader, article: TokenizedArticle, start_id: int, vocab_size: int) -> Verdict:
-    """Check causality inside every segment: once for each token of the vocabulary that the article holds."""
+    """Check causality inside every segment: at its last token, at two drawn ones, and once for each known token."""
     name, size = "causality in each segment", make_reader().config.segment
     firsts = {int(token): t for t, token in reversed(list(enumerate(article.ids_T.tolist())))}
-    places = sorted({*firsts.values(), *(start + (7 * start) % size for start in range(0, len(article), size))})
-    places = [t for t in places if t < len(article)][:MOST_QUESTIONS]
+    generator = torch.Generator().manual_seed(1)
+    drawn_N = torch.randint(1, max(2, size), (2 * -(-len(article) // size),), generator=generator).tolist()
+    drawn = {number // 2 * size + place for number, place in enumerate(drawn_N)}
+    places = sorted({*firsts.values(), *drawn, *range(size - 1, len(article), size)})
+    places = [t for t in places if t < len(article)]
+    places = places[:: -(-len(places) // MOST_QUESTIONS)]
     losses_T, found = ask_inside_segments(make_reader(), article, start_id, places, vocab_size)
     if found is not None:
         what = "distribution" if found.distribution else "score"

@@ -63,6 +63,7 @@ PEEKS = {
     "from the eighth segment on": (peek(1e-3), 8, 1),
     "from the fortieth segment on": (peek(1e-3), 40, 1),
     "every eighth segment": (peek(1e-3), 3, 8),
+    "every sixteenth segment from the twentieth on": (peek(1e-4), 20, 16),
     "one rare token": (peek_at_rare, 0, 1),
 }
 
@@ -179,6 +180,7 @@ def knows(of_article):
         lambda article: article.n_words,
         lambda article: article.n_bytes,
         lambda article: len(article.title),
+        lambda article: sum(map(ord, article.title)) % 5,
         lambda article: len(article) // SIZE,
     ],
 )

@@ -32,6 +32,7 @@ class Sizes(TypedDict):
     hidden_size: Size
     num_hidden_layers: Annotated[int, Bound(1, 3)]
     tie_word_embeddings: NotRequired[bool]
+    projection: NotRequired[bool]
 
 
 class LightLayer(nn.Module):
@@ -45,7 +46,7 @@ class LightLayer(nn.Module):
 
 
 class LightEnds(nn.Module):
-    """The embedding, or the read-out with its bias."""
+    """The embedding, the projection, or the read-out with its bias."""
 
     def __init__(self, weight_VD: nn.Parameter, bias: bool) -> None:
         super().__init__()
@@ -60,10 +61,13 @@ class LightLSTM(nn.Module):
     def __init__(self, config: Sizes) -> None:
         super().__init__()
         width, vocab_size = config["embedding_size"], config["vocab_size"]
-        widths = [width, *[config["hidden_size"]] * (config["num_hidden_layers"] - 1), width]
+        projected = config.get("projection", False)
+        last = config["hidden_size"] if projected else width
+        widths = [width, *[config["hidden_size"]] * (config["num_hidden_layers"] - 1), last]
         self.tied: bool = config.get("tie_word_embeddings", True)
         self.embedding = LightEnds(nn.Parameter(torch.empty(vocab_size, width)), bias=False)
         self.layers = nn.ModuleList(LightLayer(a, b) for a, b in pairwise(widths))
+        self.projection = LightEnds(nn.Parameter(torch.empty(width, last)), bias=False) if projected else None
         head = self.embedding.weight if self.tied else nn.Parameter(torch.empty(vocab_size, width))
         self.lm_head = LightEnds(head, bias=True)
 
@@ -80,6 +84,8 @@ class LightLSTM(nn.Module):
             state = hidden[i] if hidden else (x.new_zeros(1, layer.weight_hh.shape[1]),) * 2
             x, state = lstm_layer(x, state, layer.weight_ih, layer.weight_hh, layer.bias)
             new_hidden.append(state)
+        if self.projection is not None:
+            x = F.linear(x, self.projection.weight)
         logits_SV = read_out(x[0], head.weight, head.bias, link) if link else F.linear(x[0], head.weight, head.bias)
         return F.cross_entropy(logits_SV, targets_S, reduction="none"), tuple(new_hidden)
 

@@ -31,6 +31,7 @@ from transformers.utils import ModelOutput
 from dynlm.models.generation import Hidden as Hidden
 from dynlm.models.generation import HiddenGenerationMixin
 from dynlm.models.padding import Padding, padding_of
+from dynlm.models.readout import mean_loss
 from dynlm.models.recurrence import lstm_layer, one_stream
 from dynlm.models.tied import Link, embed, read_out
 from dynlm.settings import Bound, NotNegative, Settings, Share, Size
@@ -49,9 +50,12 @@ class ModelConfig(Settings):
     embedding_size: Size = 256
     """width of the embedding and of the last layer's output"""
     hidden_size: Size = 256
-    """width between layers; one layer has none"""
+    """width between layers, and of the last one where it is projected; else one layer has none"""
     layers: Annotated[int, Bound(1, 3)] = 1
     """LSTM layers, 1 to 3"""
+    projection: bool = False
+    """the last layer has hidden_size units too, and a matrix takes its output to embedding_size: a wide layer beside a
+    narrow embedding"""
     embedding_dropout: Share = 0.0
     """probability that a word's whole embedding is dropped for a batch"""
     input_dropout: Share = 0.0
@@ -92,6 +96,7 @@ class LSTMConfig(PreTrainedConfig):
     embedding_size: int = 256
     hidden_size: int = 256
     num_hidden_layers: int = 1
+    projection: bool = False
     embedding_dropout: float = 0.0
     input_dropout: float = 0.0
     hidden_dropout: float = 0.0
@@ -163,9 +168,12 @@ class LSTMPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: LSTMConfig) -> None:
         super().__init__(config)
-        sizes = [config.embedding_size, *[config.hidden_size] * (config.num_hidden_layers - 1), config.embedding_size]
+        last = config.hidden_size if config.projection else config.embedding_size
+        sizes = [config.embedding_size, *[config.hidden_size] * (config.num_hidden_layers - 1), last]
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
         self.layers = nn.ModuleList(LSTMLayer(a, b) for a, b in pairwise(sizes))
+        if config.projection:
+            self.projection = nn.Linear(config.hidden_size, config.embedding_size, bias=False)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, LSTMLayer):
@@ -174,6 +182,8 @@ class LSTMPreTrainedModel(PreTrainedModel):
             initialization.normal_(module.weight, std=0.05)
         elif isinstance(module, nn.Linear) and module.bias is not None:
             initialization.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):  # the projection
+            initialization.normal_(module.weight, std=module.in_features**-0.5)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
@@ -215,6 +225,8 @@ class LSTMPreTrainedModel(PreTrainedModel):
             x, state = layer(locked_dropout(states[-1], dropout, self.training), state, config.weight_drop, padding)
             states.append(x)
             new_hidden.append(state)
+        if config.projection:
+            states.append(self.projection(states[-1]))
         return states, tuple(new_hidden)
 
 
@@ -274,6 +286,7 @@ class LSTMForCausalLM(LSTMPreTrainedModel, HiddenGenerationMixin):
         hidden: Hidden | None = None,
         *,
         labels: Tensor | None = None,
+        targets: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -282,8 +295,10 @@ class LSTMForCausalLM(LSTMPreTrainedModel, HiddenGenerationMixin):
     ) -> LSTMOutput:
         """``input_ids`` (B, T), or ``inputs_embeds`` (B, T, D); ``attention_mask`` (B, T) is 0 at padded places.
 
-        ``logits_to_keep``: logits of the last places alone; 0 is all. ``num_items_in_batch``, as ``Trainer`` gives it
-        when it accumulates gradients, divides the summed loss in place of this batch's targets.
+        ``targets`` (B, T), the token after each input: the loss is their mean nats and ``penalty``, and no logits are
+        made, which is how ``dynlm train`` trains. ``logits_to_keep``: logits of the last places alone; 0 is all.
+        ``num_items_in_batch``, as ``Trainer`` gives it when it accumulates gradients, divides the summed loss in place
+        of this batch's targets.
 
         Raises:
             InputError: an argument of transformers that this model has no use for and must not ignore.
@@ -295,8 +310,11 @@ class LSTMForCausalLM(LSTMPreTrainedModel, HiddenGenerationMixin):
         states, new_hidden = self._run(embedded, hidden, padding)
         dropped = locked_dropout(states[-1], self.config.output_dropout, self.training)
         kept, head = dropped[:, -logits_to_keep:], self.lm_head
-        logits = read_out(kept[0], head.weight, head.bias, link)[None] if link else head(kept)
         penalty = self._activation_penalty(dropped, states[-1], padding)
+        if targets is not None:
+            nats = mean_loss(dropped.flatten(0, 1), head.weight, head.bias, targets.flatten())
+            return LSTMOutput(loss=nats + penalty, hidden=new_hidden, penalty=penalty)
+        logits = read_out(kept[0], head.weight, head.bias, link)[None] if link else head(kept)
         output = LSTMOutput(
             loss=None if labels is None else self._loss(logits, labels, penalty, for_the_loss),
             logits=logits,

@@ -22,6 +22,10 @@ from dynlm.types import InputError
 
 State = tuple[Tensor, Tensor]
 
+WIDE = 1024
+"""from this width on, gradients of torch's bfloat16 kernel on CPUs with AMX are wrong by a third where the width is a
+multiple of 128 (torch 2.13): full precision takes its place"""
+
 _twice: ContextVar[bool] = ContextVar("differentiable_twice", default=False)
 
 
@@ -82,6 +86,9 @@ def _torch_lstm(
     x_BTD: Tensor, state: State, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor
 ) -> tuple[Tensor, State]:
     h, c = state
+    if x_BTD.device.type == "cpu" and weight_hh.shape[1] >= WIDE and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return _torch_lstm(x_BTD.float(), (h.float(), c.float()), weight_ih, weight_hh, bias)
     # torch keeps two biases; the second one is a constant zero here, so that ours is counted once
     weights = [weight_ih, weight_hh, bias, torch.zeros_like(bias)]
     output, h, c = torch.lstm(x_BTD, [h[None], c[None]], weights, True, 1, 0.0, True, False, True)

@@ -197,13 +197,12 @@ class _Trainer:
             group["lr"] = self.config.lr * cycle(step / self.total_steps)
         self.model.train()
         with self.accelerator.autocast():
-            output = self.model(window[:, :-1], hidden=self.hidden)
-            loss = F.cross_entropy(output.logits.flatten(0, 1).float(), window[:, 1:].flatten())
-        value = loss.item()
+            output = self.model(window[:, :-1], hidden=self.hidden, targets=window[:, 1:])
+        value = float((output.loss - output.penalty).detach())
         if not math.isfinite(value):
             raise InputError(f"training loss is {value} at step {step}: lower train.lr ({self.config.lr:g})")
         self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(loss + output.penalty)
+        self.accelerator.backward(output.loss)
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.hidden = tuple((h.detach(), c.detach()) for h, c in output.hidden)

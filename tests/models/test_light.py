@@ -14,9 +14,11 @@ from dynlm.types import InputError
 from lab import START, VOCAB, make_article
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[(1, False), (2, False), (1, True), (2, True)], ids=["1", "2", "1-projected", "2-projected"])
 def saved(request, tmp_path):
-    model = ModelConfig(embedding_size=6, hidden_size=7, layers=request.param).build(VOCAB, START, seed=1).eval()
+    layers, projection = request.param
+    config = ModelConfig(embedding_size=6, hidden_size=7, layers=layers, projection=projection)
+    model = config.build(VOCAB, START, seed=1).eval()
     model.save_pretrained(tmp_path / "model")
     return model, tmp_path / "model"
 

@@ -56,3 +56,20 @@ def test_second_derivative_is_refused_by_the_fast_path_and_right_in_torchs():
         return output.square().sum()
 
     assert torch.autograd.gradgradcheck(loss, leaves[2])
+
+
+@pytest.mark.parametrize("width", [256, 1024])
+def test_gradients_in_bfloat16_are_those_of_float32_to_its_rounding(width):
+    """At 1,024 units torch's own kernel is wrong by a third where the CPU has AMX; elsewhere this holds anyway."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(4, 8, 16), (4 * width, 16), (4 * width, width), (4 * width,)]
+    inputs = [torch.randn(*shape, generator=generator) * 0.05 for shape in shapes]
+    sent_BTH, found = torch.randn(4, 8, width, generator=generator), []
+    for half in (False, True):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            output, _ = lstm_layer(leaves[0], (torch.zeros(4, width),) * 2, *leaves[1:])
+        (output.float() * sent_BTH).sum().backward()
+        found.append([t.grad for t in leaves])
+    for full, low in zip(*found, strict=True):
+        assert (full - low).norm() < 0.02 * full.norm()

@@ -24,7 +24,7 @@ from dynlm.data.segments import training_streams
 from dynlm.interrupt import Interrupted, Interruptible
 from dynlm.models.lstm import Hidden, LSTMForCausalLM
 from dynlm.progress import Bar
-from dynlm.settings import AnyFloat, Count, NotNegative, Positive, Seed, Settings, Whole
+from dynlm.settings import AnyFloat, Count, NotNegative, Positive, Seed, Settings, Share, Whole
 from dynlm.types import InputError, TokenizedArticle, perplexity
 
 
@@ -42,6 +42,8 @@ class TrainConfig(Settings):
     """peak learning rate of the cycle (warm-up over the first tenth, then cosine to zero)"""
     weight_decay: NotNegative = 0.01
     """AdamW's decoupled decay, a step"""
+    reset: Share = 0.0
+    """probability that a stream's hidden state is zero before a window, as it is at the start of an article"""
     clip: Positive = 0.5
     """bound on the norm of the gradient"""
     validations_per_epoch: Count = 1
@@ -196,6 +198,9 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * cycle(step / self.total_steps)
         self.model.train()
+        if self.hidden is not None and self.config.reset:
+            kept_B1 = torch.rand(window.shape[0], 1, device=window.device) >= self.config.reset
+            self.hidden = tuple((h * kept_B1, c * kept_B1) for h, c in self.hidden)
         with self.accelerator.autocast():
             output = self.model(window[:, :-1], hidden=self.hidden, targets=window[:, 1:])
         value = float((output.loss - output.penalty).detach())

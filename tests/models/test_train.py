@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dynlm.interrupt import Interrupted
-from dynlm.models.lstm import ModelConfig
+from dynlm.models.lstm import LSTMForCausalLM, ModelConfig
 from dynlm.models.train import TrainConfig, _Trainer, cycle, train_base_model
 from dynlm.runs import Run
 from dynlm.types import InputError
@@ -41,8 +41,8 @@ def test_training_learns_and_keeps_the_best_model(tmp_path):
 
 
 def test_an_interrupted_training_resumes_bit_for_bit(tmp_path, monkeypatch):
-    straight = build()
-    train_base_model(straight, ARTICLES, CONFIG, Run(tmp_path / "straight"), ignore)
+    straight, config = build(), replace(CONFIG, reset=0.1)
+    train_base_model(straight, ARTICLES, config, Run(tmp_path / "straight"), ignore)
 
     class StopError(Exception):
         pass
@@ -59,13 +59,28 @@ def test_an_interrupted_training_resumes_bit_for_bit(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runs, "write_tensors", stop_within_the_third)
     with pytest.raises(StopError):
-        train_base_model(build(), ARTICLES, CONFIG, Run(tmp_path / "cut"), ignore)
+        train_base_model(build(), ARTICLES, config, Run(tmp_path / "cut"), ignore)
     monkeypatch.undo()
     torch.manual_seed(77)  # whatever happened in between
     resumed = build()
-    train_base_model(resumed, ARTICLES, CONFIG, Run(tmp_path / "cut"), ignore, resume=True)
+    train_base_model(resumed, ARTICLES, config, Run(tmp_path / "cut"), ignore, resume=True)
     for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_streams_begin_anew_as_often_as_asked(tmp_path, monkeypatch):
+    seen, step = [], LSTMForCausalLM.forward
+
+    def noted(model, *arguments, hidden=None, targets=None, **more):
+        if model.training and hidden is not None:
+            seen.append(torch.cat([(h == 0).all(1) for h, _ in hidden]))
+        return step(model, *arguments, hidden=hidden, targets=targets, **more)
+
+    monkeypatch.setattr(LSTMForCausalLM, "forward", noted)
+    for share in (0.0, 0.25, 0.9):
+        seen.clear()
+        train_base_model(build(), ARTICLES, replace(CONFIG, reset=share), Run(tmp_path / str(share)), ignore)
+        assert torch.cat(seen).float().mean().item() == pytest.approx(share, abs=0.1)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):

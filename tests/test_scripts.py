@@ -90,3 +90,12 @@ def test_kill_matrix_kills_a_stage_and_the_result_is_the_right_one(tmp_path):
     ways = ("resumed", "begun again", "was finished", "ended before")
     assert (sum(row[way] for way in ways), row["failures"]) == (3, [])
     assert "every kill left one generation" in printed
+
+
+def test_bench_train_compares_two_forms_of_the_loss(tmp_path):
+    printed = run("bench_train", "--quick", "--rounds", "2", "--batch", "4", "--json", tmp_path / "bench.json").stdout
+    rows = {row["form"]: row for row in json.loads((tmp_path / "bench.json").read_text())["models"]["small"]}
+    assert set(rows) == {"fp32 plain", "fp32 fused", "bf16 plain", "bf16 fused"}
+    assert rows["fp32 plain"]["times_plain"] == 1
+    assert abs(rows["fp32 fused"]["loss"] - rows["fp32 plain"]["loss"]) < 1e-4
+    assert "× plain" in printed

@@ -21,7 +21,9 @@ LOCK = ".lock"
 PATIENCE = 1.0
 """seconds to wait for a lock: the workers of a killed process end a moment after it"""
 TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
-"""names of folders that dynlm.runs.replacing and dynlm.changes make"""
+"""names of folders that dynlm.files.replacing and dynlm.changes make"""
+INSIDE = re.compile(rf"{re.escape(PROBE)}.*|\.tmp\w{{6}}")
+"""what may be half made in them: a tried file mode, and the file that safetensors renames when it is whole"""
 
 
 def is_first_process() -> bool:
@@ -153,7 +155,7 @@ def _remove_temporary(path: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         if not name or folder.is_symlink() or not folder.is_dir():
             continue
-        target, held = folder.with_name(name[1]), {n for n in os.listdir(folder) if not n.startswith(PROBE)}
+        target, held = folder.with_name(name[1]), {n for n in os.listdir(folder) if not INSIDE.fullmatch(n)}
         if not held <= {name[1], "old"}:
             continue  # not dynlm's
         if "old" in held and not target.exists():

@@ -87,6 +87,7 @@ def test_what_killed_commands_left_is_removed_and_other_files_are_not(run):
         (run.path / name).mkdir(parents=True)
     (run.path / "rules" / ".rms.abcd1234" / "rms").write_text("half")
     (run.path / "rules" / ".rms.abcd1234" / ".mode.abcd1234").mkdir()
+    (run.path / "rules" / ".rms.abcd1234" / ".tmpU91b7g").write_text("half, by safetensors")
     (run.path / "rules" / ".mine.abcd1234" / "notes").write_text("mine")
     with claim(run):
         assert names(run.path / "rules") == [".mine.abcd1234", ".model.x", "rms"]

@@ -1,7 +1,11 @@
 """The public names, and what importing the package costs."""
 
+import importlib
+import inspect
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +18,29 @@ def test_every_public_name_is_there_and_has_a_docstring():
         assert getattr(dynlm, name).__doc__
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         dynlm.Nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("package", ["dynlm", "dynlm.optim"])
+def test_type_checkers_see_what_runs(package):
+    """mypy checks tests/public_types.py, which claims a real type of every public name; here: that none is missing."""
+    module = importlib.import_module(package)
+    claimed = set(re.findall(rf"{re.escape(package)}\.(\w+)", Path(__file__).with_name("public_types.py").read_text()))
+    assert set(module.__all__) <= claimed
+    for name in module.__all__:
+        assert getattr(module, name).__module__.startswith("dynlm."), name
+
+
+def test_the_signatures_of_public_names_are_those_that_are_written_down():
+    """A changed signature is a change for users: write it down in tests/public_names.txt and in CHANGELOG.md."""
+    found = []
+    for package in ("dynlm", "dynlm.optim"):
+        module = importlib.import_module(package)
+        for name in sorted(module.__all__):
+            thing = getattr(module, name)
+            signature = inspect.signature(thing.__init__ if inspect.isclass(thing) else thing)
+            found.append(f"{package}.{name}{signature}")
+    written = Path(__file__).with_name("public_names.txt").read_text().splitlines()
+    assert found == written
 
 
 def test_importing_runs_nothing():

@@ -6,22 +6,22 @@ The public names load their modules when first used.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-_HOME = {
-    "LearnedOptimizer": "dynlm.optim.torch_optimizer",
-    "load": "dynlm.optim.hub",
-    "save_pretrained": "dynlm.optim.hub",
-    "push_to_hub": "dynlm.optim.hub",
-}
-__all__ = list(_HOME)
+__all__ = ["LearnedOptimizer", "load", "push_to_hub", "save_pretrained"]
 
+if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__ finds the same names
+    from dynlm.optim.hub import load as load
+    from dynlm.optim.hub import push_to_hub as push_to_hub
+    from dynlm.optim.hub import save_pretrained as save_pretrained
+    from dynlm.optim.torch_optimizer import LearnedOptimizer as LearnedOptimizer
+else:
+    _HOME = dict.fromkeys(__all__, "dynlm.optim.hub") | {"LearnedOptimizer": "dynlm.optim.torch_optimizer"}
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'dynlm.optim' has no attribute {name!r}")
+    def __getattr__(name):
+        if name in _HOME:
+            return getattr(importlib.import_module(_HOME[name]), name)
+        raise AttributeError(f"module 'dynlm.optim' has no attribute {name!r}")
 
-
-def __dir__() -> list[str]:
-    return [*globals(), *_HOME]
+    def __dir__():
+        return [*globals(), *_HOME]

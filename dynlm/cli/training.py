@@ -13,7 +13,7 @@ from dynlm.cli.recipe import Recipe, recipe_of_run, require_same
 from dynlm.data.articles import Corpus, load_corpus
 from dynlm.data.tokenizers import Tokenizer, load_tokenizer, tokenize, train_tokenizer
 from dynlm.models.lstm import LSTMForCausalLM
-from dynlm.models.train import Progress, train_base_model
+from dynlm.models.train import Progress, choose_precision, train_base_model
 from dynlm.stamps import fingerprint_files, read_stamped
 from dynlm.threads import choose_threads
 from dynlm.types import InputError
@@ -65,7 +65,8 @@ def _train(recipe: Recipe, work: runs.Run, tokenizer: Tokenizer, corpus: Corpus,
     print(f"{model.num_parameters():,} weights, {len(train_texts)} articles, {tokens:,} training tokens")
     rows = recipe.train.batch_size * recipe.train.segment
     product = rows, model.config.embedding_size, tokenizer.vocab_size  # the read-out, where most of the time goes
-    print(f"threads: {choose_threads(recipe.threads, product=product)}", flush=True)
+    print(f"threads: {choose_threads(recipe.threads, product=product)}")
+    print("precision: {} ({})".format(*choose_precision(recipe.train)), flush=True)
     fresh = not recipe.resume
     if fresh and is_first_process() and run.parts("train").parent.exists():
         with changing(run.path) as new:

@@ -54,6 +54,10 @@ class TrainConfig(Settings):
     """order of articles, initial weights and dropout"""
 
 
+MIXED = {"fp32": "no", "bf16": "bf16"}
+"""what accelerate calls the precisions"""
+
+
 class Progress(NamedTuple):
     """Where training stands. ``best`` is validation nats per token."""
 
@@ -77,7 +81,7 @@ def train_base_model(
     Raises:
         InputError: a loss that is not finite (earlier files stay), or a checkpoint that does not fit.
     """
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=_precision(config))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=MIXED[choose_precision(config)[0]])
     trainer = _Trainer(model, articles, config, accelerator)
     path = run.checkpoint("train")
     if resume:
@@ -273,9 +277,10 @@ def cycle(fraction: float, warmup: float = 0.1) -> float:
     return 0.5 * (1 + math.cos(math.pi * (fraction - warmup) / (1 - warmup)))
 
 
-def _precision(config: TrainConfig) -> str:
+def choose_precision(config: TrainConfig) -> tuple[Literal["fp32", "bf16"], str]:
+    """(precision, why): what the recipe says, or for ``auto`` what the device multiplies fastest (docs/LOG.md)."""
     if config.precision != "auto":
-        return {"fp32": "no", "bf16": "bf16"}[config.precision]
+        return config.precision, "train.precision"
     if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "no"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "no"
+        return ("bf16", "this GPU has it") if torch.cuda.is_bf16_supported() else ("fp32", "this GPU has no bfloat16")
+    return ("bf16", "this CPU has AMX") if torch.cpu._is_amx_tile_supported() else ("fp32", "this CPU has no AMX")

@@ -10,7 +10,7 @@ import torch
 
 from dynlm.interrupt import Interrupted
 from dynlm.models.lstm import LSTMForCausalLM, ModelConfig
-from dynlm.models.train import TrainConfig, _Trainer, cycle, train_base_model
+from dynlm.models.train import TrainConfig, _Trainer, choose_precision, cycle, train_base_model
 from dynlm.runs import Run
 from dynlm.types import InputError
 from lab import START, VOCAB, make_article
@@ -66,6 +66,14 @@ def test_an_interrupted_training_resumes_bit_for_bit(tmp_path, monkeypatch):
     train_base_model(resumed, ARTICLES, config, Run(tmp_path / "cut"), ignore, resume=True)
     for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_precision_follows_the_recipe_or_the_device(monkeypatch):
+    assert choose_precision(replace(CONFIG, precision="bf16")) == ("bf16", "train.precision")
+    for amx, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert choose_precision(replace(CONFIG, precision="auto"))[0] == expected
 
 
 def test_streams_begin_anew_as_often_as_asked(tmp_path, monkeypatch):

@@ -312,6 +312,8 @@ class LSTMForCausalLM(LSTMPreTrainedModel, HiddenGenerationMixin):
         kept, head = dropped[:, -logits_to_keep:], self.lm_head
         penalty = self._activation_penalty(dropped, states[-1], padding)
         if targets is not None:
+            if padding is not None or labels is not None:
+                raise InputError("targets stand for every place: give labels, -100 where padded, or targets alone")
             nats = mean_loss(dropped.flatten(0, 1), head.weight, head.bias, targets.flatten())
             return LSTMOutput(loss=nats + penalty, hidden=new_hidden, penalty=penalty)
         logits = read_out(kept[0], head.weight, head.bias, link)[None] if link else head(kept)

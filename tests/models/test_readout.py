@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from dynlm.models import readout
 from dynlm.models.lstm import ModelConfig
+from dynlm.types import InputError
 
 
 def make(rows, dtype=torch.float64):
@@ -57,5 +58,7 @@ def test_a_model_with_targets_gives_the_loss_without_logits(projection):
     expected = torch.autograd.grad(nats + plain.penalty, list(model.parameters()))
     output = model(ids[:, :-1], targets=ids[:, 1:])
     assert output.logits is None
+    with pytest.raises(InputError, match="give labels, -100 where padded, or targets alone"):
+        model(ids[:, :-1], targets=ids[:, 1:], labels=ids[:, :-1])
     torch.testing.assert_close(output.loss, nats + plain.penalty)
     torch.testing.assert_close(torch.autograd.grad(output.loss, list(model.parameters())), expected)

@@ -24,43 +24,9 @@ ELSEWHERE = 1e-6
 WORDS = """river stone garden winter letter mountain keeper lantern harbour village teacher market window bridge orchard
     carried found wrote opened crossed built painted followed remembered sold quietly slowly again never often early
     old small bright narrow distant the a this every his her near under above beyond behind within"""
-RECIPE = """
-[data]
-source = "{source}"
-meta_articles = 6
-held_out = 3
-[tokenizer]
-vocab_size = 400
-[model]
-embedding_size = 12
-hidden_size = 16
-projection = true
-input_dropout = 0.1
-[train]
-epochs = 2
-batch_size = 4
-segment = 16
-precision = "fp32"
-[prior]
-tokens = 512
-[tune]
-rules = ["sgd", "rms"]
-trials = 3
-articles = 2
-max_tokens = 200
-[meta]
-steps = 6
-lr = 2e-2
-articles = 1
-truncation = 4
-validate_every = 1
-validation_articles = 2
-hidden = 2
-[meta.estimator]
-coordinates = 300
-[evaluate]
-methods = ["static", "stateless", "sgd", "rms", "gated"]
-"""
+FLAGS = """--quiet --threads 1 --model.hidden-size 16 --model.projection --model.input-dropout 0.1 --train.epochs 2
+    --prior.tokens 512 --tune.rules sgd rms --tune.trials 3 --tune.max-tokens 200 --meta.steps 6 --meta.lr 2e-2
+    --meta.estimator.coordinates 300 --evaluate.methods static stateless sgd rms gated"""
 
 
 def text(seed: int, length: int) -> str:
@@ -87,16 +53,11 @@ def chain(folder: Path) -> dict[str, Any]:
     """``train``, ``tune``, ``meta-train`` and ``evaluate`` of a tiny model."""
     import torch
 
-    from dynlm.cli.main import main
+    from chain import run_chain
     from dynlm.runs import Run, read_tensors
 
-    rows = [{"title": f"Text {seed}", "text": text(seed, 140)} for seed in range(30)]
-    (folder / "docs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "recipe.toml").write_text(RECIPE.format(source=folder / "docs.jsonl"))
-    run = Run(folder / "run")
-    for command in ("train", "tune", "meta-train", "evaluate"):
-        code = main([command, str(folder / "recipe.toml"), "--run", str(run.path), "--quiet", "--threads", "1"])
-        assert code == 0, f"{command} ended with {code}"
+    articles = [{"title": f"Text {seed}", "text": text(seed, 140)} for seed in range(30)]
+    run = Run(run_chain(folder, articles, *FLAGS.split())[1])
     last = json.loads(run.log("train").read_text().splitlines()[-1])
     numbers: dict[str, Any] = {"train.valid": last["valid"], "train.loss": last["train"]}
     numbers["model.bits"] = digest(run.model / "model.safetensors")

@@ -88,7 +88,8 @@ def _torch_lstm(
     h, c = state
     if x_BTD.device.type == "cpu" and weight_hh.shape[1] >= WIDE and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
-            return _torch_lstm(x_BTD.float(), (h.float(), c.float()), weight_ih, weight_hh, bias)
+            x_BTD, h, c = (tensor.to(weight_hh.dtype) for tensor in (x_BTD, h, c))
+            return _torch_lstm(x_BTD, (h, c), weight_ih, weight_hh, bias)
     # torch keeps two biases; the second one is a constant zero here, so that ours is counted once
     weights = [weight_ih, weight_hh, bias, torch.zeros_like(bias)]
     output, h, c = torch.lstm(x_BTD, [h[None], c[None]], weights, True, 1, 0.0, True, False, True)

@@ -1,47 +1,10 @@
 """A whole small run that the tests of commands share: a real text, every stage once."""
 
-import json
 import shutil
 
 import pytest
 
-from dynlm.cli.main import main
-
-STEPS = ("train", "tune", "meta-train", "evaluate")
-RECIPE = """
-[data]
-source = "{source}"
-meta_articles = 6
-held_out = 3
-[tokenizer]
-vocab_size = 400
-[model]
-embedding_size = 12
-hidden_size = 12
-[train]
-epochs = 1
-batch_size = 4
-segment = 16
-precision = "fp32"
-[prior]
-tokens = 1024
-[tune]
-rules = ["rms", "sgd"]
-trials = 4
-articles = 2
-max_tokens = 256
-[meta]
-steps = 2
-articles = 1
-truncation = 4
-validate_every = 1
-validation_articles = 2
-hidden = 2
-[meta.estimator]
-coordinates = 500
-[evaluate]
-methods = ["static", "sgd", "rms", "gated"]
-"""
+from chain import run_chain
 
 
 @pytest.fixture(scope="session")
@@ -51,13 +14,7 @@ def finished(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("chain")
     rows = [{"title": a.title, "text": a.text[:3000]} for a in read_pools(DataConfig())["all"][:40]]
-    (folder / "docs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    recipe = folder / "recipe.toml"
-    recipe.write_text(RECIPE.format(source=folder / "docs.jsonl"))
-    run = folder / "run"
-    for command in STEPS:
-        assert main([command, str(recipe), "--run", str(run)]) == 0
-    return recipe, run
+    return run_chain(folder, rows)
 
 
 @pytest.fixture

@@ -223,33 +223,26 @@ sys.exit(main(sys.argv[2:]))
 
 def test_a_signal_leaves_a_checkpoint_that_goes_on_bitwise_or_promises_none(finished, tmp_path):
     recipe, _ = finished
-    more = ["--train.validations-per-epoch", "4"]
+    training = ["train", str(recipe), "--train.validations-per-epoch", "4", "--run"]
 
-    def interrupted(signal, at, *arguments):
-        command = [
-            sys.executable,
-            "-c",
-            INTERRUPTED.format(signal=signal),
-            str(at),
-            "train",
-            str(recipe),
-            *more,
-            *arguments,
-        ]
+    def interrupted(signal, at, run):
+        command = [sys.executable, "-c", INTERRUPTED.format(signal=signal), str(at), *training, str(run)]
         return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
-    early = interrupted("SIGTERM", 2, "--run", str(tmp_path / "early"))
-    assert early.returncode == 143
-    assert "interrupted before the first validation: nothing was saved" in early.stderr
-    assert not (tmp_path / "early").exists()
-    assert main(["train", str(recipe), *more, "--run", str(tmp_path / "whole")]) == 0
+    assert main([*training, str(tmp_path / "whole")]) == 0
+    whole = (tmp_path / "whole" / "model" / "model.safetensors").read_bytes()
     steps = json.loads((tmp_path / "whole" / "train.jsonl").read_text().splitlines()[-1])["step"]
-    late = interrupted("SIGINT", steps - 2, "--run", str(tmp_path / "cut"))
-    assert late.returncode == 130
-    assert f"interrupted after step {steps - 2}, which is saved: --resume goes on from there" in late.stderr
-    assert main(["train", "--run", str(tmp_path / "cut"), "--resume"]) == 0
-    weights = [tmp_path / part / "model" / "model.safetensors" for part in ("whole", "cut")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+    for name, code in (("SIGINT", 130), ("SIGTERM", 143)):
+        run = tmp_path / name
+        early = interrupted(name, 2, run)
+        assert early.returncode == code
+        assert "interrupted before the first validation: nothing was saved" in early.stderr
+        assert not run.exists()
+        late = interrupted(name, steps - 2, run)
+        assert late.returncode == code
+        assert f"interrupted after step {steps - 2}, which is saved: --resume goes on from there" in late.stderr
+        assert main(["train", "--run", str(run), "--resume"]) == 0
+        assert (run / "model" / "model.safetensors").read_bytes() == whole
 
 
 def test_the_log_of_a_run_in_a_file_is_short(finished, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from chain import STEPS
 from dynlm.cli.main import COMMANDS, main
 from dynlm.cli.recipe import Recipe, load_recipe, recipe_of_run, saved_settings
 from dynlm.runs import Run, read_tensors, write_json
@@ -15,7 +16,6 @@ from dynlm.types import InputError
 pytestmark = pytest.mark.usefixtures("plain_reports")
 
 RECIPES = sorted(Path(__file__).parents[2].glob("recipes/*.toml"))
-STEPS = ("train", "tune", "meta-train", "evaluate")
 
 
 def fails(capsys, arguments, *parts):

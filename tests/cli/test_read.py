@@ -263,9 +263,9 @@ def test_a_long_stream_stays_flat_and_finite():
 
     if sys.platform != "linux":
         pytest.skip("reads /proc")
-    stream = Stream(900)
+    stream = Stream(1200)
     totals = read(ReadSettings(("-",), quiet=True, reset="never"), stream)
-    assert totals.tokens > 8_000
+    assert totals.tokens > 10_000
     assert torch.isfinite(torch.tensor(totals.adapted))
     before, after = stream.seen
     assert after < 1.02 * before

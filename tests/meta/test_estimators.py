@@ -91,7 +91,7 @@ def test_sampled_forward_mode_is_unbiased(lab, monkeypatch):
     few = functools.partial(sample_coordinates, smallest=4)
     monkeypatch.setattr("dynlm.meta.estimators.sample_coordinates", few)
     config = EstimatorConfig("forward", coordinates=60)
-    draws = torch.stack([estimate(lab, rule, config, window, generator)[0] for _ in range(80)])
+    draws = torch.stack([estimate(lab, rule, config, window, generator)[0] for _ in range(150)])
     error = draws.std(0) / len(draws) ** 0.5
     assert (error > 0).all()
     assert ((draws.mean(0) - exact).abs() < 3.5 * error).all()

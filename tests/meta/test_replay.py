@@ -164,7 +164,7 @@ def test_sampled_replay_is_unbiased(lab, name):
     replay, generator, draws = Replay(rule), torch.Generator().manual_seed(1), []
     replay(recording)
     exact = flat(rule)
-    for _ in range(800):
+    for _ in range(2000):
         replay(resample(recording, generator, 60))
         draws.append(flat(rule))
     draws = torch.stack(draws)

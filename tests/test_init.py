@@ -37,7 +37,12 @@ def test_the_signatures_of_public_names_are_those_that_are_written_down():
         module = importlib.import_module(package)
         for name in sorted(module.__all__):
             thing = getattr(module, name)
-            signature = inspect.signature(thing.__init__ if inspect.isclass(thing) else thing)
+            if not inspect.isclass(thing):
+                signature = inspect.signature(thing)
+            elif any("__init__" in vars(base) for base in thing.__mro__ if base.__module__.startswith("dynlm.")):
+                signature = inspect.signature(thing.__init__)
+            else:  # the constructor is another library's, and libraries wrap torch's own while they run
+                signature = ""
             found.append(f"{package}.{name}{signature}")
     written = Path(__file__).with_name("public_names.txt").read_text().splitlines()
     assert found == written

@@ -11,7 +11,7 @@ from dynlm.optim.diagonal import Diagonal
 from dynlm.optim.gated import Gated
 from dynlm.optim.general import General
 from dynlm.optim.handmade import RMS, SGD, Adam, Static
-from dynlm.optim.kernel import FusedStep
+from dynlm.optim.kernel import InPlaceUpdate
 from dynlm.optim.library import HANDMADE, LEARNED, load_rule, make_rule, save_rule
 from dynlm.optim.linear import Linear, LinearConfig
 from dynlm.optim.mlp import MLP
@@ -79,7 +79,7 @@ def run_plain(rule, priors, n_steps):
 
 
 def run_fused(rule, priors, n_steps, compiled):
-    thetas, state, fused = [p.theta0.clone() for p in priors], rule.init(priors), FusedStep(rule, compiled)
+    thetas, state, fused = [p.theta0.clone() for p in priors], rule.init(priors), InPlaceUpdate(rule, compiled)
     for step in range(n_steps):
         state.clock.tick(3.0 + step % 3)
         fused(thetas, grads_at(priors, step), state, priors)
@@ -195,7 +195,7 @@ def test_a_nan_gradient_stays_visible_in_the_compiled_step():
         state.clock.tick(3.0)
         grads = grads_at(priors, 0)
         grads[0][2, 2] = float("nan")
-        FusedStep(rule, compiled)(thetas, grads, state, priors)
+        InPlaceUpdate(rule, compiled)(thetas, grads, state, priors)
         assert thetas[0][2, 2].isnan()
 
 
@@ -216,7 +216,7 @@ def test_torch_compiles_the_same_step(name, monkeypatch):
 def test_compiled_kernel_without_a_compiler_is_an_error(monkeypatch):
     monkeypatch.setenv("DYNLM_KERNEL", "eager")
     with pytest.raises(InputError, match="'compiled', but DYNLM_KERNEL is 'eager'"):
-        FusedStep(SGD(), compiled=True)
+        InPlaceUpdate(SGD(), compiled=True)
 
 
 @pytest.mark.parametrize("kind", [*HANDMADE, *LEARNED])

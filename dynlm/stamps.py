@@ -51,7 +51,7 @@ class Stamp:
 
 def unfinished(path: Path, command: str) -> str:
     """A note on a result that may still change."""
-    return f"note: {path} is unfinished, its best validation so far is used; `dynlm {command} --resume` goes on"
+    return f"{path} is unfinished, its best validation so far is used; `dynlm {command} --resume` goes on"
 
 
 def read_stamped(path: Path) -> tuple[Json, Stamp]:

@@ -17,8 +17,8 @@ def audit_stage(recipe: Recipe) -> Json:
     The methods are those of the run's results.json, else of ``evaluate.methods``, else all that the run holds.
     """
     bench, config = Bench(recipe), recipe.evaluate
-    evaluated = list(read_json(bench.run.results)["methods"]) if bench.run.results.is_file() else []
-    methods = methods_of(bench.run, evaluated or config.methods)
+    evaluated = list(read_json(bench.path.results)["methods"]) if bench.path.results.is_file() else []
+    methods = methods_of(bench.path, evaluated or config.methods)
     texts = bench.corpus.split(config.split)[: config.max_articles or None]
     articles = bench.articles(config.split, config.max_articles)
     failed, checks = 0, list[Json]()
@@ -41,6 +41,6 @@ def audit_stage(recipe: Recipe) -> Json:
         for verdict in verdicts(make_reader, articles[0], articles[-1], start_id, vocab_size, quick=recipe.audit.quick):
             tell(name, verdict)
     if failed:
-        raise InputError(f"{failed} checks of {bench.run.path} failed: its figures cannot be trusted")
+        raise InputError(f"{failed} checks of {bench.path.path} failed: its figures cannot be trusted")
     print(f"{len(methods)} methods, every check passed")
     return {"checks": checks}

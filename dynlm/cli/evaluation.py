@@ -16,7 +16,6 @@ from dynlm import runs
 from dynlm.adapt import Reader
 from dynlm.changes import changing
 from dynlm.cli.kept import free_parts
-from dynlm.cli.kit import model_fingerprint
 from dynlm.cli.recipe import Recipe
 from dynlm.cli.stages import Bench, methods_of
 from dynlm.data.tokenizers import load_tokenizer, lost_share
@@ -32,6 +31,7 @@ from dynlm.progress import Bar
 from dynlm.report.html import write_report
 from dynlm.report.maps import require_titles
 from dynlm.report.svg import formats
+from dynlm.session.session import model_fingerprint
 from dynlm.stamps import fingerprint_files
 from dynlm.types import DivergedError, InputError, TokenizedArticle
 
@@ -39,11 +39,11 @@ from dynlm.types import DivergedError, InputError, TokenizedArticle
 def evaluate(recipe: Recipe) -> runs.Json:
     """All methods over the same tokens of one split; results.json, losses and the report."""
     bench, config = Bench(recipe), recipe.evaluate
-    methods = methods_of(bench.run, config.methods)
+    methods = methods_of(bench.path, config.methods)
     if "static" not in methods:
         raise InputError(f"evaluate.methods {methods} lack 'static', the baseline of every gain: add it")
     asked = _asked(bench) | {"methods": methods}
-    if (kept := _evaluated(bench.run, asked, recipe)) is not None:
+    if (kept := _evaluated(bench.path, asked, recipe)) is not None:
         return kept
     readers = {name: bench.method(name) for name in methods}
     articles = bench.articles(config.split, config.max_articles)
@@ -73,7 +73,7 @@ def evaluate(recipe: Recipe) -> runs.Json:
     words = Counter(word for article in bench.corpus.train for word in article.text.split())
     reading = Reading(articles, bench.tokenizer, words, recipe.read.segment, recipe.read.reset)
     summary["breakdowns"] = break_down(scores, reading)
-    write_results(bench.run, scores, articles, {**_circumstances(bench, articles), **counts._asdict(), **summary})
+    write_results(bench.path, scores, articles, {**_circumstances(bench, articles), **counts._asdict(), **summary})
     for name, method in sorted(summary["methods"].items(), key=lambda item: -item[1]["nats"]):
         low, high = method["gain_ci95"]
         print(
@@ -82,7 +82,7 @@ def evaluate(recipe: Recipe) -> runs.Json:
             f"  word perplexity {_number(method['word_ppl'], ',.4g')}  {method['tokens_per_s']:,.0f} tokens/s"
         )
     report(recipe)
-    return _told(runs.read_json(bench.run.results))
+    return _told(runs.read_json(bench.path.results))
 
 
 def _asked(bench: Bench) -> runs.Json:
@@ -131,7 +131,7 @@ def _read_or_resume(
     """Read with one method and keep its scores, or take those that an unfinished evaluation has kept."""
     theta0, rule = model_fingerprint(reader.priors), fingerprint(reader.rule)
     made = {**asked, "methods": [name], "theta0": theta0, "rule": rule, "settings": _settings(reader)}
-    path = bench.run.parts("evaluate") / f"{name}.safetensors"
+    path = bench.path.parts("evaluate") / f"{name}.safetensors"
     scores = load_part(path, made) if bench.recipe.resume else None
     if scores is None:
         scores = _read(name, reader, articles, bench.tokenizer.eos_id, bench.recipe.evaluate.gate_articles)
@@ -183,7 +183,7 @@ def _circumstances(bench: Bench, articles: list[TokenizedArticle]) -> runs.Json:
         "segment": recipe.read.segment,
         "model": {
             "class": type(bench.model).__name__,
-            "parameters": bench.model.num_parameters(),
+            "parameters": sum(p.numel() for p in bench.model.parameters()),
             "adapted": sum(p.theta0.numel() for p in bench.priors),
             "fingerprint": model_fingerprint(bench.priors, bench.model),
         },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import re
 import sys
@@ -89,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dynlm {dynlm.__version__}")
         return 0
     hush_libraries()
+    _hear_library()
     try:
         _run(arguments[0], arguments[1:])
     except InputError as error:
@@ -110,6 +112,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell("interrupted: what was finished is whole, the rest was not saved")
         return 130
     return 0
+
+
+class _Told(logging.Handler):
+    """Shows what the library logs as notes of the command."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(f"note: {record.getMessage()}")
+
+
+def _hear_library() -> None:
+    library = logging.getLogger("dynlm")
+    if not any(isinstance(handler, _Told) for handler in library.handlers):
+        library.addHandler(_Told())
+        library.propagate = False
 
 
 def _usage() -> str:

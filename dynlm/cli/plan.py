@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from dynlm.adapt import Reader, Scorer, detach, measure_priors
 from dynlm.allocator import MIB
-from dynlm.cli.adopt import load_base
 from dynlm.cli.recipe import Recipe, recipe_of_run
 from dynlm.data.segments import article_segments
 from dynlm.meta.estimators import make_estimator
 from dynlm.meta.plan import PROBE, available_memory, peak_memory, plan_step, require_fit
 from dynlm.models.causal import CausalScorer, LSTMScorer, scorer_for
+from dynlm.models.ready import load_base
 from dynlm.optim.library import start_rule
 from dynlm.runs import Json, Run
 

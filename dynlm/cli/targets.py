@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from dynlm.cli.memory import KIND
 from dynlm.runs import replacing
+from dynlm.session.memory import KIND
 from dynlm.types import InputError
 
 PAGE = b'<meta name="generator" content="dynlm read">'

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from typing import Literal, TextIO
 
+from dynlm.printable import printable
 from dynlm.report.shades import DARK, LIGHT, Palette, Rgb, contrast, cube, least, shade
 from dynlm.types import InputError
 
@@ -20,8 +21,6 @@ Color = Literal["auto", "always", "never"]
 Theme = Literal["auto", "light", "dark"]
 RESET = "\x1b[0m"
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""what moves the cursor, ends or turns a line, or cannot be written"""
 RULE = "\u2500\u256d\u2570\u256f-"
 FIELD = re.compile(
     r"(Error parsing (?:[A-Z]\w*|(?P<section>[a-z][\w.-]*)): |(?=[A-Z]))([A-Z]\w*\.)?(?P<field>\w+)(?= (is|has|names) )"
@@ -29,11 +28,6 @@ FIELD = re.compile(
 """the name of a setting behind what tyro and a class of settings put before it"""
 BLACK, WHITE = 16, 231
 LIGHT_BACKGROUNDS = {7, 9, 10, 11, 12, 13, 14, 15}
-
-
-def printable(text: str) -> str:
-    """One line that is safe to print, whatever names and titles it holds: controls become escapes such as ``\\n``."""
-    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def tell(message: str) -> None:

@@ -56,6 +56,10 @@ class Text:
         return Article(self.id, self.title, "".join(self.chunks))
 
 
+Source = str | Path | Article | Text
+"""a text itself, the path of a file, or either of these records"""
+
+
 def read_texts(names: Sequence[str], stdin: BinaryIO | None = None) -> Iterator[Text]:
     """The texts of files in order, ``-`` for standard input; a ``.jsonl`` file holds several. All names are looked at
     before the first text comes.
@@ -71,6 +75,27 @@ def read_texts(names: Sequence[str], stdin: BinaryIO | None = None) -> Iterator[
         if name != STDIN and (reason := why_unreadable(name)):
             raise InputError(f"{name} {reason}{': name the files in it' if Path(name).is_dir() else ''}")
     return (text for name in names for text in _texts_of(name, stdin))
+
+
+def as_texts(*sources: Source) -> Iterator[Text]:
+    """The texts of sources in order: a string is a text, a path names a file as :func:`read_texts` takes it.
+
+    Raises:
+        InputError: an empty text, a file that cannot be read, a string that is the name of a file.
+    """
+    for source in sources:
+        if isinstance(source, Text):
+            yield source
+        elif isinstance(source, Article):
+            yield Text(source.id, source.title, _chunks(_nonempty(source.title, [source.text])))
+        elif isinstance(source, Path):
+            yield from read_texts([str(source)])
+        elif len(source) < 4096 and "\n" not in source and Path(source).is_file():
+            raise InputError(f"{source!r} is the name of a file: give Path({source!r}) to read what is in it")
+        else:
+            yield Text(
+                "text", "text", _chunks(_nonempty("the text", [SURROGATES.sub("\N{REPLACEMENT CHARACTER}", source)]))
+            )
 
 
 def _texts_of(name: str, stdin: BinaryIO | None) -> Iterator[Text]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Annotated, Literal, NotRequired, Protocol, TypedDict, cast
+from typing import Annotated, Any, Literal, NotRequired, Protocol, TypedDict, cast
 
 import torch
 
@@ -174,19 +174,9 @@ class SentencePieceTokenizer:
 class HuggingFaceTokenizer:
     """Any tokenizer that ``AutoTokenizer`` loads, from a folder or the hub's cache; no special token is added."""
 
-    def __init__(self, name: str) -> None:
-        from transformers import AutoTokenizer
-
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-            if not self._tokenizer.vocab_size:  # what a folder with a model alone gives
-                raise ValueError("it has no entries")
-        except Exception as error:  # the loader raises many kinds; all mean that there is no whole tokenizer
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(
-                f"tokenizer {name!r} cannot be loaded ({reason}): give a folder that holds one, or fetch it with "
-                f"`hf download`"
-            ) from None
+    def __init__(self, tokenizer: Any) -> None:
+        """``tokenizer``: one of transformers, or the folder or hub name that it is loaded from."""
+        self._tokenizer = _from_hub(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.vocab_size = len(self._tokenizer)
         starts = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, 0)
         self.eos_id = next(token for token in starts if token is not None)
@@ -204,7 +194,40 @@ class HuggingFaceTokenizer:
     def save(self, folder: Path) -> None:
         write_json(folder / "tokenizer.json", {"kind": "huggingface"})
         with replacing(folder / "huggingface") as temporary:
-            self._tokenizer.save_pretrained(temporary)
+            self.save_pretrained(temporary)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the files of transformers."""
+        self._tokenizer.save_pretrained(folder)
+
+
+def _from_hub(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        if not tokenizer.vocab_size:  # what a folder with a model alone gives
+            raise ValueError("it has no entries")
+    except Exception as error:  # the loader raises many kinds; all mean that there is no whole tokenizer
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"tokenizer {name!r} cannot be loaded ({reason}): give a folder that holds one, or fetch it with "
+            f"`hf download`"
+        ) from None
+    return tokenizer
+
+
+def as_tokenizer(tokenizer: object) -> Tokenizer:
+    """Return a tokenizer of ours as it is, and one of transformers as one of ours.
+
+    Raises:
+        InputError: neither.
+    """
+    if isinstance(tokenizer, WordTokenizer | SentencePieceTokenizer | HuggingFaceTokenizer):
+        return tokenizer
+    if not hasattr(tokenizer, "unk_token_id"):
+        raise InputError(f"tokenizer is {shown(tokenizer)}: give the model's tokenizer, as AutoTokenizer loads it")
+    return HuggingFaceTokenizer(tokenizer)
 
 
 def _lines(text: str) -> list[str]:

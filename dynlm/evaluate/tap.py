@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from dynlm.adapt import Reader, Step
-from dynlm.models.lstm import LSTMForCausalLM
+from dynlm.models.light import MODEL_TYPE
 from dynlm.types import InputError
 
 Watch = Callable[[Tensor, Tensor], None]
@@ -32,8 +32,9 @@ class Tap:
 
     def __enter__(self) -> Self:
         self._handles = [self.model.register_forward_hook(self._see_output)]
-        if isinstance(self.model, LSTMForCausalLM):  # its read-out is not called as a module while reading
-            self._handles.append(self.model.layers[-1].register_forward_hook(self._see_layer))
+        if getattr(getattr(self.model, "config", None), "model_type", "") == MODEL_TYPE:
+            # its read-out is not called as a module while reading
+            self._handles.append(cast(Any, self.model).layers[-1].register_forward_hook(self._see_layer))
         elif (head := _output_layer(self.model)) is not None:
             self._handles.append(head.register_forward_pre_hook(self._see_input))
         return self

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from dynlm.cli.kit import load_kit
 from dynlm.cli.main import main
 from dynlm.data.tokenizers import load_tokenizer
 from dynlm.models.causal import LSTMScorer
 from dynlm.optim.library import load_rule, save_rule
 from dynlm.runs import Run, read_tensors, write_tensors
+from dynlm.session.session import load_session
 from dynlm.stamps import fingerprint_files
 
 pytestmark = pytest.mark.usefixtures("plain_reports")
@@ -86,7 +86,8 @@ def test_what_is_known_without_any_memory_and_what_the_figures_belong_to(copy, c
     wanted = ["--evaluate.methods", "static", "stateless", "gated", "--evaluate.gate_articles", "2"]
     assert main(["evaluate", "--run", str(run), "--overwrite", *wanted]) == 0
     results, tensors = json.loads(Run(run).results.read_text()), read_tensors(Run(run).losses)[0]
-    kit = load_kit(str(run), "gated", "article").fingerprints()
+    session = load_session(str(run))
+    kit = session.fingerprints(session.rule("gated"))
     methods = results["methods"]
     assert results["model"]["fingerprint"] == kit["model"]
     assert {name: method["fingerprint"] for name, method in methods.items()} == {

@@ -8,14 +8,12 @@ from itertools import permutations
 
 import pytest
 
-from cli.test_adopt import ready  # noqa: F401  (a fixture)
+import dynlm.session.ready
 from cli.test_main import fails
-from dynlm.cli import bare
-from dynlm.cli.bare import CAUTION, PRIOR_TOKENS, load_bare
 from dynlm.cli.main import main
-from dynlm.cli.read import ReadSettings
 from dynlm.meta.tune import SPACES, search_space
-from dynlm.optim.handmade import RMS
+from dynlm.optim.handmade import RMS, Static
+from dynlm.session.ready import CAUTION, PRIOR_TOKENS, ready_session, untuned_rule
 
 TEXT = "The cat sat on the mat. The cat liked the mat, and sat on it.\n" * 12
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -28,7 +26,7 @@ def text(tmp_path):
 
 
 @pytest.fixture
-def model(ready):  # noqa: F811
+def model(ready):
     return str(ready[1])
 
 
@@ -58,49 +56,49 @@ def test_a_memory_knows_the_frozen_weights_too(model, tmp_path):
     from transformers import AutoModelForCausalLM
 
     (tmp_path / "prior.txt").write_text(TEXT)
-    settings = ReadSettings(("x",), model=model, lora_rank=2, prior_text=(str(tmp_path / "prior.txt"),))
-    kit, other = load_bare(settings), load_bare(settings)
-    assert kit.fingerprints()["model"] == other.fingerprints()["model"]
+    settings = {"lora_rank": 2, "prior_text": [str(tmp_path / "prior.txt")]}
+    kit, other = ready_session(model, **settings), ready_session(model, **settings)
+    assert kit.fingerprints(Static())["model"] == other.fingerprints(Static())["model"]
     assert kit.config.params == ("*.lora_A.*", "*.lora_B.*")
     with torch.no_grad():
         other.model.transformer.wpe.weight[0, 0] += 1
-    assert kit.fingerprints()["model"] != other.fingerprints()["model"]
+    assert kit.fingerprints(Static())["model"] != other.fingerprints(Static())["model"]
     assert isinstance(AutoModelForCausalLM, type)
 
 
 def test_rules_start_where_tuning_starts(model, tmp_path):
     (tmp_path / "prior.txt").write_text(TEXT)
-    some = {"model": model, "prior_text": (str(tmp_path / "prior.txt"),)}
-    kit = load_bare(ReadSettings(("x",), **some))
-    assert isinstance(kit.rule, RMS)
+    kit = ready_session(model, prior_text=[str(tmp_path / "prior.txt")])
+    rule = untuned_rule("rms", kit)
+    assert isinstance(rule, RMS)
     mean = sum(p.mean_rms for p in kit.priors) / len(kit.priors)
     start = search_space("rms", kit.priors)
-    assert kit.rule.settings() == pytest.approx({"lr": CAUTION * start["lr"].start, "eps": 0.5 * mean, "decay": 1e-3})
-    assert load_bare(ReadSettings(("x",), rule="adam", lr=1e-4, **some)).rule.settings()["lr"] == pytest.approx(1e-4)
-    assert not load_bare(ReadSettings(("x",), rule="static", **some)).rule.reads_gradient
+    assert rule.settings() == pytest.approx({"lr": CAUTION * start["lr"].start, "eps": 0.5 * mean, "decay": 1e-3})
+    assert untuned_rule("adam", kit, lr=1e-4).settings()["lr"] == pytest.approx(1e-4)
+    assert not untuned_rule("static", kit).reads_gradient
 
 
 def test_the_prior_is_measured_on_few_segments_and_not_at_all_where_nothing_is_learned(model, text, monkeypatch):
     measured = []
-    real = bare.measure_priors
+    real = dynlm.session.ready.measure_priors
 
     def spy(model, score, pieces, params):
         pieces = list(pieces)
         measured.append(sum(inputs_S.numel() for inputs_S, _ in pieces))
         return real(model, score, iter(pieces), params)
 
-    monkeypatch.setattr(bare, "measure_priors", spy)
-    load_bare(ReadSettings((text,), model=model, rule="static", prior_text=(text,)))
+    monkeypatch.setattr(dynlm.session.ready, "measure_priors", spy)
+    assert ready_session(model, prior_text=[text], learns=False).priors
     assert measured == []
     for rule in SPACES:
-        load_bare(ReadSettings((text,), model=model, rule=rule, prior_text=(text,)))
+        untuned_rule(rule, ready_session(model, prior_text=[text]))
     assert len(measured) == len(SPACES)
     assert max(measured) <= PRIOR_TOKENS <= 512
 
 
 @pytest.mark.parametrize("rule", SPACES)
 def test_a_first_step_promises_the_same_fall_of_the_loss_on_models_of_any_size(rule, model, text):
-    priors = load_bare(ReadSettings((text,), model=model, rule="rms", prior_text=(text,))).priors
+    priors = ready_session(model, prior_text=[text]).priors
     start = SPACES[rule]["lr"].start
     for times in (1e3, 1e5):  # gradients of larger models
         larger = [

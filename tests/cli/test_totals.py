@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from dynlm.cli.kit import best_validation, load_kit
 from dynlm.cli.main import main
 from dynlm.cli.read import ReadSettings, read
-from dynlm.cli.totals import FAR_TOKENS, Totals, word_lines
 from dynlm.data.stdlib import load_topics
 from dynlm.runs import Run
+from dynlm.session.session import best_validation, load_session
+from dynlm.session.totals import FAR_TOKENS, Totals, word_lines
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "wikitext2-cpu"
 
@@ -75,7 +75,7 @@ def test_the_share_that_the_tokenizer_does_not_know_is_told(unknown, warned):
 def test_the_shipped_model_knows_its_home():
     """The figure is that of the results: static reading of the validation articles."""
     results = json.loads((RESULTS / "results.json").read_text())["methods"]["static"]
-    home = load_kit("", "static", "article").home
+    home = load_session(light=True).home
     assert home == pytest.approx(math.log(results["token_ppl"]), abs=0.005)
     assert home == min(json.loads(line)["valid"] for line in (RESULTS / "train.jsonl").read_text().splitlines())
 

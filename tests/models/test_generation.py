@@ -7,10 +7,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast, pipeline
 
-from dynlm.cli.kit import DEFAULT_MODEL, SHIPPED
 from dynlm.data.tokenizers import load_tokenizer
 from dynlm.models.generation import CARRIED
 from dynlm.models.lstm import LSTMConfig, LSTMForCausalLM
+from dynlm.session.session import DEFAULT_MODEL, SHIPPED
 from dynlm.types import InputError
 
 VOCAB, NEW = 60, 12

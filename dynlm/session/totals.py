@@ -62,6 +62,15 @@ class Totals:
         """Whether perplexities by word are worth telling."""
         return max(self.perplexity(self.static), self.perplexity(self.adapted)) < SANE_PERPLEXITY
 
+    def count(self, text: str, in_word: bool) -> bool:
+        """Count words, lines and bytes of a stretch, which may begin within a word; return whether it ends in one."""
+        if not text:
+            return in_word
+        self.bytes += len(text.encode())
+        self.lines += text.count("\n")
+        self.words += len(text.split()) - (in_word and not text[0].isspace())
+        return not text[-1].isspace()
+
     def figures(self) -> Json:
         """The sums, and per reader nats per token, bits per byte and word perplexity (null beyond all numbers)."""
         figures: Json = {name: getattr(self, name) for name in COUNTS}

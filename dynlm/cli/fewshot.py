@@ -7,9 +7,9 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Annotated, Literal, TypedDict, cast
 
 import torch
 
@@ -17,18 +17,56 @@ import dynlm
 from dynlm import runs
 from dynlm.adapt import ReadConfig, Reader, make_priors
 from dynlm.changes import changing
-from dynlm.cli.kept import free_parts, mark
-from dynlm.cli.recipe import FewShotConfig, Recipe
-from dynlm.data.fewshot import FewShotTask, TaskSource, TaskSplits, load_tasks
+from dynlm.data.fewshot import FewShotTask, TasksConfig, TaskSource, TaskSplits, load_tasks
 from dynlm.evaluate.fewshot import adapted, error_rate, mean_loss, mean_over_tasks, tune_rate
+from dynlm.kept import Call, free_parts, mark
 from dynlm.meta.initialisation import Method, Task
 from dynlm.meta.outer import OuterConfig, learn_start
 from dynlm.models.nets import MLP, NetScorer, StackedScorer, build_net, cross_entropy, squared_error, stacked
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.handmade import SGD
 from dynlm.progress import Bar
-from dynlm.settings import NotNegative, Positive, check
+from dynlm.settings import Count, NotEmpty, NotNegative, Positive, Seed, Settings, Size, check
 from dynlm.types import InputError, Piece
+
+
+@dataclass(frozen=True)
+class FewShotConfig(Settings):
+    """Learning a start for few-shot tasks with several methods, and comparing them with a jointly trained start."""
+
+    methods: Annotated[tuple[str, ...], NotEmpty()] = ("joint", "maml", "fomaml", "reptile", "reptile-serial", "imaml")
+    """methods to compare; joint is the baseline"""
+    width: Size = 40
+    """hidden units of the MLP's two layers (sinusoid), or channels of the four convolutions (characters)"""
+    normalise: Literal["batch", "image"] = "batch"
+    """characters: statistics over the images scored together (transductive), or over each image alone"""
+    inner_lr: Positive = 0.02
+    """learning rate of the inner loop while the start is learned (maml, fomaml, reptile)"""
+    inner_steps: Count = 8
+    """updates on the support while the start is learned (maml, fomaml)"""
+    proximal: Positive = 1.0
+    """imaml: λ, the pull of the inner loop towards θ0"""
+    proximal_lr: Positive = 0.01
+    """imaml: learning rate of the inner loop while the start is learned"""
+    proximal_steps: Count = 32
+    """imaml: updates that solve the proximal problem while the start is learned"""
+    reptile_steps: Count = 32
+    """reptile: updates on minibatches of the whole task"""
+    reptile_batch: Size = 10
+    """reptile: examples of such a minibatch"""
+    test_steps: Count = 32
+    """updates on the support in validation and test, for every method"""
+    rates: Annotated[tuple[Positive, ...], NotEmpty()] = (0.005, 0.007, 0.01, 0.014, 0.02, 0.028, 0.04, 0.056, 0.08)
+    """inner rates that are tried on validation tasks for each method, the joint start included"""
+    valid_tasks: Size = 60
+    """tasks for validation while training, and as many others to choose the rate with"""
+    test_tasks: Size = 600
+    """test tasks, the same for every method"""
+    seed: Seed = 0
+    """of the random start and of all tasks"""
+    tasks: TasksConfig = field(default_factory=TasksConfig)
+    outer: OuterConfig = field(default_factory=OuterConfig)
+
 
 METHODS: dict[str, Method] = {
     "joint": "joint",
@@ -40,32 +78,32 @@ METHODS: dict[str, Method] = {
 }
 
 
-def few_shot(recipe: Recipe) -> runs.Json:
+def few_shot(call: Call, config: FewShotConfig) -> runs.Json:
     """Every method over the same tasks: few-shot.json, and the learned starts beside it.
 
     With ``resume``, methods that an earlier command finished under the same settings are taken over. An earlier
     comparison stays until all methods are finished.
     """
-    config, run = recipe.fewshot, runs.Run(recipe.run)
+    run = runs.Run(call.run)
     parts = run.parts("few-shot")
     for name in config.methods:
         if name not in METHODS:
             raise InputError(f"fewshot.methods: unknown {name!r}: choose from {', '.join(METHODS)}")
-        free_parts(run.few_shot_start(name), parts, recipe)
-    free_parts(run.few_shot, parts, recipe)
-    finished = {name: _finished(run, name, recipe) for name in config.methods} if recipe.resume else {}
+        free_parts(run.few_shot_start(name), parts, call)
+    free_parts(run.few_shot, parts, call)
+    finished = {name: _finished(run, name, call, config) for name in config.methods} if call.resume else {}
     splits = load_tasks(config.tasks)
-    if parts.exists() and not recipe.resume:
+    if parts.exists() and not call.resume:
         with changing(run.path) as new:
             new.remove(parts)
     torch.set_num_threads(1)  # such small networks lose by threads
     results: runs.Json = {}
     for name in config.methods:
-        results[name] = finished.get(name) or _run_method(recipe, run, name, splits)
+        results[name] = finished.get(name) or _run_method(call, config, name, splits)
     print(table(results, config.tasks.kind))
     versions = {"dynlm": dynlm.__version__, "torch": torch.__version__}
     with changing(run.path) as new:
-        mark(new, run, recipe)
+        mark(new, run, call)
         for name in config.methods:
             if (part := _part(run, name)).exists():
                 shutil.copy(part, new.at(run.few_shot_start(name)))
@@ -115,7 +153,7 @@ def _part(run: runs.Run, name: str) -> Path:
     return run.parts("few-shot") / f"{name}.safetensors"
 
 
-def _finished(run: runs.Run, name: str, recipe: Recipe) -> runs.Json | None:
+def _finished(run: runs.Run, name: str, call: Call, config: FewShotConfig) -> runs.Json | None:
     """The result of a method that was finished under these settings, in this comparison or in an earlier one.
 
     Raises:
@@ -125,22 +163,21 @@ def _finished(run: runs.Run, name: str, recipe: Recipe) -> runs.Json | None:
         if not path.exists():
             continue
         made: Made = check(Made, runs.read_tensors(path)[1], str(path))
-        if own_settings(made["settings"], name) == own_settings(asdict(recipe.fewshot), name):
+        if own_settings(made["settings"], name) == own_settings(asdict(config), name):
             return cast(runs.Json, made["result"])
-        if path != _part(run, name) and not recipe.overwrite:
+        if path != _part(run, name) and not call.overwrite:
             raise InputError(f"{path} was made with other settings: add --overwrite too, to replace it")
     return None
 
 
-def _run_method(recipe: Recipe, run: runs.Run, name: str, splits: TaskSplits) -> runs.Json:
+def _run_method(call: Call, config: FewShotConfig, name: str, splits: TaskSplits) -> runs.Json:
     """Learn, tune and test; the learned start is kept with its result until the comparison is finished."""
-    trial = _Trial(recipe.fewshot, name, splits)
+    run, trial = runs.Run(call.run), _Trial(config, name, splits)
     result = trial.run()
     tensors = {prior.name: prior.theta0 for prior in trial.reader.priors}
     with changing(run.path) as new:
-        mark(new, run, recipe)
-        settings = asdict(recipe.fewshot)
-        runs.write_tensors(new.at(_part(run, name)), tensors, {"result": result, "settings": settings})
+        mark(new, run, call)
+        runs.write_tensors(new.at(_part(run, name)), tensors, {"result": result, "settings": asdict(config)})
     return result
 
 

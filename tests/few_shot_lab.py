@@ -3,9 +3,9 @@
 import torch
 
 from dynlm.adapt import ReadConfig, Reader, make_priors
-from dynlm.data.fewshot import Sinusoids
+from dynlm.labs.fewshot.nets import NetScorer, build_net, squared_error
+from dynlm.labs.fewshot.tasks import Sinusoids
 from dynlm.meta.initialisation import Task
-from dynlm.models.nets import NetScorer, build_net, squared_error
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.handmade import SGD
 

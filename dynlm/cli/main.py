@@ -48,7 +48,7 @@ COMMANDS: dict[str, Command] = {
     "plan": Command("cli.plan.plan", "predict memory and time of meta-training; needs no data"),
     "meta-train": Command("cli.stages.meta_training", "train a learned rule, from a tuned hand-made one", True),
     "learn-optimizer": Command(
-        "cli.general.learn_optimizer",
+        "labs.general.command.learn_optimizer",
         "meta-train the general-purpose optimizer on small training tasks",
         True,
         True,
@@ -63,7 +63,7 @@ COMMANDS: dict[str, Command] = {
     "audit": Command("cli.audit.audit_stage", "check that every method of a run reads without leaks and adds up"),
     "report": Command("cli.evaluation.report", "write the report of an evaluation again"),
     "few-shot": Command(
-        "cli.fewshot.few_shot",
+        "labs.fewshot.command.few_shot",
         "learn a start for few-shot tasks with several methods and compare them",
         True,
         True,

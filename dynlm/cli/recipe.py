@@ -13,14 +13,14 @@ from typing import Annotated, Literal, cast
 import tyro
 
 from dynlm.adapt import ReadConfig
-from dynlm.cli.fewshot import FewShotConfig
 from dynlm.data.articles import DataConfig
 from dynlm.data.tokenizers import TokenizerConfig
 from dynlm.evaluate.methods import MethodName, RuleName
 from dynlm.files import why_unreadable
 from dynlm.kept import FLAGS, Call
+from dynlm.labs.fewshot.command import FewShotConfig
+from dynlm.labs.general.train import GeneralMetaConfig
 from dynlm.meta.outer import OuterConfig
-from dynlm.meta.tasks import GeneralMetaConfig
 from dynlm.meta.train import MetaConfig
 from dynlm.meta.tune import TuneConfig
 from dynlm.models.context import ContextConfig

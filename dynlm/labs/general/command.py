@@ -6,7 +6,7 @@ import torch
 
 from dynlm.changes import Changes, changing
 from dynlm.kept import Call, free, is_finished, mark
-from dynlm.meta.tasks import GeneralMetaConfig, GeneralTrainer, meta_train_general
+from dynlm.labs.general.train import GeneralMetaConfig, GeneralTrainer, meta_train_general
 from dynlm.meta.train import MetaProgress
 from dynlm.optim.base import Rule
 from dynlm.optim.general import General

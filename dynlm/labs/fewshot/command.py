@@ -17,12 +17,12 @@ import dynlm
 from dynlm import runs
 from dynlm.adapt import ReadConfig, Reader, make_priors
 from dynlm.changes import changing
-from dynlm.data.fewshot import FewShotTask, TasksConfig, TaskSource, TaskSplits, load_tasks
-from dynlm.evaluate.fewshot import adapted, error_rate, mean_loss, mean_over_tasks, tune_rate
 from dynlm.kept import Call, free_parts, mark
+from dynlm.labs.fewshot.evaluate import adapted, error_rate, mean_loss, mean_over_tasks, tune_rate
+from dynlm.labs.fewshot.nets import MLP, NetScorer, StackedScorer, build_net, cross_entropy, squared_error, stacked
+from dynlm.labs.fewshot.tasks import FewShotTask, TasksConfig, TaskSource, TaskSplits, load_tasks
 from dynlm.meta.initialisation import Method, Task
 from dynlm.meta.outer import OuterConfig, learn_start
-from dynlm.models.nets import MLP, NetScorer, StackedScorer, build_net, cross_entropy, squared_error, stacked
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.handmade import SGD
 from dynlm.progress import Bar

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from dynlm.adapt import ReadConfig, Reader, make_priors
-from dynlm.data.fewshot import FewShotTask, Sinusoids
-from dynlm.evaluate.fewshot import adapted, error_rate, mean_loss, mean_over_tasks, tune_rate
-from dynlm.models.nets import NetScorer, build_net, squared_error
+from dynlm.labs.fewshot.evaluate import adapted, error_rate, mean_loss, mean_over_tasks, tune_rate
+from dynlm.labs.fewshot.nets import NetScorer, build_net, squared_error
+from dynlm.labs.fewshot.tasks import FewShotTask, Sinusoids
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.handmade import SGD
 from dynlm.types import DivergedError, InputError

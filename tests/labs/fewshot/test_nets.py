@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradgradcheck
 
-from dynlm.models.nets import MLP, ConvNet, NetScorer, Normalise, build_net, cross_entropy, squared_error
+from dynlm.labs.fewshot.nets import MLP, ConvNet, NetScorer, Normalise, build_net, cross_entropy, squared_error
 from dynlm.types import InputError
 
 
@@ -81,7 +81,7 @@ def test_unknown_network_is_one_line():
 def test_stacked_copies_learn_their_own_tasks():
     """One inner loop over three copies is three inner loops, in every weight."""
     from dynlm.adapt import ReadConfig, Reader, make_priors
-    from dynlm.models.nets import StackedScorer, stacked
+    from dynlm.labs.fewshot.nets import StackedScorer, stacked
     from dynlm.models.params import adapted_parameters
     from dynlm.optim.handmade import SGD
 

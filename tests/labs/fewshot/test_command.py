@@ -5,12 +5,12 @@ import json
 import pytest
 
 from dynlm.adapt import ReadConfig, Reader, make_priors
-from dynlm.cli import fewshot
-from dynlm.cli.fewshot import METHODS, tasks_of
 from dynlm.cli.main import main
-from dynlm.data.fewshot import Sinusoids
-from dynlm.evaluate.fewshot import adapted, mean_loss, mean_over_tasks
-from dynlm.models.nets import NetScorer, build_net, squared_error
+from dynlm.labs.fewshot import command
+from dynlm.labs.fewshot.command import METHODS, tasks_of
+from dynlm.labs.fewshot.evaluate import adapted, mean_loss, mean_over_tasks
+from dynlm.labs.fewshot.nets import NetScorer, build_net, squared_error
+from dynlm.labs.fewshot.tasks import Sinusoids
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.handmade import SGD
 from dynlm.runs import Run, read_tensors
@@ -130,7 +130,7 @@ def test_an_interrupted_comparison_keeps_what_is_finished_and_the_earlier_one(fi
     flags = ["few-shot", recipe, "--run", str(tmp_path), "--fewshot.methods"]
     assert main([*flags, "joint"]) == 0
     before = run.few_shot.read_bytes(), run.few_shot_start("joint").read_bytes()
-    train = fewshot._Trial.train
+    train = command._Trial.train
 
     def interrupted(self, outer):
         if self.name == "fomaml":
@@ -139,7 +139,7 @@ def test_an_interrupted_comparison_keeps_what_is_finished_and_the_earlier_one(fi
 
     more = ["joint", "fomaml", "--fewshot.inner-lr", "0.03"]
     with monkeypatch.context() as patch:
-        patch.setattr(fewshot._Trial, "train", interrupted)
+        patch.setattr(command._Trial, "train", interrupted)
         assert main([*flags, *more, "--overwrite"]) == 130
     assert (run.few_shot.read_bytes(), run.few_shot_start("joint").read_bytes()) == before
     capsys.readouterr()

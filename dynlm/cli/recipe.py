@@ -18,7 +18,7 @@ from dynlm.data.tokenizers import TokenizerConfig
 from dynlm.evaluate.methods import MethodName, RuleName
 from dynlm.files import why_unreadable
 from dynlm.kept import FLAGS, Call
-from dynlm.labs.fewshot.command import FewShotConfig
+from dynlm.labs.fewshot.trial import FewShotConfig
 from dynlm.labs.general.train import GeneralMetaConfig
 from dynlm.meta.outer import OuterConfig
 from dynlm.meta.train import MetaConfig

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from dynlm.labs.fewshot.nets import Losses, cross_entropy, squared_error
+from dynlm.labs.fewshot.nets import Losses, cross_entropy, seeded, squared_error
 from dynlm.labs.general import exercises, nets
 from dynlm.labs.general.exercises import Corpus, Draw, GlyphNoise, Spectrum, Transduction, generator_of
 from dynlm.models.params import adapted_parameters
@@ -286,13 +286,6 @@ def sample_task(seed: int, config: TaskConfig | None = None) -> TrainingTask:
 def _scales(dice: Dice, number: int) -> list[float]:
     """One a tensor, in 1/4 to 4, half of them 1."""
     return [dice.maybe(0.5, 0.25, 4, 1) for _ in range(number)]
-
-
-def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A network whose random start depends on ``seed`` alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()
 
 
 def _task(name: str, score: TaskScorer, problem: Problem, horizon: int, valid: tuple[int, int, int]) -> TrainingTask:

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dynlm.labs.fewshot.nets import seeded
 from dynlm.labs.general import nets
-from dynlm.labs.general.tasks import seeded
 from dynlm.models.params import adapted_parameters
 
 LANGUAGE_MODELS = {

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from dynlm.labs.fewshot.nets import squared_error
+from dynlm.labs.fewshot.nets import seeded, squared_error
 from dynlm.labs.general import tasks
 from dynlm.labs.general.nets import Perceptron
-from dynlm.labs.general.tasks import FAMILIES, HELD_OUT, TaskConfig, TaskScorer, sample_task, seeded
+from dynlm.labs.general.tasks import FAMILIES, HELD_OUT, TaskConfig, TaskScorer, sample_task
 from dynlm.models.params import adapted_parameters, pointed
 from dynlm.types import InputError
 

@@ -12,13 +12,13 @@ import torch
 from dynlm import runs
 from dynlm.adapt import make_priors, measure_priors
 from dynlm.changes import Changes, changing
-from dynlm.cli.kept import free, is_finished
 from dynlm.cli.recipe import Recipe, recipe_of_run, require_same
 from dynlm.data.articles import Corpus, load_corpus
 from dynlm.data.segments import article_segments
 from dynlm.data.tokenizers import load_tokenizer, tokenize
 from dynlm.evaluate.stateless import STATELESS
 from dynlm.evaluate.stream import read_articles
+from dynlm.kept import free, is_finished
 from dynlm.meta.train import MetaProgress, MetaTrainer, divide_meta_split, meta_train
 from dynlm.models.causal import CausalScorer, scorer_for
 from dynlm.models.params import adapted_parameters

@@ -2,87 +2,64 @@
 
 from __future__ import annotations
 
-import dataclasses
-import platform
-from collections import Counter
-from contextlib import suppress
-from dataclasses import asdict
-
-import torch
-import transformers
-
-import dynlm
 from dynlm import runs
 from dynlm.adapt import Reader
 from dynlm.changes import changing
 from dynlm.cli.recipe import Recipe
 from dynlm.cli.stages import Bench, methods_of
-from dynlm.data.tokenizers import load_tokenizer, lost_share
-from dynlm.evaluate.breakdowns import Reading, break_down
-from dynlm.evaluate.cache import CachedReader, cached_name
-from dynlm.evaluate.compare import identify, summarize, write_results
-from dynlm.evaluate.metrics import Counts, count
 from dynlm.evaluate.parts import load_part, save_part
-from dynlm.evaluate.stream import Scores, read_and_watch
-from dynlm.evaluate.tap import TappedReader
+from dynlm.evaluate.stream import Scores
 from dynlm.kept import free_parts
 from dynlm.optim.hub import fingerprint
-from dynlm.progress import Bar
-from dynlm.report.html import write_report
 from dynlm.report.maps import require_titles
 from dynlm.report.svg import formats
+from dynlm.session.evaluation import evaluate_readers, read_method, report_of_run, settings_of, told
 from dynlm.session.session import model_fingerprint
-from dynlm.stamps import fingerprint_files
-from dynlm.types import DivergedError, InputError, TokenizedArticle
+from dynlm.types import InputError, TokenizedArticle
 
 
 def evaluate(recipe: Recipe) -> runs.Json:
     """All methods over the same tokens of one split; results.json, losses and the report."""
     bench, config = Bench(recipe), recipe.evaluate
     methods = methods_of(bench.path, config.methods)
-    if "static" not in methods:
-        raise InputError(f"evaluate.methods {methods} lack 'static', the baseline of every gain: add it")
     asked = _asked(bench) | {"methods": methods}
     if (kept := _evaluated(bench.path, asked, recipe)) is not None:
         return kept
     readers = {name: bench.method(name) for name in methods}
-    articles = bench.articles(config.split, config.max_articles)
+    texts = bench.corpus.split(config.split)[: config.max_articles or None]
     formats(recipe.report.format)  # what the report cannot do is said before hours of reading
-    require_titles(recipe.report.articles, [article.title for article in articles])
-    counts = count(articles)
-    scores, diverged = dict[str, Scores](), dict[str, str]()
-    for name, reader in readers.items():
-        try:
-            scores[name] = _read_or_resume(bench, name, reader, articles, asked)
-        except DivergedError as error:  # the other methods go on, but without the baseline there is nothing to say
-            if name == "static":
-                raise
-            diverged[name] = str(error)
-            print(f"note: {name} diverged and is left out: {error}", flush=True)
-    lost = lost_share(
-        bench.tokenizer, (a.text for a in bench.corpus.split(config.split)[: config.max_articles or None])
-    )
-    if lost:
-        print(f"note: the tokenizer loses {lost:.2%} of the text, so bits per byte are not given", flush=True)
-    summary = summarize(scores, {name: _settings(readers[name]) for name in scores}, counts, lossless=not lost)
-    summary |= {"diverged": diverged, "asked": asked}
-    for name in scores:
-        reader = readers[name]
-        summary["methods"][name] |= identify(name, reader.rule)
-        summary["methods"][name]["fingerprint"] = fingerprint(reader.rule) if reader.rule.reads_gradient else None
-    words = Counter(word for article in bench.corpus.train for word in article.text.split())
-    reading = Reading(articles, bench.tokenizer, words, recipe.read.segment, recipe.read.reset)
-    summary["breakdowns"] = break_down(scores, reading)
-    write_results(bench.path, scores, articles, {**_circumstances(bench, articles), **counts._asdict(), **summary})
-    for name, method in sorted(summary["methods"].items(), key=lambda item: -item[1]["nats"]):
-        low, high = method["gain_ci95"]
-        print(
-            f"{name:>12}  {_number(method['bits_per_byte'], '.4f')} bits/byte"
-            f"  gain {method['gain_nats_per_token']:+.4f} [{low:+.4f}, {high:+.4f}] nats/token"
-            f"  word perplexity {_number(method['word_ppl'], ',.4g')}  {method['tokens_per_s']:,.0f} tokens/s"
-        )
+    require_titles(recipe.report.articles, [text.title for text in texts])
+
+    def read(name: str, reader: Reader, articles: list[TokenizedArticle]) -> Scores:
+        """Keep the scores of one method, or take those that an unfinished evaluation has kept."""
+        theta0, rule = model_fingerprint(reader.priors), fingerprint(reader.rule)
+        made = {**asked, "methods": [name], "theta0": theta0, "rule": rule, "settings": settings_of(reader)}
+        path = bench.path.parts("evaluate") / f"{name}.safetensors"
+        scores = load_part(path, made) if recipe.resume else None
+        if scores is not None:
+            print(f"{name}: kept as it was read before")
+            return scores
+        scores = read_method(name, reader, articles, bench.tokenizer.eos_id, config.gate_articles)
+        save_part(path, scores, made)
+        return scores
+
+    train_texts = (article.text for article in bench.corpus.train)
+    results = evaluate_readers(readers, bench, texts, train_texts=train_texts, read=read)
+    results.data["asked"] = asked
+    source = {"source": recipe.data.source, "split": config.split}
+    results.data["data"] = source | results.data["data"] | {"fingerprint": bench.corpus.fingerprint}
+    results.save(bench.path.path)
+    print(results.table())
     report(recipe)
-    return _told(runs.read_json(bench.path.results))
+    return told(results.data)
+
+
+def report(recipe: Recipe) -> None:
+    """The report of a finished evaluation."""
+    run = runs.Run(recipe.run)
+    print(f"report: {report_of_run(run, recipe.report.format, recipe.report.articles)}")
+    if recipe.report.format:
+        print(f"figures: {run.figures}")
 
 
 def _asked(bench: Bench) -> runs.Json:
@@ -112,104 +89,7 @@ def _evaluated(run: runs.Run, asked: runs.Json, recipe: Recipe) -> runs.Json | N
         print(f"{run.results}: kept as it was evaluated before")
         if not run.report.exists():
             report(recipe)
-        return _told(results)
+        return told(results)
     if recipe.overwrite:
         return None
     raise InputError(f"{run.results} was made with other methods or settings: add --overwrite too, to replace it")
-
-
-def _told(results: runs.Json) -> runs.Json:
-    """What ``--json`` shows of an evaluation."""
-    methods = {name: _figures(method) for name, method in results["methods"].items()}
-    counts = {name: results[name] for name in Counts._fields}
-    return {"methods": methods, "diverged": results["diverged"], **counts}
-
-
-def _read_or_resume(
-    bench: Bench, name: str, reader: Reader, articles: list[TokenizedArticle], asked: runs.Json
-) -> Scores:
-    """Read with one method and keep its scores, or take those that an unfinished evaluation has kept."""
-    theta0, rule = model_fingerprint(reader.priors), fingerprint(reader.rule)
-    made = {**asked, "methods": [name], "theta0": theta0, "rule": rule, "settings": _settings(reader)}
-    path = bench.path.parts("evaluate") / f"{name}.safetensors"
-    scores = load_part(path, made) if bench.recipe.resume else None
-    if scores is None:
-        scores = _read(name, reader, articles, bench.tokenizer.eos_id, bench.recipe.evaluate.gate_articles)
-        save_part(path, scores, made)
-    else:
-        print(f"{name}: kept as it was read before")
-    return scores
-
-
-def _number(value: float | None, form: str) -> str:
-    """A figure, or a dash where there is none: a perplexity beyond all numbers, bits per byte of text that was lost."""
-    return "–" if value is None else format(value, form)
-
-
-def _figures(method: runs.Json) -> runs.Json:
-    """What ``--json`` shows of a method; results.json holds the rest."""
-    names = ("bits_per_byte", "gain_nats_per_token", "gain_ci95", "word_ppl", "tokens_per_s")
-    return {name: method[name] for name in names}
-
-
-def _settings(reader: Reader) -> dict[str, float]:
-    """The rule's, and the cache's where there is one."""
-    of_cache = asdict(reader.cache) if isinstance(reader, CachedReader) else {}
-    return {**reader.rule.settings(), **{f"cache.{name}": value for name, value in of_cache.items()}}
-
-
-def _read(name: str, reader: Reader, articles: list[TokenizedArticle], start_id: int, gate_articles: int) -> Scores:
-    """``gate_articles`` counts for nothing with a cache, beside which a rule does what it does alone."""
-    tapped = reader if isinstance(reader, TappedReader) else TappedReader.of(reader)
-    if tapped.rule.reads_gradient:
-        with suppress(DivergedError), tapped:  # kernels are built outside the timed pass
-            tapped.read(dataclasses.replace(articles[0], ids_T=articles[0].ids_T[:128]), start_id)
-    with Bar(total=sum(map(len, articles)), desc=f"read {name}", unit="token", unit_scale=True) as bar:
-        gate_articles = 0 if cached_name(name) else gate_articles
-        return read_and_watch(tapped, articles, start_id, bar.update, gate_articles)
-
-
-def _circumstances(bench: Bench, articles: list[TokenizedArticle]) -> runs.Json:
-    """What results.json says of data, model and versions."""
-    recipe = bench.recipe
-    return {
-        "data": {
-            "source": recipe.data.source,
-            "split": recipe.evaluate.split,
-            "titles": [a.title for a in articles],
-            "fingerprint": bench.corpus.fingerprint,
-        },
-        "reset": recipe.read.reset,
-        "segment": recipe.read.segment,
-        "model": {
-            "class": type(bench.model).__name__,
-            "parameters": sum(p.numel() for p in bench.model.parameters()),
-            "adapted": sum(p.theta0.numel() for p in bench.priors),
-            "fingerprint": model_fingerprint(bench.priors, bench.model),
-        },
-        "tokenizer": {
-            "class": type(bench.tokenizer).__name__,
-            "vocab_size": bench.tokenizer.vocab_size,
-            "fingerprint": bench.made.fingerprints["tokenizer"],
-        },
-        "versions": {
-            "dynlm": dynlm.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-
-
-def report(recipe: Recipe) -> None:
-    """The report of a finished evaluation."""
-    run = runs.Run(recipe.run)
-    run.require(run.results, "evaluate")
-    used = runs.read_json(run.results).get("tokenizer", {}).get("fingerprint")
-    if run.tokenizer.is_dir() and used not in (None, fingerprint_files(run.tokenizer)):
-        raise InputError(f"{run.tokenizer} is not the tokenizer that {run.results} was made with: evaluate again")
-    tokenizer = load_tokenizer(run.tokenizer) if run.tokenizer.is_dir() else None
-    pieces, vocab_size = (tokenizer.pieces, tokenizer.vocab_size) if tokenizer else (None, None)
-    print(f"report: {write_report(run, recipe.report.format, pieces, recipe.report.articles, vocab_size)}")
-    if recipe.report.format:
-        print(f"figures: {run.figures}")

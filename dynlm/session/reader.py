@@ -138,8 +138,9 @@ class Reader:
         assert self._readers is not None
         static, adapted = self._readers
         try:
-            if error is None:
+            if error is None or isinstance(error, GeneratorExit):  # of a loop over steps that is left
                 self._finish()
+            self._step = None
         finally:
             self._learned = [theta.detach().clone() for theta in adapted.thetas]
             adapted.__exit__(kind, error, trace)
@@ -240,10 +241,10 @@ class Reader:
         target = Path(folder)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise InputError(f"{target} exists: give the name of a new folder")
+        from dynlm.models.lora import merged  # transformers, which takes seconds
+
         with self.adapted() as model, replacing(target) as temporary:
-            if hasattr(model, "merge_and_unload"):
-                model = cast(Any, copy.deepcopy(model)).merge_and_unload()
-            model.save_pretrained(temporary)
+            merged(model).save_pretrained(temporary)
             if isinstance(self.session.tokenizer, HuggingFaceTokenizer):
                 self.session.tokenizer.save_pretrained(temporary)
 

@@ -12,7 +12,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Article",
-    "DivergedError",
     "InputError",
     "LSTMForCausalLM",
     "LearnedOptimizer",
@@ -20,8 +19,6 @@ __all__ = [
     "Reading",
     "Results",
     "Rule",
-    "Session",
-    "Step",
     "audit",
     "evaluate",
     "load_corpus",
@@ -45,10 +42,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from dynlm.session.evaluation import Results as Results
     from dynlm.session.reader import Reader as Reader
     from dynlm.session.reading import Reading as Reading
-    from dynlm.session.session import Session as Session
-    from dynlm.session.step import Step as Step
     from dynlm.types import Article as Article
-    from dynlm.types import DivergedError as DivergedError
     from dynlm.types import InputError as InputError
 else:
     _HOME = {
@@ -61,9 +55,7 @@ else:
         "dynlm.session.evaluation": ("Results",),
         "dynlm.session.reader": ("Reader",),
         "dynlm.session.reading": ("Reading",),
-        "dynlm.session.session": ("Session",),
-        "dynlm.session.step": ("Step",),
-        "dynlm.types": ("Article", "DivergedError", "InputError"),
+        "dynlm.types": ("Article", "InputError"),
     }
 
     def __getattr__(name):

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 import dynlm
 import dynlm.optim
 from dynlm.data.articles import Corpus, DataConfig
-from dynlm.evaluate.audit import Verdict
+from dynlm.evaluation.audit import Verdict
 from dynlm.models.lstm import LSTMConfig
+from dynlm.session.step import Step
 
 
 def reading(texts: list[str]) -> None:
@@ -21,7 +22,7 @@ def reading(texts: list[str]) -> None:
     reading = assert_type(reader.read(*texts), dynlm.Reading)
     assert_type(reading.gain, float)
     for step in reader.steps(texts[0]):
-        assert_type(step, dynlm.Step)
+        assert_type(step, Step)
         assert_type(step.log_probs(), torch.Tensor)
         assert_type(step.before, dict[str, torch.Tensor])
     with reader.adapted() as model:

@@ -6,7 +6,8 @@ from functools import partial
 
 from dynlm.cli.recipe import Recipe
 from dynlm.cli.stages import Bench, methods_of
-from dynlm.evaluate.audit import Verdict, adds_up, verdicts
+from dynlm.data.tokenizers import tokenize
+from dynlm.evaluation.audit import Verdict, adds_up, verdicts
 from dynlm.runs import Json, read_json
 from dynlm.types import InputError
 
@@ -16,11 +17,11 @@ def audit_stage(recipe: Recipe) -> Json:
 
     The methods are those of the run's results.json, else of ``evaluate.methods``, else all that the run holds.
     """
-    bench, config = Bench(recipe), recipe.evaluate
+    bench, config = Bench(recipe, any_text=True), recipe.evaluate
     evaluated = list(read_json(bench.path.results)["methods"]) if bench.path.results.is_file() else []
     methods = methods_of(bench.path, evaluated or config.methods)
-    texts = bench.corpus.split(config.split)[: config.max_articles or None]
-    articles = bench.articles(config.split, config.max_articles)
+    texts = bench.texts(config.split, config.max_articles)
+    articles = tokenize(bench.tokenizer, texts)
     failed, checks = 0, list[Json]()
 
     def tell(method: str, verdict: Verdict) -> None:

@@ -7,8 +7,8 @@ from dynlm.adapt import Reader
 from dynlm.changes import changing
 from dynlm.cli.recipe import Recipe
 from dynlm.cli.stages import Bench, methods_of
-from dynlm.evaluate.parts import load_part, save_part
-from dynlm.evaluate.stream import Scores
+from dynlm.evaluation.parts import load_part, save_part
+from dynlm.evaluation.stream import Scores
 from dynlm.kept import free_parts
 from dynlm.optim.hub import fingerprint
 from dynlm.report.maps import require_titles
@@ -20,13 +20,13 @@ from dynlm.types import InputError, TokenizedArticle
 
 def evaluate(recipe: Recipe) -> runs.Json:
     """All methods over the same tokens of one split; results.json, losses and the report."""
-    bench, config = Bench(recipe), recipe.evaluate
+    bench, config = Bench(recipe, any_text=True), recipe.evaluate
     methods = methods_of(bench.path, config.methods)
     asked = _asked(bench) | {"methods": methods}
     if (kept := _evaluated(bench.path, asked, recipe)) is not None:
         return kept
     readers = {name: bench.method(name) for name in methods}
-    texts = bench.corpus.split(config.split)[: config.max_articles or None]
+    texts = bench.texts(config.split, config.max_articles)
     formats(recipe.report.format)  # what the report cannot do is said before hours of reading
     require_titles(recipe.report.articles, [text.title for text in texts])
 
@@ -43,11 +43,11 @@ def evaluate(recipe: Recipe) -> runs.Json:
         save_part(path, scores, made)
         return scores
 
-    train_texts = (article.text for article in bench.corpus.train)
-    results = evaluate_readers(readers, bench, texts, train_texts=train_texts, read=read)
+    results = evaluate_readers(readers, bench, texts, train_texts=bench.train_texts(), read=read)
     results.data["asked"] = asked
-    source = {"source": recipe.data.source, "split": config.split}
-    results.data["data"] = source | results.data["data"] | {"fingerprint": bench.corpus.fingerprint}
+    results.data["data"] |= {"source": recipe.data.source, "split": config.split}
+    if bench.other is None:
+        results.data["data"]["fingerprint"] = bench.corpus.fingerprint
     results.save(bench.path.path)
     print(results.table())
     report(recipe)
@@ -66,6 +66,8 @@ def _asked(bench: Bench) -> runs.Json:
     """All that an evaluation depends on, as JSON, but the methods."""
     recipe, config = bench.recipe, runs.settings_of(bench.recipe.evaluate)
     tables = {name: runs.settings_of(getattr(recipe, name)) for name in ("read", "context", "lora", "prior")}
+    if bench.other:
+        tables["data"] = runs.settings_of(bench.other)
     return {"made of": {**bench.made.fingerprints}, **tables, "evaluate": {**config, "methods": []}}
 
 

@@ -15,7 +15,7 @@ import tyro
 from dynlm.adapt import ReadConfig
 from dynlm.data.articles import DataConfig
 from dynlm.data.tokenizers import TokenizerConfig
-from dynlm.evaluate.methods import MethodName, RuleName
+from dynlm.evaluation.methods import MethodName, RuleName
 from dynlm.files import why_unreadable
 from dynlm.kept import FLAGS, Call
 from dynlm.labs.fewshot.trial import FewShotConfig

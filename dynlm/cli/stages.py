@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 
@@ -13,11 +13,11 @@ from dynlm import runs
 from dynlm.adapt import make_priors, measure_priors
 from dynlm.changes import Changes, changing
 from dynlm.cli.recipe import Recipe, recipe_of_run, require_same
-from dynlm.data.articles import Corpus, load_corpus
+from dynlm.data.articles import Corpus, DataConfig, load_corpus, load_texts
 from dynlm.data.segments import article_segments
 from dynlm.data.tokenizers import load_tokenizer, tokenize
-from dynlm.evaluate.stateless import STATELESS
-from dynlm.evaluate.stream import read_articles
+from dynlm.evaluation.stateless import STATELESS
+from dynlm.evaluation.stream import read_articles
 from dynlm.kept import free, is_finished
 from dynlm.meta.train import MetaProgress, MetaTrainer, divide_meta_split, meta_train
 from dynlm.models.causal import CausalScorer, scorer_for
@@ -37,9 +37,14 @@ USUAL = {"sgd": "tune", "rms": "tune", "adam": "tune", "gated": "meta-train"}
 class Bench(Session):
     """The session of a run directory with the settings of a recipe; its corpus and prior come when first used."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, *, any_text: bool = False) -> None:
+        """``any_text``: ``recipe.data`` may name another source, whose texts are only read."""
         run = runs.Run(recipe.run)
-        require_same(recipe, recipe_of_run(run.require(run.recipe, "train")))
+        trained = recipe_of_run(run.require(run.recipe, "train"))
+        self.other: DataConfig | None = None
+        if any_text and recipe.data.source != trained.data.source:
+            self.other, recipe = recipe.data, dataclasses.replace(recipe, data=trained.data)
+        require_same(recipe, trained)
         _, stamp = open_run(run)
         if stamp.finished and run.retraining.recipe.exists():
             print("note: the base model is being trained again; the earlier one is used until then", flush=True)
@@ -70,9 +75,21 @@ class Bench(Session):
         """What a finished rule, cache or start says of itself: the base model that it belongs to."""
         return {"model": self.made.fingerprints["model"], "finished": True}
 
+    def texts(self, split: str, limit: int = 0) -> tuple[Article, ...]:
+        """The first articles of a split of the corpus, or of another source."""
+        found = load_texts(self.other, split) if self.other else self.corpus.split(split)
+        return found[: limit or None]
+
+    def train_texts(self) -> Iterator[str]:
+        """The text that the model was trained on; nothing where another source is read and it is not at hand."""
+        try:
+            yield from (article.text for article in self.corpus.train)
+        except InputError:
+            if self.other is None:
+                raise
+
     def articles(self, split: str, limit: int = 0) -> list[TokenizedArticle]:
-        chosen = self.corpus.split(split)
-        return tokenize(self.tokenizer, chosen[: limit or None])
+        return tokenize(self.tokenizer, self.texts(split, limit))
 
     def _measured(self) -> list[Prior]:
         """θ0 and its static RMS: from the run directory, or measured and kept there."""

@@ -113,6 +113,19 @@ def load_corpus(config: DataConfig) -> Corpus:
     )
 
 
+def load_texts(config: DataConfig, split: str) -> tuple[Article, ...]:
+    """Read texts that no training has divided: a source's own split, or all of a source without splits.
+
+    Raises:
+        InputError: as :func:`load_corpus`, and a split that the source has not.
+    """
+    pools = read_pools(config)
+    found = pools.get("all", pools.get(split, []))
+    if not found:
+        raise InputError(f"source {config.source!r} has no articles of the split {split!r}: it has {', '.join(pools)}")
+    return tuple(found)
+
+
 def _split_one_pool(pool: list[Article], config: DataConfig) -> Corpus:
     order = _by_hash(pool, config.split_seed)
     n_held_out = min(config.held_out, len(order) // 8)

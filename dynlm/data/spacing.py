@@ -145,6 +145,11 @@ class Spacer:
             self.begins, self.after_blank = piece == "\n", piece != "\n" and piece.isspace()
 
 
+def spaced_whole(text: str) -> str:
+    """Return a whole text in WikiText's spacing, or as it is where it has that already."""
+    return Spacer(auto=True)(text).text
+
+
 def _ends(at: int, plain: str, spaced: str) -> Iterator[int]:
     """Where the prefix of ``plain`` ends that each prefix of ``spaced`` stands for, ``plain`` beginning at ``at``."""
     stop = at + len(plain)

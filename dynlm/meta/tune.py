@@ -19,9 +19,9 @@ from typing import Annotated, Literal, NamedTuple
 import optuna
 
 from dynlm.adapt import Reader
-from dynlm.evaluate.cache import cached_name
-from dynlm.evaluate.methods import MethodName
-from dynlm.evaluate.stream import read_articles
+from dynlm.evaluation.cache import cached_name
+from dynlm.evaluation.methods import MethodName
+from dynlm.evaluation.stream import read_articles
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.library import make_rule
 from dynlm.settings import Count, NotEmpty, Seed, Settings, Whole

@@ -28,7 +28,7 @@ AGAIN = "run `dynlm evaluate` again"
 
 
 class Gates(NamedTuple):
-    """COPY, UPDATE and FLUSH of a rule at each update of the first articles (dynlm.evaluate.gates)."""
+    """COPY, UPDATE and FLUSH of a rule at each update of the first articles (dynlm.evaluation.gates)."""
 
     values_3UN: Floats
     """means over the weights of each of N tensors at each of U updates"""
@@ -83,7 +83,7 @@ class Evaluation:
 
     @property
     def breakdowns(self) -> Json:
-        """dynlm.evaluate.breakdowns; empty for an evaluation that has none."""
+        """dynlm.evaluation.breakdowns; empty for an evaluation that has none."""
         breakdowns: Json = self.results.get("breakdowns", {})
         return breakdowns
 

@@ -130,7 +130,7 @@ class Interference(TypedDict):
 
 
 class Breakdowns(TypedDict, total=False):
-    """dynlm.evaluate.breakdowns."""
+    """dynlm.evaluation.breakdowns."""
 
     relative_position: list[Row]
     occurrence: list[Row]

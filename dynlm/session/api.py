@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynlm import runs
 from dynlm.adapt import Reader as InnerReader
 from dynlm.changes import Changes, changing
-from dynlm.data.texts import Source, as_texts
-from dynlm.data.tokenizers import HuggingFaceTokenizer, tokenize
-from dynlm.evaluate.audit import Verdict, adds_up
-from dynlm.evaluate.audit import audit as audit_method
-from dynlm.evaluate.stream import read_articles
+from dynlm.data.texts import Source, Text, as_texts
+from dynlm.data.tokenizers import HuggingFaceTokenizer
+from dynlm.evaluation.audit import Verdict, adds_up
+from dynlm.evaluation.audit import audit as audit_method
+from dynlm.evaluation.stream import read_articles
 from dynlm.meta.train import MetaConfig, MetaProgress, MetaTrainer, divide_meta_split
 from dynlm.meta.train import meta_train as meta_training
 from dynlm.meta.tune import SPACES, TuneConfig, tune_rule
@@ -88,7 +89,7 @@ def tune(
     """
     session = as_session(reader_or_model)
     config: TuneConfig = build(TuneConfig, {"rules": [rule], **settings}, "tune")
-    texts = tokenize(session.tokenizer, as_articles(articles))
+    texts = session.tokenize(as_articles(articles))
     with Bar(total=config.trials, desc=f"tune {rule}", unit="trial") as bar:
         tuned = tune_rule(rule, session.reader, texts, session.tokenizer.eos_id, config, bar.update)
     tuned.rule.made = {
@@ -129,7 +130,7 @@ def meta_train(
     wanted = LEARNED[config.rule].start
     if start.name != wanted:
         raise InputError(f"start is a rule {start.name!r}: {config.rule} begins at {wanted}, tuned by dynlm.tune")
-    texts, held_back = divide_meta_split(tokenize(session.tokenizer, as_articles(articles)), config)
+    texts, held_back = divide_meta_split(session.tokenize(as_articles(articles)), config)
     rule = start_rule(config.rule, start.settings(), session.priors, config.seed, config.hidden)
     reader, start_id, tokens = session.reader(rule), session.tokenizer.eos_id, sum(map(len, held_back))
     trainer = MetaTrainer(reader, texts, start_id, config, session.fingerprints(start)["model"])
@@ -159,8 +160,8 @@ def audit(reader: Readable, article: Source, later: Source, *, quick: bool = Fal
     ``quick`` reads short excerpts: a tenth of the time, and blind to what happens only after some segments.
     """
     session, rule = as_session(reader), reader.rule if isinstance(reader, Reader) else None
-    texts = as_articles([article, later])
-    first, second = tokenize(session.tokenizer, texts[:2])
+    texts = [session.spaced(text) for text in as_articles([article, later])]
+    first, second = session.tokenize(texts[:2])
 
     def make_reader() -> InnerReader:
         return session.reader(copy.deepcopy(rule if rule is not None else session.rule()))
@@ -190,11 +191,18 @@ def as_articles(sources: Source | Iterable[Source]) -> list[Article]:
     """Return articles as they are, and texts and files as articles."""
     if isinstance(sources, str | Path | Article) or not isinstance(sources, Iterable):
         sources = [sources]
-    return [found for source in sources for found in _articles(source)]
+    articles = [text.article() if isinstance(text, Text) else text for source in sources for text in _texts(source)]
+    names = Counter(article.id for article in articles)
+    return [
+        replace(article, id=f"{article.id} {number}", title=f"{article.title} {number}")
+        if names[article.id] > 1
+        else article
+        for number, article in enumerate(articles, 1)
+    ]
 
 
-def _articles(source: Source) -> list[Article]:
-    return [source] if isinstance(source, Article) else [text.article() for text in as_texts(source)]
+def _texts(source: Source) -> Iterable[Article | Text]:
+    return [source] if isinstance(source, Article) else as_texts(source)
 
 
 def _own_methods(source: object, session: Session) -> list[str | Rule]:

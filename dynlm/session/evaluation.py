@@ -16,13 +16,14 @@ import torch
 import dynlm
 from dynlm import runs
 from dynlm.adapt import Reader
-from dynlm.data.tokenizers import Tokenizer, load_tokenizer, lost_share, tokenize
-from dynlm.evaluate.breakdowns import Reading, break_down
-from dynlm.evaluate.cache import CachedReader, cached_name
-from dynlm.evaluate.compare import identify, summarize, write_results
-from dynlm.evaluate.metrics import Counts, count
-from dynlm.evaluate.stream import Scores, read_and_watch
-from dynlm.evaluate.tap import TappedReader
+from dynlm.data.articles import Corpus
+from dynlm.data.tokenizers import Tokenizer, load_tokenizer, lost_share
+from dynlm.evaluation.breakdowns import Reading, break_down
+from dynlm.evaluation.cache import CachedReader, cached_name
+from dynlm.evaluation.compare import identify, summarize, write_results
+from dynlm.evaluation.metrics import Counts, count
+from dynlm.evaluation.stream import Scores, read_and_watch
+from dynlm.evaluation.tap import TappedReader
 from dynlm.optim.hub import fingerprint
 from dynlm.progress import Bar
 from dynlm.report.html import write_report
@@ -91,7 +92,7 @@ class Results:
         return pandas.DataFrame({name: [self[m][name] for m in self.methods] for name in columns}, index=self.methods)
 
     def save(self, folder: str | Path) -> None:
-        """Write FOLDER/evaluate/results.json and, beside it, every loss (dynlm.evaluate.compare)."""
+        """Write FOLDER/evaluate/results.json and, beside it, every loss (dynlm.evaluation.compare)."""
         run = runs.Run(folder)
         run.evaluation.mkdir(parents=True, exist_ok=True)
         write_results(run, self.scores, self.articles, self.data)
@@ -131,7 +132,7 @@ def evaluate_readers(
     """
     if "static" not in readers:
         raise InputError(f"methods {list(readers)} lack 'static', the baseline of every gain: add it")
-    tokenizer, articles = session.tokenizer, tokenize(session.tokenizer, texts)
+    tokenizer, articles = session.tokenizer, session.tokenize(texts)
     if not articles:
         raise InputError("no article to read: give at least one")
     read = read or (lambda name, reader, articles: read_method(name, reader, articles, tokenizer.eos_id, gate_articles))
@@ -144,7 +145,7 @@ def evaluate_readers(
                 raise
             diverged[name] = str(error)
             note(f"note: {name} diverged and is left out: {error}")
-    lost = lost_share(tokenizer, (text.text for text in texts))
+    lost = lost_share(tokenizer, (session.spaced(text).text for text in texts))
     if lost:
         note(f"note: the tokenizer loses {lost:.2%} of the text, so bits per byte are not given")
     counts = count(articles)
@@ -157,7 +158,7 @@ def evaluate_readers(
     words = Counter(word for text in train_texts for word in text.split())
     config = session.config
     summary["breakdowns"] = break_down(scores, Reading(articles, tokenizer, words, config.segment, config.reset))
-    return Results({**circumstances(session, articles), **counts._asdict(), **summary}, scores, articles, tokenizer)
+    return Results({**circumstances(session, texts), **counts._asdict(), **summary}, scores, articles, tokenizer)
 
 
 def read_method(
@@ -179,14 +180,19 @@ def settings_of(reader: Reader) -> dict[str, float]:
     return {**reader.rule.settings(), **{f"cache.{name}": value for name, value in of_cache.items()}}
 
 
-def circumstances(session: Session, articles: Sequence[TokenizedArticle]) -> runs.Json:
+def circumstances(session: Session, texts: Sequence[Article]) -> runs.Json:
     """Return what results.json says of articles, model and versions."""
     import transformers
 
     model, tokenizer = session.model, session.tokenizer
     prints: Mapping[str, Any] = session.stamp.fingerprints if session.stamp else {}
     return {
-        "data": {"titles": [article.title for article in articles]},
+        "data": {
+            "source": "given",
+            "split": "test",
+            "titles": [text.title for text in texts],
+            "fingerprint": Corpus((), (), (), tuple(texts)).fingerprint,
+        },
         "reset": session.config.reset,
         "segment": session.config.segment,
         "model": {

@@ -23,7 +23,7 @@ from dynlm.adapt import ReadConfig, Snapshot
 from dynlm.data.spacing import Spacer
 from dynlm.data.texts import Source, Text, as_texts, encode_chunk, surfaces
 from dynlm.data.tokenizers import HuggingFaceTokenizer
-from dynlm.evaluate.tap import Tap
+from dynlm.evaluation.tap import Tap
 from dynlm.files import replacing
 from dynlm.optim.base import Rule
 from dynlm.optim.handmade import Static

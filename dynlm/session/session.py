@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from dynlm.adapt import ReadConfig, Reader, Scorer, make_priors
 from dynlm.claim import recover
-from dynlm.data.spacing import Spacing
-from dynlm.data.tokenizers import Tokenizer, load_tokenizer
-from dynlm.evaluate.cache import CachedReader, cached_name, load_cache
-from dynlm.evaluate.stateless import STATELESS, StatelessScorer
+from dynlm.data.spacing import Spacing, spaced_whole
+from dynlm.data.tokenizers import Tokenizer, load_tokenizer, tokenize
+from dynlm.evaluation.cache import CachedReader, cached_name, load_cache
+from dynlm.evaluation.stateless import STATELESS, StatelessScorer
 from dynlm.models.light import LightLSTM, is_light, load_light
 from dynlm.models.params import Adapted, adapted_parameters
 from dynlm.optim.base import Prior, Rule
@@ -34,7 +34,7 @@ from dynlm.optim.library import LEARNED, load_rule, seedless
 from dynlm.runs import Json, Run, read_json, read_tensors, require_layout
 from dynlm.settings import Positive, build, check
 from dynlm.stamps import Stamp, fingerprint_files, read_stamped, unfinished
-from dynlm.types import InputError
+from dynlm.types import Article, InputError, TokenizedArticle
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
 DEFAULT_MODEL = "wikitext2"
@@ -179,6 +179,18 @@ class Session:
             self.stamp.require_own(path, made)
         if made.get("finished", True) is not True:
             log.warning(unfinished(path, "learn-optimizer" if path.name == General.name else "meta-train"))
+
+    def spaced(self, article: Article) -> Article:
+        """Return an article in the spacing that the model was trained on."""
+        return replace(article, text=spaced_whole(article.text)) if self.spacing == "wikitext" else article
+
+    def tokenize(self, articles: Iterable[Article]) -> list[TokenizedArticle]:
+        """Return articles as token ids, in the model's spacing; words and bytes are those of the articles as given."""
+        return [
+            replace(tokens, n_words=article.n_words, n_bytes=article.n_bytes)
+            for article in articles
+            for tokens in tokenize(self.tokenizer, [self.spaced(article)])
+        ]
 
     def fingerprints(self, rule: Rule) -> Json:
         """Return the fingerprints of θ0 and of ``rule``."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dynlm import adapt
 from dynlm.adapt import Scored
-from dynlm.evaluate.tap import Tap
+from dynlm.evaluation.tap import Tap
 from dynlm.session.totals import Totals
 from dynlm.types import InputError, Piece
 

@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+import dynlm
+from cli.test_main import fails
 from dynlm.cli.main import main
 from dynlm.data.tokenizers import load_tokenizer
 from dynlm.models.causal import LSTMScorer
@@ -121,3 +123,30 @@ def test_a_rule_in_the_place_of_a_cache_is_told_apart(copy, capsys):
     write_tensors(Run(run).rule("cache"), tensors, {"kind": "cache"})
     assert main(base) == 2
     assert "weight is 9.0: exp" in capsys.readouterr().err
+
+
+def test_a_run_is_evaluated_on_any_text(copy, tmp_path, capsys):
+    """All of a source without splits is read; what training fixed stays, and the run's own texts need not be there."""
+    _, run = copy
+    lines = [
+        {"title": name, "text": f"The {name} saw the cat.\nThe cat saw the {name}.\n" * 6} for name in ("dog", "owl")
+    ]
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["evaluate", "--run", str(run), "--overwrite", "--evaluate.methods", "static", "rms"]
+    assert main([*command, "--data.source", str(other)]) == 0
+    results = json.loads(Run(run).results.read_text())
+    assert results["data"]["titles"] == ["dog", "owl"]
+    assert results["data"]["source"] == str(other)
+    assert results["methods"]["rms"]["gain_nats_per_token"] > 0
+    assert "train_frequency" in results["breakdowns"]
+    theirs = dynlm.evaluate(
+        str(run), [dynlm.Article(x["title"], x["title"], x["text"]) for x in lines], ["static", "rms"]
+    )
+    for name in ("static", "rms"):
+        assert theirs[name]["nats"] == pytest.approx(results["methods"][name]["nats"], rel=1e-6)
+    capsys.readouterr()
+    assert main(["audit", "--run", str(run), "--quick", "--data.source", str(other), "--evaluate.methods", "rms"]) == 0
+    assert "dog" not in capsys.readouterr().err
+    fails(capsys, ["tune", "--run", run, "--overwrite", "--data.source", other], "data.source is", "use another --run")
+    fails(capsys, [*command, "--data.source", tmp_path / "none.txt"], "none.txt")

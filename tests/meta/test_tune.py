@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dynlm.adapt import ReadConfig, Reader
-from dynlm.evaluate.stream import read_articles
+from dynlm.evaluation.stream import read_articles
 from dynlm.meta.tune import DECAY, SPACES, TuneConfig, tune_rule
 from dynlm.optim.library import make_rule
 from dynlm.types import DivergedError, InputError

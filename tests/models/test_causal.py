@@ -25,7 +25,7 @@ from transformers import (
 
 from dynlm.adapt import ReadConfig, Reader, measure_priors
 from dynlm.data.segments import article_segments
-from dynlm.evaluate.audit import first_leak, restores
+from dynlm.evaluation.audit import first_leak, restores
 from dynlm.meta.positions import pack, unpack
 from dynlm.meta.unroll import Unroll, UnrollConfig
 from dynlm.models.causal import CausalScorer, LSTMScorer, load_model, scorer_for

@@ -2,8 +2,8 @@
 
     relative_position   tenths of the article
     occurrence          "first" and "later" occurrence of a word in its article, all tokens of the word
-    train_frequency     words by how often the training text holds them: 0, then powers of ten
-    vocabulary          names, numbers, function words, punctuation, others (dynlm.evaluate.words)
+    train_frequency     words by how often the training text holds them: 0, then powers of ten; where that is known
+    vocabulary          names, numbers, function words, punctuation, others (dynlm.evaluation.words)
         each a list of {"bin", "tokens", "articles", "static": nats a token of static reading,
         "gain": {METHOD: {"mean": nats a token, "ci95": [low, high]}}}; bins without tokens are left out, and tokens
         of no word (ends of line) are in relative_position alone
@@ -15,10 +15,10 @@
         that the whole stream has left: {"article": title, "segments", "static": nats a token with θ0,
         "methods": {METHOD: {"first_reading", "again": nats a token, "gain": static − again, "ci95"}}}; the interval
         is over segments, as there is one article
-    calibration         {METHOD: {"ece", "ci95", "bins"}} (dynlm.evaluate.calibration)
+    calibration         {METHOD: {"ece", "ci95", "bins"}} (dynlm.evaluation.calibration)
     gates               {METHOD: {"tensors": names, "weights": of each tensor, "segments": updates of each of the
         articles recorded, "mean": {"copy", "update", "flush": means over these updates, one a tensor}}}
-        (dynlm.evaluate.gates; single updates are "gates/METHOD" in losses.safetensors), {} where none were recorded
+        (dynlm.evaluation.gates; single updates are "gates/METHOD" in losses.safetensors), {} where none were recorded
 
 Intervals are 95 % percentile bootstrap over articles. A gain is of that share of the tokens: gains of bins, weighted
 with their tokens, sum to the gain of all.
@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 from dynlm.data.tokenizers import Tokenizer
-from dynlm.evaluate.metrics import bootstrap_ratio
-from dynlm.evaluate.stream import Scores
-from dynlm.evaluate.words import KINDS, Words, find_words, kind
+from dynlm.evaluation.metrics import bootstrap_ratio
+from dynlm.evaluation.stream import Scores
+from dynlm.evaluation.words import KINDS, Words, find_words, kind
 from dynlm.runs import Json
 from dynlm.types import TokenizedArticle
 
@@ -53,7 +53,7 @@ class Reading(NamedTuple):
     articles: Sequence[TokenizedArticle]
     tokenizer: Tokenizer
     train_counts: Counter[str]
-    """occurrences of each word in the training text"""
+    """occurrences of each word in the training text; empty where that is not known"""
     segment: int
     reset: str
 
@@ -73,6 +73,8 @@ def break_down(scores: Mapping[str, Scores], reading: Reading) -> Json:
         ),
         "vocabulary": ([_spread(text, _kinds(text)) for text in texts], KINDS),
     }
+    if not reading.train_counts:
+        del classes["train_frequency"]
     result: Json = {name: gains(scores, class_T, labels) for name, (class_T, labels) in classes.items()}
     result["calibration"] = {name: s.calibration for name, s in scores.items() if s.calibration is not None}
     result["gates"] = {name: s.gates.summary() for name, s in scores.items() if s.gates is not None}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dynlm.adapt import Reader
-from dynlm.evaluate.probe import first_difference, read
+from dynlm.evaluation.probe import first_difference, read
 from dynlm.types import Article, TokenizedArticle
 
 MakeReader = Callable[[], Reader]
@@ -105,11 +105,11 @@ def no_later_article(make_reader: MakeReader, parts: Excerpts, start_id: int, re
     with reader:
         reader.begin()
         together = [reader.read(one, start_id).cpu() for one in row]
-    alone: dict[str, Tensor] = {}
+    alone: dict[int, Tensor] = {}
     for number, (one, found_T) in enumerate(zip(row, together, strict=True)):
         if number and reader.config.reset == "never":
             break  # a stream goes on from what was read before
-        key = f"{one.id}{len(one)}"
+        key = id(one)  # two articles may have the same name
         alone[key] = alone[key] if key in alone else read(make_reader(), one, start_id).losses_T
         if (place := first_difference(found_T, alone[key])) is not None:
             where = f"before {later.title!r}" if number == 0 else f"as number {number + 1} in a row"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynlm.evaluate.metrics import N_BOOTSTRAP
+from dynlm.evaluation.metrics import N_BOOTSTRAP
 from dynlm.runs import Json
 
 BINS = 10

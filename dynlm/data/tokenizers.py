@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, Protocol, TypedDict, cast
 
@@ -21,6 +22,7 @@ from dynlm.files import read_json, replacing, require_file, write_json
 from dynlm.settings import Bound, Settings, check, shown
 from dynlm.types import Article, InputError, TokenizedArticle
 
+GGUF = ".gguf"
 ESCAPE = "\ue000"  # of the private use area
 
 
@@ -201,11 +203,23 @@ class HuggingFaceTokenizer:
         self._tokenizer.save_pretrained(folder)
 
 
+def gguf_in(path: str | Path) -> tuple[str, dict[str, str]]:
+    """Return what transformers takes for a ``.gguf`` file: its folder, and a keyword with its name.
+
+    Raises:
+        InputError: the package gguf is not installed.
+    """
+    if find_spec("gguf") is None:
+        raise InputError(f"{path} needs the package gguf: install dynlm[gguf]")
+    return str(Path(path).parent), {"gguf_file": Path(path).name}
+
+
 def _from_hub(name: str) -> Any:
     from transformers import AutoTokenizer
 
+    place, within = gguf_in(name) if name.endswith(GGUF) and Path(name).is_file() else (name, {})
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False, **within)
         if not tokenizer.vocab_size:  # what a folder with a model alone gives
             raise ValueError("it has no entries")
     except Exception as error:  # the loader raises many kinds; all mean that there is no whole tokenizer

@@ -7,7 +7,8 @@ from functools import partial
 from dynlm.cli.recipe import Recipe
 from dynlm.cli.stages import Bench, methods_of
 from dynlm.evaluate.audit import Verdict, adds_up, verdicts
-from dynlm.runs import Json, read_json
+from dynlm.results import load_results
+from dynlm.runs import Json
 from dynlm.types import InputError
 
 
@@ -17,7 +18,7 @@ def audit_stage(recipe: Recipe) -> Json:
     The methods are those of the run's results.json, else of ``evaluate.methods``, else all that the run holds.
     """
     bench, config = Bench(recipe), recipe.evaluate
-    evaluated = list(read_json(bench.run.results)["methods"]) if bench.run.results.is_file() else []
+    evaluated = list(load_results(bench.run.results)["methods"]) if bench.run.results.is_file() else []
     methods = methods_of(bench.run, evaluated or config.methods)
     texts = bench.corpus.split(config.split)[: config.max_articles or None]
     articles = bench.articles(config.split, config.max_articles)

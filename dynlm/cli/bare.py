@@ -16,13 +16,14 @@ from dynlm.data.segments import article_segments
 from dynlm.data.stdlib import load_topics
 from dynlm.data.texts import read_texts
 from dynlm.data.tokenizers import Tokenizer, TokenizerConfig
-from dynlm.meta.tune import SPACES, search_space
+from dynlm.meta.tune import search_space
 from dynlm.models.causal import scorer_for
 from dynlm.models.context import ContextConfig
 from dynlm.models.lora import LoraSettings
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.library import make_rule
+from dynlm.optim.registry import tuned
 from dynlm.progress import Bar
 from dynlm.types import Article, InputError, Piece
 
@@ -41,8 +42,8 @@ def load_bare(settings: ReadSettings) -> Kit:
         InputError: no whole model or tokenizer, a model that does not read, a rule that has to be trained, bad texts.
     """
     kind = settings.rule or "rms"
-    if kind not in (*SPACES, "static"):
-        known = f"choose {', '.join(SPACES)} or static"
+    if kind not in (*tuned(), "static"):
+        known = f"choose {', '.join(tuned())} or static"
         raise InputError(f"--rule {kind} with --model: a learned rule belongs to the run it was trained in; {known}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     context, lora = ContextConfig(carry=settings.carry), LoraSettings(rank=settings.lora_rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 from collections import Counter
 from contextlib import suppress
@@ -21,17 +22,19 @@ from dynlm.cli.recipe import Recipe
 from dynlm.cli.stages import Bench, methods_of
 from dynlm.data.tokenizers import load_tokenizer, lost_share
 from dynlm.evaluate.breakdowns import Reading, break_down
-from dynlm.evaluate.cache import CachedReader, cached_name
-from dynlm.evaluate.compare import identify, summarize, write_results
+from dynlm.evaluate.cache import CachedReader
+from dynlm.evaluate.compare import describe, summarize, write_results
 from dynlm.evaluate.metrics import Counts, count
 from dynlm.evaluate.parts import load_part, save_part
 from dynlm.evaluate.stream import Scores, read_and_watch
 from dynlm.evaluate.tap import TappedReader
+from dynlm.methods import Method
 from dynlm.optim.hub import fingerprint
 from dynlm.progress import Bar
 from dynlm.report.html import write_report
 from dynlm.report.maps import require_titles
 from dynlm.report.svg import formats
+from dynlm.results import Circumstances, MethodResult, Results, load_results
 from dynlm.stamps import fingerprint_files
 from dynlm.types import DivergedError, InputError, TokenizedArticle
 
@@ -64,25 +67,27 @@ def evaluate(recipe: Recipe) -> runs.Json:
     )
     if lost:
         print(f"note: the tokenizer loses {lost:.2%} of the text, so bits per byte are not given", flush=True)
-    summary = summarize(scores, {name: _settings(readers[name]) for name in scores}, counts, lossless=not lost)
-    summary |= {"diverged": diverged, "asked": asked}
-    for name in scores:
-        reader = readers[name]
-        summary["methods"][name] |= identify(name, reader.rule)
-        summary["methods"][name]["fingerprint"] = fingerprint(reader.rule) if reader.rule.reads_gradient else None
+    described = {name: describe(name, readers[name].rule, _settings(readers[name])) for name in scores}
+    summary = summarize(scores, described, counts, lossless=not lost)
     words = Counter(word for article in bench.corpus.train for word in article.text.split())
     reading = Reading(articles, bench.tokenizer, words, recipe.read.segment, recipe.read.reset)
-    summary["breakdowns"] = break_down(scores, reading)
-    write_results(bench.run, scores, articles, {**_circumstances(bench, articles), **counts._asdict(), **summary})
+    results: Results = {
+        **_circumstances(bench, articles, counts),
+        **summary,
+        "breakdowns": break_down(scores, reading),
+        "diverged": diverged,
+        "asked": asked,
+    }
+    write_results(bench.run, scores, articles, results)
     for name, method in sorted(summary["methods"].items(), key=lambda item: -item[1]["nats"]):
-        low, high = method["gain_ci95"]
+        low, high = method["gain_ci95"] or (math.nan, math.nan)
         print(
             f"{name:>12}  {_number(method['bits_per_byte'], '.4f')} bits/byte"
             f"  gain {method['gain_nats_per_token']:+.4f} [{low:+.4f}, {high:+.4f}] nats/token"
             f"  word perplexity {_number(method['word_ppl'], ',.4g')}  {method['tokens_per_s']:,.0f} tokens/s"
         )
     report(recipe)
-    return _told(runs.read_json(bench.run.results))
+    return _told(results)
 
 
 def _asked(bench: Bench) -> runs.Json:
@@ -112,17 +117,17 @@ def _evaluated(run: runs.Run, asked: runs.Json, recipe: Recipe) -> runs.Json | N
         print(f"{run.results}: kept as it was evaluated before")
         if not run.report.exists():
             report(recipe)
-        return _told(results)
+        return _told(load_results(run.results))
     if recipe.overwrite:
         return None
     raise InputError(f"{run.results} was made with other methods or settings: add --overwrite too, to replace it")
 
 
-def _told(results: runs.Json) -> runs.Json:
+def _told(results: Results) -> runs.Json:
     """What ``--json`` shows of an evaluation."""
     methods = {name: _figures(method) for name, method in results["methods"].items()}
-    counts = {name: results[name] for name in Counts._fields}
-    return {"methods": methods, "diverged": results["diverged"], **counts}
+    counts = Counts(results["articles"], results["tokens"], results["words"], results["bytes"])
+    return {"methods": methods, "diverged": results.get("diverged", {}), **counts._asdict()}
 
 
 def _read_or_resume(
@@ -131,7 +136,7 @@ def _read_or_resume(
     """Read with one method and keep its scores, or take those that an unfinished evaluation has kept."""
     theta0, rule = model_fingerprint(reader.priors), fingerprint(reader.rule)
     made = {**asked, "methods": [name], "theta0": theta0, "rule": rule, "settings": _settings(reader)}
-    path = bench.run.parts("evaluate") / f"{name}.safetensors"
+    path = bench.run.parts("evaluate") / f"{Method.parse(name).stem}.safetensors"
     scores = load_part(path, made) if bench.recipe.resume else None
     if scores is None:
         scores = _read(name, reader, articles, bench.tokenizer.eos_id, bench.recipe.evaluate.gate_articles)
@@ -146,10 +151,10 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def _figures(method: runs.Json) -> runs.Json:
+def _figures(method: MethodResult) -> runs.Json:
     """What ``--json`` shows of a method; results.json holds the rest."""
     names = ("bits_per_byte", "gain_nats_per_token", "gain_ci95", "word_ppl", "tokens_per_s")
-    return {name: method[name] for name in names}
+    return {name: value for name, value in method.items() if name in names}
 
 
 def _settings(reader: Reader) -> dict[str, float]:
@@ -165,11 +170,11 @@ def _read(name: str, reader: Reader, articles: list[TokenizedArticle], start_id:
         with suppress(DivergedError), tapped:  # kernels are built outside the timed pass
             tapped.read(dataclasses.replace(articles[0], ids_T=articles[0].ids_T[:128]), start_id)
     with Bar(total=sum(map(len, articles)), desc=f"read {name}", unit="token", unit_scale=True) as bar:
-        gate_articles = 0 if cached_name(name) else gate_articles
+        gate_articles = 0 if Method.parse(name).cache else gate_articles
         return read_and_watch(tapped, articles, start_id, bar.update, gate_articles)
 
 
-def _circumstances(bench: Bench, articles: list[TokenizedArticle]) -> runs.Json:
+def _circumstances(bench: Bench, articles: list[TokenizedArticle], counts: Counts) -> Circumstances:
     """What results.json says of data, model and versions."""
     recipe = bench.recipe
     return {
@@ -198,6 +203,10 @@ def _circumstances(bench: Bench, articles: list[TokenizedArticle]) -> runs.Json:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
+        "articles": counts.articles,
+        "tokens": counts.tokens,
+        "words": counts.words,
+        "bytes": counts.bytes,
     }
 
 
@@ -205,7 +214,7 @@ def report(recipe: Recipe) -> None:
     """The report of a finished evaluation."""
     run = runs.Run(recipe.run)
     run.require(run.results, "evaluate")
-    used = runs.read_json(run.results).get("tokenizer", {}).get("fingerprint")
+    used = load_results(run.results).get("tokenizer", {}).get("fingerprint")
     if run.tokenizer.is_dir() and used not in (None, fingerprint_files(run.tokenizer)):
         raise InputError(f"{run.tokenizer} is not the tokenizer that {run.results} was made with: evaluate again")
     tokenizer = load_tokenizer(run.tokenizer) if run.tokenizer.is_dir() else None

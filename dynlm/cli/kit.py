@@ -24,12 +24,14 @@ from dynlm.claim import recover
 from dynlm.cli.terminal import tell
 from dynlm.data.spacing import Spacing
 from dynlm.data.tokenizers import Tokenizer, load_tokenizer
+from dynlm.methods import Method
 from dynlm.models.light import LightLSTM, is_light, load_light
 from dynlm.models.params import Adapted, adapted_parameters
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.handmade import Static
 from dynlm.optim.hub import fingerprint
-from dynlm.optim.library import LEARNED, load_rule, seedless
+from dynlm.optim.library import load_rule
+from dynlm.optim.registry import made_by
 from dynlm.runs import Json, Run, read_json, read_tensors, require_layout
 from dynlm.settings import Positive, build, check
 from dynlm.stamps import Stamp, fingerprint_files, read_stamped, unfinished
@@ -180,12 +182,12 @@ def _load_rule(run: Run, name: str, stamp: Stamp) -> Rule:
     chosen = name or next((rule for rule in RULES if rule in held), "")
     if chosen == "static":
         return Static()
-    made_by = "meta-train" if seedless(chosen) in LEARNED else "tune"
+    command = made_by(Method.parse(chosen or RULES[-1]).rule)
     if chosen not in held:
-        there = f"it holds {', '.join(held)}" if held else f"run `dynlm {made_by}` with it first"
+        there = f"it holds {', '.join(held)}" if held else f"run `dynlm {command}` with it first"
         raise InputError(f"{run.path} has no rule {chosen or RULES[-1]!r}: {there}")
     rule, made = load_rule(run.rule(chosen))
     stamp.require_own(run.rule(chosen), made)
     if made.get("finished", True) is not True:
-        tell(unfinished(run.rule(chosen), made_by))
+        tell(unfinished(run.rule(chosen), command))
     return rule

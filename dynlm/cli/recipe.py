@@ -14,12 +14,12 @@ from dynlm.adapt import ReadConfig
 from dynlm.data.articles import DataConfig
 from dynlm.data.fewshot import TasksConfig
 from dynlm.data.tokenizers import TokenizerConfig
-from dynlm.evaluate.methods import MethodName, RuleName
 from dynlm.files import why_unreadable
 from dynlm.meta.outer import OuterConfig
 from dynlm.meta.tasks import GeneralMetaConfig
 from dynlm.meta.train import MetaConfig
 from dynlm.meta.tune import TuneConfig
+from dynlm.methods import MethodName, RuleName
 from dynlm.models.context import ContextConfig
 from dynlm.models.lora import LoraSettings
 from dynlm.models.lstm import ModelConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypedDict
@@ -21,16 +21,18 @@ from dynlm.cli.recipe import Recipe, recipe_of_run, require_same
 from dynlm.data.articles import Corpus, load_corpus
 from dynlm.data.segments import article_segments
 from dynlm.data.tokenizers import load_tokenizer, tokenize
-from dynlm.evaluate.cache import CachedReader, cached_name, load_cache
-from dynlm.evaluate.stateless import STATELESS, StatelessScorer
+from dynlm.evaluate.cache import CachedReader, load_cache
+from dynlm.evaluate.stateless import StatelessScorer
 from dynlm.evaluate.stream import read_articles
 from dynlm.meta.train import MetaProgress, MetaTrainer, divide_meta_split, meta_train
+from dynlm.methods import STATELESS, STATIC, Method, seeded
 from dynlm.models.causal import CausalScorer, scorer_for
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.general import General
 from dynlm.optim.handmade import Static
-from dynlm.optim.library import LEARNED, load_rule, save_rule, seeded, seedless, start_rule
+from dynlm.optim.library import load_rule, save_rule, start_rule
+from dynlm.optim.registry import RULES, made_by, trained
 from dynlm.progress import Bar
 from dynlm.settings import check
 from dynlm.stamps import fingerprint_files, read_stamped, unfinished
@@ -85,7 +87,7 @@ class Bench:
         made = told(path)
         self.made.require_own(path, made)
         if made.get("finished", True) is not True:
-            print(unfinished(path, "learn-optimizer" if path.name == General.name else "meta-train"), flush=True)
+            print(unfinished(path, "learn-optimizer" if path.stem == General.name else "meta-train"), flush=True)
 
     def articles(self, split: str, limit: int = 0) -> list[TokenizedArticle]:
         chosen = self.corpus.split(split)
@@ -124,15 +126,14 @@ class Bench:
         ``cache`` and METHOD+cache put a neural cache beside static reading or beside METHOD; ``stateless`` is static
         reading that carries nothing from segment to segment.
         """
-        beside = cached_name(name)
-        if beside is not None:
+        method = Method.parse(name)
+        if method.cache:
             path = self.run.require(self.run.rule(name), f"tune --tune.rules {name}")
             self.require_own(path)
-            return CachedReader.beside(self.method(beside), load_cache(path))
-        kind, _, start = name.partition("@")
-        rule = self.load_rule(kind)
-        score = StatelessScorer(self.score) if kind == STATELESS else self.score
-        priors = self._started(rule, start) if start else self.priors
+            return CachedReader.beside(self.method(str(method.uncached)), load_cache(path))
+        rule = self.load_rule(str(replace(method, start="")))
+        score = StatelessScorer(self.score) if method.rule == STATELESS else self.score
+        priors = self._started(rule, method.start) if method.start else self.priors
         return Reader(self.model, score, rule.to(self.device), priors, self.recipe.read)
 
     def _started(self, rule: Rule, start: str) -> list[Prior]:
@@ -146,15 +147,14 @@ class Bench:
             layout |= {f"rule.{name}": value for name, value in rule.state_dict().items()}
         runs.require_layout(path, tensors, layout, advice=": learn it again")
         phi = {key.removeprefix("rule."): value for key, value in tensors.items() if key.startswith("rule.")}
-        if phi and rule.name in LEARNED:  # learned together with this start
+        if phi and rule.name in trained():  # learned together with this start
             rule.load_state_dict(phi)
         return [p._replace(theta0=tensors[p.name].to(p.theta0)) for p in self.priors]
 
     def load_rule(self, name: str) -> Rule:
-        if name in ("static", STATELESS):
+        if name in (STATIC, STATELESS):
             return Static()
-        made_by = "meta-train" if seedless(name) in LEARNED else "tune"
-        path = self.run.require(self.run.rule(name), made_by)
+        path = self.run.require(self.run.rule(name), made_by(Method.parse(name).rule))
         self.require_own(path)
         return load_rule(path)[0]
 
@@ -173,11 +173,11 @@ def _first_tokens(articles: tuple[Article, ...], tokens: int) -> list[Article]:
 def meta_training(recipe: Recipe) -> runs.Json:
     """A learned rule, from the tuned hand-made rule that it starts at, on the meta-training articles."""
     bench, kind = Bench(recipe), recipe.meta.rule
-    name, stage = seeded(kind, recipe.meta.seed), seeded("meta-train", recipe.meta.seed)
-    target, checkpoint = bench.run.rule(name), bench.run.checkpoint(stage)
+    stage = seeded("meta-train", recipe.meta.seed)
+    target, checkpoint = bench.run.rule(str(Method(kind, recipe.meta.seed))), bench.run.checkpoint(stage)
     free(target, recipe, checkpoint)
     articles, held_back = divide_meta_split(bench.articles("meta"), recipe.meta)
-    start = bench.load_rule(LEARNED[kind].start).settings()
+    start = bench.load_rule(RULES[kind].start).settings()
     rule = start_rule(kind, start, bench.priors, recipe.meta.seed, recipe.meta.hidden)
     reader, stamp = bench.reader(rule), bench.stamp()
     trainer = MetaTrainer(reader, articles, bench.tokenizer.eos_id, recipe.meta, stamp["model"])
@@ -209,13 +209,14 @@ def methods_of(run: runs.Run, chosen: Sequence[str]) -> list[str]:
     Raises:
         InputError: a method that is named twice.
     """
+    chosen = [str(Method.parse(name)) for name in chosen]
     if len(set(chosen)) < len(chosen):
-        twice = next(name for name in chosen if list(chosen).count(name) > 1)
+        twice = next(name for name in chosen if chosen.count(name) > 1)
         raise InputError(f"evaluate.methods names {twice!r} twice: name each method once")
     if chosen:
-        return list(chosen)
+        return chosen
     held = run.rules()
     missing = [f"{name} (`dynlm {made_by}`)" for name, made_by in USUAL.items() if name not in held]
     if missing:
         print(f"note: this run has no {', '.join(missing)}: they are left out", flush=True)
-    return ["static", STATELESS, *held]
+    return [STATIC, STATELESS, *held]

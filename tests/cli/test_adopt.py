@@ -9,69 +9,15 @@ from unittest import mock
 import pytest
 import torch
 
-from cli.test_main import fails, files
 from dynlm.cli.kit import load_kit
 from dynlm.cli.main import main
 from dynlm.runs import Run, read_tensors
+from support.commands import fails, files
 
 pytestmark = pytest.mark.usefixtures("plain_reports")
 
-RECIPE = """
-[data]
-source = "{source}"
-meta_articles = 6
-held_out = 3
-[model]
-pretrained = "{model}"
-[read]
-segment = 16
-[prior]
-tokens = 512
-[tune]
-rules = ["rms"]
-trials = 2
-articles = 2
-max_tokens = 64
-[meta]
-steps = 1
-articles = 1
-truncation = 4
-validate_every = 1
-validation_articles = 1
-hidden = 2
-[meta.estimator]
-coordinates = 500
-[evaluate]
-methods = ["static", "rms", "gated"]
-max_articles = 1
-"""
 LORA = ["--lora.rank", "2", "--lora.targets", "*.c_attn"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-
-
-@pytest.fixture(scope="session")
-def ready(tmp_path_factory):
-    """(recipe file, model folder): a tiny GPT-2 beside a byte-level tokenizer, and real text in short articles."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-    from dynlm.data.stdlib import load_topics
-
-    folder = tmp_path_factory.mktemp("ready")
-    rows = [{"title": a.title, "text": a.text[:800]} for a in load_topics()[:20]]
-    (folder / "docs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>"], initial_alphabet=alphabet)
-    backend.train_from_iterator([row["text"] for row in rows], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>").save_pretrained(folder / "model")
-    torch.manual_seed(1)
-    size = {"vocab_size": 300, "n_positions": 64, "n_embd": 48, "n_layer": 2, "n_head": 2}
-    model = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=0))
-    model.save_pretrained(folder / "model")
-    (folder / "recipe.toml").write_text(RECIPE.format(source=folder / "docs.jsonl", model=folder / "model"))
-    return folder / "recipe.toml", folder / "model"
 
 
 @pytest.fixture

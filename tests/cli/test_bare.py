@@ -8,14 +8,14 @@ from itertools import permutations
 
 import pytest
 
-from cli.test_adopt import ready  # noqa: F401  (a fixture)
-from cli.test_main import fails
 from dynlm.cli import bare
 from dynlm.cli.bare import CAUTION, PRIOR_TOKENS, load_bare
 from dynlm.cli.main import main
 from dynlm.cli.read import ReadSettings
-from dynlm.meta.tune import SPACES, search_space
+from dynlm.meta.tune import search_space
 from dynlm.optim.handmade import RMS
+from dynlm.optim.registry import RULES, tuned
+from support.commands import fails
 
 TEXT = "The cat sat on the mat. The cat liked the mat, and sat on it.\n" * 12
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -28,7 +28,7 @@ def text(tmp_path):
 
 
 @pytest.fixture
-def model(ready):  # noqa: F811
+def model(ready):
     return str(ready[1])
 
 
@@ -92,16 +92,16 @@ def test_the_prior_is_measured_on_few_segments_and_not_at_all_where_nothing_is_l
     monkeypatch.setattr(bare, "measure_priors", spy)
     load_bare(ReadSettings((text,), model=model, rule="static", prior_text=(text,)))
     assert measured == []
-    for rule in SPACES:
+    for rule in tuned():
         load_bare(ReadSettings((text,), model=model, rule=rule, prior_text=(text,)))
-    assert len(measured) == len(SPACES)
+    assert len(measured) == len(tuned())
     assert max(measured) <= PRIOR_TOKENS <= 512
 
 
-@pytest.mark.parametrize("rule", SPACES)
+@pytest.mark.parametrize("rule", tuned())
 def test_a_first_step_promises_the_same_fall_of_the_loss_on_models_of_any_size(rule, model, text):
     priors = load_bare(ReadSettings((text,), model=model, rule="rms", prior_text=(text,))).priors
-    start = SPACES[rule]["lr"].start
+    start = RULES[rule].space["lr"].start
     for times in (1e3, 1e5):  # gradients of larger models
         larger = [
             p._replace(rms=times * p.rms, mean_rms=times * p.mean_rms, relative_rms=p.relative_rms / times)
@@ -117,7 +117,7 @@ def test_a_first_step_promises_the_same_fall_of_the_loss_on_models_of_any_size(r
 
 
 @pytest.mark.skipif("DYNLM_TEST_MODEL" not in os.environ, reason="DYNLM_TEST_MODEL is not set")
-@pytest.mark.parametrize("rule", SPACES)
+@pytest.mark.parametrize("rule", tuned())
 def test_a_real_transformer_gains_at_the_defaults(rule, tmp_path, capsys):
     pairs = permutations(("Quernmoor", "Ellisande", "Haverstock"), 2)
     lines = [f"{a} met {b} in the park. {b} gave {a} a big red ball, and {a} was happy." for a, b in pairs]

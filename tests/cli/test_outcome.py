@@ -11,7 +11,6 @@ import sys
 import pytest
 import torch
 
-from cli.test_main import fails
 from dynlm.cli.main import main
 from dynlm.cli.outcome import Outcome
 from dynlm.cli.pair import Pair
@@ -19,6 +18,7 @@ from dynlm.cli.read import ReadSettings, read
 from dynlm.cli.terminal import Screen
 from dynlm.data.texts import read_texts
 from dynlm.runs import read_tensors
+from support.commands import fails
 
 LINE = "The widow Haverstock saw the cat on the mat , and Haverstock liked the cat .\n"
 ROW = json.dumps({"title": "Good", "text": LINE * 6})

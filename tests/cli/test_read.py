@@ -11,7 +11,6 @@ import sys
 import pytest
 import torch
 
-from cli.test_main import fails
 from dynlm.cli import outcome
 from dynlm.cli.kit import SHIPPED, load_kit
 from dynlm.cli.main import COMMANDS, main, stage
@@ -20,6 +19,7 @@ from dynlm.cli.totals import Totals
 from dynlm.data.tokenizers import tokenize
 from dynlm.runs import read_tensors, write_tensors
 from dynlm.types import Article
+from support.commands import fails
 
 A = "The cat sat on the mat .\nThe cat sat on the mat again , and the cat liked the mat .\n" * 12
 B = "The dog saw the cat on the mat .\nThe dog liked the cat , and the cat sat on the mat .\n" * 12

@@ -11,8 +11,8 @@ import torch
 
 import dynlm
 from dynlm.kernels import Array, Each, Kernel
+from dynlm.labs.general.gru import gru
 from dynlm.meta.replay import Replay
-from dynlm.models.gru import gru
 from dynlm.models.recurrence import lstm_layer
 from dynlm.optim.adjoint import FusedAdjoint
 from dynlm.optim.base import Clock, Coordinates, Prior

@@ -14,10 +14,10 @@ from dynlm.cli.main import main
 from dynlm.cli.read import ReadSettings
 from dynlm.cli.recipe import Recipe
 from dynlm.evaluate.cache import CacheConfig
+from dynlm.labs.general.tasks import TaskConfig
 from dynlm.meta.replay import ReplayConfig
 from dynlm.meta.tune import TuneConfig
 from dynlm.meta.unroll import UnrollConfig
-from dynlm.models.tasks import TaskConfig
 from dynlm.optim.general import GeneralConfig
 from dynlm.optim.handmade import RMS, SGD, Adam
 from dynlm.optim.registry import RULES

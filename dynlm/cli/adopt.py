@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from dynlm import runs
 from dynlm.adapt import Scorer
 from dynlm.changes import Changes, changing
-from dynlm.cli.recipe import Recipe, saved_settings
+from dynlm.cli.recipe import Recipe
 from dynlm.data.tokenizers import HuggingFaceTokenizer, Tokenizer, TokenizerConfig
+from dynlm.kept import saved_settings
 from dynlm.models.causal import load_model, scorer_for
 from dynlm.models.context import ContextConfig
 from dynlm.models.lora import LoraSettings, add_lora

@@ -16,7 +16,6 @@ import dynlm
 from dynlm import runs
 from dynlm.adapt import Reader
 from dynlm.changes import changing
-from dynlm.cli.kept import free_parts
 from dynlm.cli.kit import model_fingerprint
 from dynlm.cli.recipe import Recipe
 from dynlm.cli.stages import Bench, methods_of
@@ -28,6 +27,7 @@ from dynlm.evaluate.metrics import Counts, count
 from dynlm.evaluate.parts import load_part, save_part
 from dynlm.evaluate.stream import Scores, read_and_watch
 from dynlm.evaluate.tap import TappedReader
+from dynlm.kept import free_parts
 from dynlm.methods import Method
 from dynlm.optim.hub import fingerprint
 from dynlm.progress import Bar

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Command(NamedTuple):
-    """A command: MODULE.FUNCTION in dynlm.cli, imported when it runs, as `dynlm read` needs no transformers."""
+    """A command: MODULE.FUNCTION in dynlm, imported when it runs, as `dynlm read` needs no transformers."""
 
     function: str
     description: str
@@ -35,28 +35,42 @@ class Command(NamedTuple):
     """``--resume`` goes on from its checkpoint or after what it has finished"""
     begins: bool = False
     """makes the run directory where there is none"""
+    table: str = ""
+    """the one table of the recipe that the function takes after the call's flags; without it, the whole recipe"""
 
 
 COMMANDS: dict[str, Command] = {
-    "read": Command("read.main", "read your own texts and see, token by token, what learning while reading gains"),
-    "train": Command("training.train", "train tokenizer and base model, or copy a ready one into the run", True, True),
-    "tune": Command("tuning.tune", "tune the hand-made rules on the meta split", True),
-    "plan": Command("plan.plan", "predict memory and time of meta-training; needs no data"),
-    "meta-train": Command("stages.meta_training", "train a learned rule, from a tuned hand-made one", True),
+    "read": Command("cli.read.main", "read your own texts and see, token by token, what learning while reading gains"),
+    "train": Command(
+        "cli.training.train", "train tokenizer and base model, or copy a ready one into the run", True, True
+    ),
+    "tune": Command("cli.tuning.tune", "tune the hand-made rules on the meta split", True),
+    "plan": Command("cli.plan.plan", "predict memory and time of meta-training; needs no data"),
+    "meta-train": Command("cli.stages.meta_training", "train a learned rule, from a tuned hand-made one", True),
     "learn-optimizer": Command(
-        "general.learn_optimizer", "meta-train the general-purpose optimizer on small training tasks", True, True
+        "labs.general.command.learn_optimizer",
+        "meta-train the general-purpose optimizer on small training tasks",
+        True,
+        True,
+        "general",
     ),
     "learn-start": Command(
-        "start.learn_start_stage", "learn a start θ0 of the base model for reading with a rule", True
+        "cli.start.learn_start_stage", "learn a start θ0 of the base model for reading with a rule", True
     ),
-    "evaluate": Command("evaluation.evaluate", "read held-out articles with every method and write the report", True),
-    "audit": Command("audit.audit_stage", "check that every method of a run reads without leaks and adds up"),
-    "report": Command("evaluation.report", "write the report of an evaluation again"),
+    "evaluate": Command(
+        "cli.evaluation.evaluate", "read held-out articles with every method and write the report", True
+    ),
+    "audit": Command("cli.audit.audit_stage", "check that every method of a run reads without leaks and adds up"),
+    "report": Command("cli.evaluation.report", "write the report of an evaluation again"),
     "few-shot": Command(
-        "fewshot.few_shot", "learn a start for few-shot tasks with several methods and compare them", True, True
+        "labs.fewshot.command.few_shot",
+        "learn a start for few-shot tasks with several methods and compare them",
+        True,
+        True,
+        "fewshot",
     ),
     "demo": Command(
-        "main.demo", "run the whole chain on the documentation that Python carries, no download", begins=True
+        "cli.main.demo", "run the whole chain on the documentation that Python carries, no download", begins=True
     ),
 }
 USAGE = """usage: dynlm COMMAND [RECIPE] [--run DIR] [--section.setting VALUE ...]
@@ -150,8 +164,9 @@ def _run(name: str, arguments: list[str]) -> None:
 
 def stage(command: str) -> Any:
     """The function of a command: takes its settings, and returns its figures where it has some."""
-    module, _, name = COMMANDS[command].function.partition(".")
-    return getattr(import_module(f"dynlm.cli.{module}"), name)
+    module, _, name = COMMANDS[command].function.rpartition(".")
+    function, table = getattr(import_module(f"dynlm.{module}"), name), COMMANDS[command].table
+    return (lambda recipe: function(recipe, getattr(recipe, table))) if table else function
 
 
 def parse(command: str, arguments: Sequence[str]) -> Recipe:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
+import os
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal, cast
 
 import tyro
 
 from dynlm.adapt import ReadConfig
 from dynlm.data.articles import DataConfig
-from dynlm.data.fewshot import TasksConfig
 from dynlm.data.tokenizers import TokenizerConfig
 from dynlm.files import why_unreadable
+from dynlm.kept import FLAGS, Call
+from dynlm.labs.fewshot.trial import FewShotConfig
+from dynlm.labs.general.train import GeneralMetaConfig
 from dynlm.meta.outer import OuterConfig
-from dynlm.meta.tasks import GeneralMetaConfig
 from dynlm.meta.train import MetaConfig
 from dynlm.meta.tune import TuneConfig
 from dynlm.methods import MethodName, RuleName
@@ -24,7 +27,8 @@ from dynlm.models.context import ContextConfig
 from dynlm.models.lora import LoraSettings
 from dynlm.models.lstm import ModelConfig
 from dynlm.models.train import TrainConfig
-from dynlm.settings import Bound, Count, NotEmpty, Positive, Seed, Settings, Size, Whole, build
+from dynlm.runs import Run
+from dynlm.settings import Count, Seed, Settings, Whole, build
 from dynlm.stamps import read_stamped
 from dynlm.types import InputError
 
@@ -76,44 +80,6 @@ class ReportConfig(Settings):
 
 
 @dataclass(frozen=True)
-class FewShotConfig(Settings):
-    """Learning a start for few-shot tasks with several methods, and comparing them with a jointly trained start."""
-
-    methods: Annotated[tuple[str, ...], NotEmpty()] = ("joint", "maml", "fomaml", "reptile", "reptile-serial", "imaml")
-    """methods to compare; joint is the baseline"""
-    width: Size = 40
-    """hidden units of the MLP's two layers (sinusoid), or channels of the four convolutions (characters)"""
-    normalise: Literal["batch", "image"] = "batch"
-    """characters: statistics over the images scored together (transductive), or over each image alone"""
-    inner_lr: Positive = 0.02
-    """learning rate of the inner loop while the start is learned (maml, fomaml, reptile)"""
-    inner_steps: Count = 8
-    """updates on the support while the start is learned (maml, fomaml)"""
-    proximal: Positive = 1.0
-    """imaml: λ, the pull of the inner loop towards θ0"""
-    proximal_lr: Positive = 0.01
-    """imaml: learning rate of the inner loop while the start is learned"""
-    proximal_steps: Count = 32
-    """imaml: updates that solve the proximal problem while the start is learned"""
-    reptile_steps: Count = 32
-    """reptile: updates on minibatches of the whole task"""
-    reptile_batch: Size = 10
-    """reptile: examples of such a minibatch"""
-    test_steps: Count = 32
-    """updates on the support in validation and test, for every method"""
-    rates: Annotated[tuple[Positive, ...], NotEmpty()] = (0.005, 0.007, 0.01, 0.014, 0.02, 0.028, 0.04, 0.056, 0.08)
-    """inner rates that are tried on validation tasks for each method, the joint start included"""
-    valid_tasks: Size = 60
-    """tasks for validation while training, and as many others to choose the rate with"""
-    test_tasks: Size = 600
-    """test tasks, the same for every method"""
-    seed: Seed = 0
-    """of the random start and of all tasks"""
-    tasks: TasksConfig = field(default_factory=TasksConfig)
-    outer: OuterConfig = field(default_factory=OuterConfig)
-
-
-@dataclass(frozen=True)
 class PlanConfig(Settings):
     """Predicting what meta-training takes."""
 
@@ -136,21 +102,9 @@ class StartConfig(Settings):
 
 
 @dataclass(frozen=True)
-class Recipe(Settings):
+class Recipe(Call):
     """All settings of a run."""
 
-    run: str = "runs/default"
-    """the run directory: everything a command writes goes there"""
-    overwrite: bool = False
-    """replace what an earlier run of the same command left"""
-    resume: bool = False
-    """go on where the command stopped: from its checkpoint, or after what it has finished"""
-    threads: Annotated[int, Bound(0, 1024)] = 0
-    """threads to compute with; 0: one for small models, else chosen by a measurement of some 50 ms"""
-    quiet: bool = False
-    """results only: no progress"""
-    json: bool = False
-    """print one JSON object with the figures to standard output; everything else goes to standard error"""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -170,8 +124,6 @@ class Recipe(Settings):
     general: GeneralMetaConfig = field(default_factory=GeneralMetaConfig)
 
 
-FLAGS = ("overwrite", "resume", "threads", "quiet", "json")
-"""settings of one call: never of a recipe, and not kept in a run's recipe.json"""
 FIXED_BY_TRAINING = ("data", "tokenizer", "model", "lora")
 MADE_WITH = (*FIXED_BY_TRAINING, "read", "context")
 """tables that must be whole in recipe.json: a default would be another run"""
@@ -237,11 +189,6 @@ def recipe_of_run(path: Path) -> Recipe:
     return cast(Recipe, build(Recipe, values, str(path)))
 
 
-def saved_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return what a run keeps of a recipe: all but the flags of the call."""
-    return {name: value for name, value in dataclasses.asdict(recipe).items() if name not in FLAGS}
-
-
 def require_same(recipe: Recipe, trained: Recipe) -> None:
     """Data, tokenizer, model and its low-rank weights are fixed once the base model is trained or taken up."""
     for name in FIXED_BY_TRAINING:
@@ -251,4 +198,25 @@ def require_same(recipe: Recipe, trained: Recipe) -> None:
             if a != b:
                 raise InputError(
                     f"{name}.{f.name} is {a!r}, but this run's model was made with {b!r}: use another --run"
+                )
+
+
+def require_apart(recipe: Recipe, run: Run) -> None:
+    """Refuse a corpus, tokenizer or model that lies where the run's own files are written and replaced.
+
+    Raises:
+        InputError: with the setting that names it.
+    """
+    names = {
+        "data.source": os.path.expandvars(recipe.data.source).removeprefix("hf:"),
+        "tokenizer.name": recipe.tokenizer.name,
+        "model.pretrained": recipe.model.pretrained,
+    }
+    folder = run.path.resolve()
+    for setting, name in names.items():
+        for path in map(Path, glob.glob(name, recursive=True) if name else ()):
+            if path.resolve().is_relative_to(folder):
+                raise InputError(
+                    f"{setting} is {name!r}, which lies in the run directory {run.path}, where files are replaced: "
+                    f"copy it to another place, or choose another --run"
                 )

@@ -15,7 +15,6 @@ from dynlm import runs
 from dynlm.adapt import ReadConfig, Reader, make_priors, measure_priors
 from dynlm.changes import Changes, changing
 from dynlm.cli.adopt import load_base
-from dynlm.cli.kept import free, is_finished, told
 from dynlm.cli.kit import read_prior
 from dynlm.cli.recipe import Recipe, recipe_of_run, require_same
 from dynlm.data.articles import Corpus, load_corpus
@@ -24,6 +23,7 @@ from dynlm.data.tokenizers import load_tokenizer, tokenize
 from dynlm.evaluate.cache import CachedReader, load_cache
 from dynlm.evaluate.stateless import StatelessScorer
 from dynlm.evaluate.stream import read_articles
+from dynlm.kept import free, is_finished, told
 from dynlm.meta.train import MetaProgress, MetaTrainer, divide_meta_split, meta_train
 from dynlm.methods import STATELESS, STATIC, Method, seeded
 from dynlm.models.causal import CausalScorer, scorer_for

@@ -10,11 +10,11 @@ import torch
 from dynlm import runs
 from dynlm.adapt import Reader
 from dynlm.changes import changing
-from dynlm.cli.kept import free, made_alike, told
 from dynlm.cli.recipe import Recipe
 from dynlm.cli.stages import Bench
 from dynlm.data.segments import article_segments
 from dynlm.evaluate.stream import read_articles
+from dynlm.kept import free, made_alike, told
 from dynlm.meta.initialisation import Task
 from dynlm.meta.outer import Checkpoint, OuterProgress, learn_start
 from dynlm.meta.train import divide_meta_split

@@ -8,10 +8,10 @@ from dynlm import runs
 from dynlm.changes import Changes, changing
 from dynlm.claim import is_first_process
 from dynlm.cli.adopt import adopt, begin_run, write_recipe
-from dynlm.cli.kept import free, require_apart
-from dynlm.cli.recipe import Recipe, recipe_of_run, require_same
+from dynlm.cli.recipe import Recipe, recipe_of_run, require_apart, require_same
 from dynlm.data.articles import Corpus, load_corpus
 from dynlm.data.tokenizers import Tokenizer, load_tokenizer, tokenize, train_tokenizer
+from dynlm.kept import free
 from dynlm.models.lstm import LSTMForCausalLM
 from dynlm.models.train import Progress, choose_precision, train_base_model
 from dynlm.stamps import fingerprint_files, read_stamped

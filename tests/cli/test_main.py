@@ -8,7 +8,8 @@ import pytest
 
 from chain import STEPS
 from dynlm.cli.main import COMMANDS, main
-from dynlm.cli.recipe import Recipe, load_recipe, recipe_of_run, saved_settings
+from dynlm.cli.recipe import Recipe, load_recipe, recipe_of_run
+from dynlm.kept import saved_settings
 from dynlm.runs import Run, read_tensors, write_json
 from dynlm.stamps import Stamp
 from dynlm.types import InputError

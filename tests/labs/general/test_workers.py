@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from dynlm.meta.workers import make_workers
+from dynlm.labs.general.workers import make_workers
 
 PARENT = """
 import os, time
-from dynlm.meta.workers import make_workers
+from dynlm.labs.general.workers import make_workers
 
 def pid(delay):
     time.sleep(delay)

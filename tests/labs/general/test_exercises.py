@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dynlm.data import exercises
-from dynlm.data.exercises import GlyphNoise, Spectrum, generator_of
+from dynlm.labs.general import exercises
+from dynlm.labs.general.exercises import GlyphNoise, Spectrum, generator_of
 from dynlm.types import InputError
 
 

@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from dynlm.data import exercises
-from dynlm.data.exercises import Corpus, Draw, GlyphNoise, Spectrum, Transduction, generator_of
-from dynlm.models import small
-from dynlm.models.nets import Losses, cross_entropy, squared_error
+from dynlm.labs.fewshot.nets import Losses, cross_entropy, seeded, squared_error
+from dynlm.labs.general import exercises, nets
+from dynlm.labs.general.exercises import Corpus, Draw, GlyphNoise, Spectrum, Transduction, generator_of
 from dynlm.models.params import adapted_parameters
 from dynlm.settings import Count, Settings, Size
 from dynlm.types import InputError, Piece
@@ -151,8 +150,8 @@ def _sizes(dice: Dice, inputs: int, outputs: int, widest: int) -> list[int]:
 
 def _perceptron(dice: Dice, inputs: int, outputs: int, widest: int = 64) -> Callable[[], nn.Module]:
     sizes = _sizes(dice, inputs, outputs, widest)
-    activation, normalise = dice.choice(get_args(small.Activation)), dice.random() < 0.3
-    return lambda: small.Perceptron(sizes, activation, normalise)
+    activation, normalise = dice.choice(get_args(nets.Activation)), dice.random() < 0.3
+    return lambda: nets.Perceptron(sizes, activation, normalise)
 
 
 def _glyphs(dice: Dice, noisy: bool, reconstruct: bool = False) -> tuple[Draw, int, int]:
@@ -171,26 +170,26 @@ def _mlp_digits(dice: Dice, noisy: bool) -> Problem:
 def _cnn_digits(dice: Dice, noisy: bool) -> Problem:
     draw, ways, side = _glyphs(dice, noisy)
     widths = [dice.size(6, 20)] * dice.randint(2, 3)
-    activation, normalise = dice.choice(get_args(small.Activation)), dice.random() < 0.5
-    make = lambda: small.Convolutional(side, widths, ways, activation, normalise)  # noqa: E731
+    activation, normalise = dice.choice(get_args(nets.Activation)), dice.random() < 0.5
+    make = lambda: nets.Convolutional(side, widths, ways, activation, normalise)  # noqa: E731
     return Problem(make, cross_entropy, draw, dice.size(8, 32))
 
 
 def _autoencoder(dice: Dice, noisy: bool) -> Problem:
     draw, _, side = _glyphs(dice, noisy, reconstruct=True)
     hidden, code = [dice.size(16, 64)] * dice.randint(0, 2), dice.size(4, 24)
-    activation, losses = dice.choice(get_args(small.Activation)), dice.choice((squared_error, pixel_cross_entropy))
-    return Problem(lambda: small.Autoencoder(side * side, hidden, code, activation), losses, draw, dice.size(8, 64))
+    activation, losses = dice.choice(get_args(nets.Activation)), dice.choice((squared_error, pixel_cross_entropy))
+    return Problem(lambda: nets.Autoencoder(side * side, hidden, code, activation), losses, draw, dice.size(8, 64))
 
 
 def _gru(dice: Dice, vocabulary: int) -> Callable[[], nn.Module]:
     width = dice.size(8, 40, 4)
-    return lambda: small.GRULanguageModel(vocabulary, width)
+    return lambda: nets.GRULanguageModel(vocabulary, width)
 
 
 def _transformer(dice: Dice, vocabulary: int, length: int) -> Callable[[], nn.Module]:
     width, heads, layers = dice.size(8, 32, 4), dice.choice((1, 2, 4)), dice.choice((1, 1, 1, 2))
-    return lambda: small.TransformerLanguageModel(vocabulary, width, layers, heads, length)
+    return lambda: nets.TransformerLanguageModel(vocabulary, width, layers, heads, length)
 
 
 def _text(dice: Dice) -> tuple[Draw, int, int, int]:
@@ -243,7 +242,7 @@ def _linear(dice: Dice, classes: int) -> Problem:
     spectrum = Spectrum(dice.size(20, 150), dice.log_uniform(1, 100))
     draw = exercises.linear(spectrum, classes, dice.log_uniform(0.01, 1), generator_of(dice.getrandbits(32)))
     losses = cross_entropy if classes > 1 else squared_error
-    return Problem(lambda: small.Perceptron([spectrum.inputs, classes]), losses, draw, dice.size(8, 64))
+    return Problem(lambda: nets.Perceptron([spectrum.inputs, classes]), losses, draw, dice.size(8, 64))
 
 
 FAMILIES: dict[str, Callable[[Dice, bool], Problem]] = {
@@ -289,13 +288,6 @@ def _scales(dice: Dice, number: int) -> list[float]:
     return [dice.maybe(0.5, 0.25, 4, 1) for _ in range(number)]
 
 
-def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A network whose random start depends on ``seed`` alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()
-
-
 def _task(name: str, score: TaskScorer, problem: Problem, horizon: int, valid: tuple[int, int, int]) -> TrainingTask:
     """``valid``: the task's seed, the number of held-out batches and their size."""
     seed, n_valid, valid_size = valid
@@ -317,16 +309,16 @@ def _language(make: Callable[[int], nn.Module], corpus: Corpus, batch: int) -> P
 
 
 def _lstm_text() -> Problem:
-    return _language(lambda vocabulary: small.LSTMLanguageModel(vocabulary, width=96), exercises.source_code(), 16)
+    return _language(lambda vocabulary: nets.LSTMLanguageModel(vocabulary, width=96), exercises.source_code(), 16)
 
 
 def _llama_words() -> Problem:
-    return _language(lambda vocabulary: small.Llama(vocabulary, width=64), exercises.docstrings(), 8)
+    return _language(lambda vocabulary: nets.Llama(vocabulary, width=64), exercises.docstrings(), 8)
 
 
 def _mixer_letters() -> Problem:
     draw = exercises.glyph_classes(exercises.LETTERS, 16, GlyphNoise(pixels=0.7))
-    return Problem(small.Mixer, cross_entropy, draw, 32)
+    return Problem(nets.Mixer, cross_entropy, draw, 32)
 
 
 def _held_out(name: str, problem: Callable[[], Problem]) -> Callable[[int], TrainingTask]:

@@ -1,34 +1,75 @@
-"""The stage ``few-shot``: learn the start θ0 with several methods, tune each one's inner rate, test, compare."""
+"""One method on few-shot tasks: learn the start θ0, tune the inner rate, test."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import TypedDict, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import torch
 
-import dynlm
 from dynlm import runs
 from dynlm.adapt import ReadConfig, Reader, make_priors
-from dynlm.changes import changing
-from dynlm.cli.kept import free_parts, mark
-from dynlm.cli.recipe import FewShotConfig, Recipe
-from dynlm.data.fewshot import FewShotTask, TaskSource, TaskSplits, load_tasks
-from dynlm.evaluate.fewshot import adapted, error_rate, mean_loss, mean_over_tasks, tune_rate
+from dynlm.labs.fewshot.evaluate import adapted, error_rate, mean_loss, mean_over_tasks, tune_rate
+from dynlm.labs.fewshot.nets import (
+    MLP,
+    ConvNet,
+    NetScorer,
+    StackedScorer,
+    cross_entropy,
+    seeded,
+    squared_error,
+    stacked,
+)
+from dynlm.labs.fewshot.tasks import FewShotTask, TasksConfig, TaskSource, TaskSplits
 from dynlm.meta.initialisation import Method, Task
 from dynlm.meta.outer import OuterConfig, learn_start
-from dynlm.models.nets import MLP, NetScorer, StackedScorer, build_net, cross_entropy, squared_error, stacked
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.handmade import SGD
 from dynlm.progress import Bar
-from dynlm.settings import NotNegative, Positive, check
+from dynlm.settings import Count, NotEmpty, Positive, Seed, Settings, Size
 from dynlm.types import InputError, Piece
+
+
+@dataclass(frozen=True)
+class FewShotConfig(Settings):
+    """Learning a start for few-shot tasks with several methods, and comparing them with a jointly trained start."""
+
+    methods: Annotated[tuple[str, ...], NotEmpty()] = ("joint", "maml", "fomaml", "reptile", "reptile-serial", "imaml")
+    """methods to compare; joint is the baseline"""
+    width: Size = 40
+    """hidden units of the MLP's two layers (sinusoid), or channels of the four convolutions (characters)"""
+    normalise: Literal["batch", "image"] = "batch"
+    """characters: statistics over the images scored together (transductive), or over each image alone"""
+    inner_lr: Positive = 0.02
+    """learning rate of the inner loop while the start is learned (maml, fomaml, reptile)"""
+    inner_steps: Count = 8
+    """updates on the support while the start is learned (maml, fomaml)"""
+    proximal: Positive = 1.0
+    """imaml: λ, the pull of the inner loop towards θ0"""
+    proximal_lr: Positive = 0.01
+    """imaml: learning rate of the inner loop while the start is learned"""
+    proximal_steps: Count = 32
+    """imaml: updates that solve the proximal problem while the start is learned"""
+    reptile_steps: Count = 32
+    """reptile: updates on minibatches of the whole task"""
+    reptile_batch: Size = 10
+    """reptile: examples of such a minibatch"""
+    test_steps: Count = 32
+    """updates on the support in validation and test, for every method"""
+    rates: Annotated[tuple[Positive, ...], NotEmpty()] = (0.005, 0.007, 0.01, 0.014, 0.02, 0.028, 0.04, 0.056, 0.08)
+    """inner rates that are tried on validation tasks for each method, the joint start included"""
+    valid_tasks: Size = 60
+    """tasks for validation while training, and as many others to choose the rate with"""
+    test_tasks: Size = 600
+    """test tasks, the same for every method"""
+    seed: Seed = 0
+    """of the random start and of all tasks"""
+    tasks: TasksConfig = field(default_factory=TasksConfig)
+    outer: OuterConfig = field(default_factory=OuterConfig)
+
 
 METHODS: dict[str, Method] = {
     "joint": "joint",
@@ -40,120 +81,16 @@ METHODS: dict[str, Method] = {
 }
 
 
-def few_shot(recipe: Recipe) -> runs.Json:
-    """Every method over the same tasks: few-shot.json, and the learned starts beside it.
-
-    With ``resume``, methods that an earlier command finished under the same settings are taken over. An earlier
-    comparison stays until all methods are finished.
-    """
-    config, run = recipe.fewshot, runs.Run(recipe.run)
-    parts = run.parts("few-shot")
-    for name in config.methods:
-        if name not in METHODS:
-            raise InputError(f"fewshot.methods: unknown {name!r}: choose from {', '.join(METHODS)}")
-        free_parts(run.few_shot_start(name), parts, recipe)
-    free_parts(run.few_shot, parts, recipe)
-    finished = {name: _finished(run, name, recipe) for name in config.methods} if recipe.resume else {}
-    splits = load_tasks(config.tasks)
-    if parts.exists() and not recipe.resume:
-        with changing(run.path) as new:
-            new.remove(parts)
-    torch.set_num_threads(1)  # such small networks lose by threads
-    results: runs.Json = {}
-    for name in config.methods:
-        results[name] = finished.get(name) or _run_method(recipe, run, name, splits)
-    print(table(results, config.tasks.kind))
-    versions = {"dynlm": dynlm.__version__, "torch": torch.__version__}
-    with changing(run.path) as new:
-        mark(new, run, recipe)
-        for name in config.methods:
-            if (part := _part(run, name)).exists():
-                shutil.copy(part, new.at(run.few_shot_start(name)))
-        comparison = {"schema": 1, "fewshot": asdict(config), "versions": versions, "methods": results}
-        runs.write_json(new.at(run.few_shot), comparison)
-        new.remove(parts)
-    print(f"results: {run.few_shot}")
-    return {"methods": results}
-
-
-def own_settings(settings: Mapping[str, object], name: str) -> runs.Json:
-    """What the result of one method depends on, as JSON has it: without the settings of the others."""
-    others = {"methods"}
-    for prefix, method in (("reptile", "reptile"), ("proximal", "imaml")):
-        if METHODS[name] != method:
-            others |= {key for key in settings if key.startswith(prefix)}
-    kept: runs.Json = json.loads(json.dumps({key: value for key, value in settings.items() if key not in others}))
-    if METHODS[name] != "imaml" and isinstance(kept.get("outer"), dict):
-        kept["outer"].pop("cg_steps", None)
-    return kept
-
-
-class Seconds(TypedDict):
-    """CPU time of a method."""
-
-    total: NotNegative
-
-
-class Result(TypedDict):
-    """What the table shows of a method; it holds more."""
-
-    error: float
-    error_ci95: tuple[float, float]
-    lr: Positive
-    cpu_seconds: Seconds
-
-
-class Made(TypedDict):
-    """What the file of a learned start says of itself."""
-
-    result: Result
-    settings: runs.Json
-
-
-def _part(run: runs.Run, name: str) -> Path:
-    """Where a method of an unfinished comparison is kept."""
-    return run.parts("few-shot") / f"{name}.safetensors"
-
-
-def _finished(run: runs.Run, name: str, recipe: Recipe) -> runs.Json | None:
-    """The result of a method that was finished under these settings, in this comparison or in an earlier one.
-
-    Raises:
-        InputError: an earlier comparison has it under other settings, and ``overwrite`` does not allow to replace it.
-    """
-    for path in (_part(run, name), run.few_shot_start(name)):
-        if not path.exists():
-            continue
-        made: Made = check(Made, runs.read_tensors(path)[1], str(path))
-        if own_settings(made["settings"], name) == own_settings(asdict(recipe.fewshot), name):
-            return cast(runs.Json, made["result"])
-        if path != _part(run, name) and not recipe.overwrite:
-            raise InputError(f"{path} was made with other settings: add --overwrite too, to replace it")
-    return None
-
-
-def _run_method(recipe: Recipe, run: runs.Run, name: str, splits: TaskSplits) -> runs.Json:
-    """Learn, tune and test; the learned start is kept with its result until the comparison is finished."""
-    trial = _Trial(recipe.fewshot, name, splits)
-    result = trial.run()
-    tensors = {prior.name: prior.theta0 for prior in trial.reader.priors}
-    with changing(run.path) as new:
-        mark(new, run, recipe)
-        settings = asdict(recipe.fewshot)
-        runs.write_tensors(new.at(_part(run, name)), tensors, {"result": result, "settings": settings})
-    return result
-
-
-class _Trial:
+class Trial:
     """One method from the random start that all share to its test."""
 
     def __init__(self, config: FewShotConfig, name: str, splits: TaskSplits) -> None:
         self.config, self.name, self.method, self.splits = config, name, METHODS[name], splits
         regression = config.tasks.kind == "sinusoid"
         if regression:
-            net = build_net("mlp", config.seed, sizes=(1, config.width, config.width, 1))
+            net = seeded(lambda: MLP((1, config.width, config.width, 1)), config.seed)
         else:
-            net = build_net("conv", config.seed, ways=config.tasks.ways, width=config.width, normalise=config.normalise)
+            net = seeded(lambda: ConvNet(config.tasks.ways, config.width, normalise=config.normalise), config.seed)
         parameters = adapted_parameters(net)
         priors = make_priors(parameters, [torch.ones_like(a.matrix_RC) for a in parameters])
         score = NetScorer(net, squared_error if regression else cross_entropy)
@@ -263,19 +200,3 @@ def tasks_of(source: TaskSource, number: int, seed: int) -> list[FewShotTask]:
     """A fixed list of tasks."""
     generator = torch.Generator().manual_seed(seed)
     return [source.sample(generator) for _ in range(number)]
-
-
-def table(results: runs.Json, kind: str) -> str:
-    """The results as text: squared errors, or accuracies in %."""
-    show: Callable[[float], str] = (
-        (lambda error: f"{error:8.4f}") if kind == "sinusoid" else (lambda error: f"{100 * (1 - error):6.2f} %")
-    )
-    head = "squared error" if kind == "sinusoid" else "accuracy"
-    lines = [f"{'method':<15}{head} [95 % interval], × joint error, inner rate, CPU minutes"]
-    joint = results.get("joint", {}).get("error")
-    for name, result in results.items():
-        low, high = sorted(map(show, result["error_ci95"]))
-        ratio = f"{result['error'] / joint:6.3f}" if joint else "     –"
-        minutes = result["cpu_seconds"]["total"] / 60
-        lines.append(f"{name:<15}{show(result['error'])} [{low}, {high}]  {ratio}  {result['lr']:8.4g}  {minutes:5.1f}")
-    return "\n".join(lines)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dynlm.meta.tasks import GeneralMetaConfig, GeneralTrainer, Rollout, meta_train_general, outcome, train_task
-from dynlm.models.tasks import TaskConfig, sample_task
+from dynlm.labs.general.tasks import TaskConfig, sample_task
+from dynlm.labs.general.train import GeneralMetaConfig, GeneralTrainer, Rollout, meta_train_general, outcome, train_task
 from dynlm.optim.general import General
 from dynlm.optim.handmade import SGD
 from dynlm.runs import Run

@@ -1,4 +1,4 @@
-"""Meta-training of a general-purpose rule on a family of small training tasks (dynlm.models.tasks).
+"""Meta-training of a general-purpose rule on a family of small training tasks (dynlm.labs.general.tasks).
 
 Evolution strategies over whole trainings: each outer step draws tasks, trains each network from the same start on the
 same batches with φ + ε and with φ − ε, and moves φ by what the final losses say (antithetic pairs; Metz et al. 2019,
@@ -22,10 +22,10 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from dynlm import runs
 from dynlm.adapt import ReadConfig, Reader
 from dynlm.changes import changing
+from dynlm.labs.general.tasks import TaskConfig, TrainingTask, sample_task
+from dynlm.labs.general.workers import make_workers
 from dynlm.meta.train import MetaProgress, SaveRule, set_rate
-from dynlm.meta.workers import make_workers
 from dynlm.models.params import adapted_parameters
-from dynlm.models.tasks import TaskConfig, TrainingTask, sample_task
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.general import General, GeneralConfig
 from dynlm.progress import Bar

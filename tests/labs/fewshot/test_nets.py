@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradgradcheck
 
-from dynlm.models.nets import MLP, ConvNet, NetScorer, Normalise, build_net, cross_entropy, squared_error
-from dynlm.types import InputError
+from dynlm.labs.fewshot.nets import MLP, ConvNet, NetScorer, Normalise, cross_entropy, seeded, squared_error
 
 
 @pytest.mark.parametrize("side", [16, 20, 28])
@@ -17,11 +16,11 @@ def test_conv_net_gives_one_score_a_way(side, normalise):
     assert list(net.buffers()) == [], "statistics must not be carried from task to task"
 
 
-def test_image_statistics_look_at_each_image_alone_and_batch_statistics_do_not():
+@pytest.mark.parametrize(("kind", "alone"), [("image", True), ("batch", False)])
+def test_image_statistics_look_at_each_image_alone_and_batch_statistics_do_not(kind, alone):
     images = torch.rand(5, 1, 20, 20, generator=torch.Generator().manual_seed(0))
-    for kind, alone in (("image", True), ("batch", False)):
-        net = build_net("conv", 0, width=4, normalise=kind)
-        assert torch.allclose(net(images)[:2], net(images[:2]), atol=1e-5) is alone
+    net = seeded(lambda: ConvNet(width=4, normalise=kind), 0)
+    assert torch.allclose(net(images)[:2], net(images[:2]), atol=1e-5) is alone
 
 
 @pytest.mark.parametrize("kind", ["batch", "image"])
@@ -36,7 +35,7 @@ def test_normalised_features_have_mean_0_and_variance_1(kind):
 
 @pytest.mark.parametrize("kind", ["batch", "image"])
 def test_conv_net_has_second_derivatives(kind):
-    net = build_net("conv", 0, width=2, blocks=2, ways=2, normalise=kind).double()
+    net = seeded(lambda: ConvNet(width=2, blocks=2, ways=2, normalise=kind), 0).double()
     images = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     score, labels = NetScorer(net, cross_entropy), torch.tensor([0, 1])
     weight = net.features[0].weight
@@ -66,22 +65,17 @@ def test_mlp_is_the_papers():
 def test_seed_decides_the_weights_and_leaves_the_global_one_alone():
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    nets = [build_net("mlp", seed) for seed in (0, 0, 1)]
+    nets = [seeded(MLP, seed) for seed in (0, 0, 1)]
     assert torch.equal(torch.get_rng_state(), before)
     weights = [torch.cat([p.flatten() for p in net.parameters()]) for net in nets]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_unknown_network_is_one_line():
-    with pytest.raises(InputError, match="'rnn': choose one of mlp, conv"):
-        build_net("rnn", 0)
-
-
 def test_stacked_copies_learn_their_own_tasks():
     """One inner loop over three copies is three inner loops, in every weight."""
     from dynlm.adapt import ReadConfig, Reader, make_priors
-    from dynlm.models.nets import StackedScorer, stacked
+    from dynlm.labs.fewshot.nets import StackedScorer, stacked
     from dynlm.models.params import adapted_parameters
     from dynlm.optim.handmade import SGD
 
@@ -90,7 +84,7 @@ def test_stacked_copies_learn_their_own_tasks():
         priors = make_priors(parameters, [torch.ones_like(a.matrix_RC) for a in parameters])
         return Reader(net, score, SGD(0.05), priors, ReadConfig(kernel="eager"))
 
-    net = build_net("mlp", 0, sizes=(1, 6, 6, 1)).double()
+    net = seeded(lambda: MLP((1, 6, 6, 1)), 0).double()
     copies = stacked(net, 3)
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(3, 5, 1, generator=generator, dtype=torch.float64)

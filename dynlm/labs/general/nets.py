@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynlm.models.gru import gru
+from dynlm.labs.general.gru import gru
 
 Activation = Literal["relu", "tanh", "gelu"]
 ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {

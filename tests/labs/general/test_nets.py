@@ -4,21 +4,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dynlm.models import small
+from dynlm.labs.fewshot.nets import seeded
+from dynlm.labs.general import nets
 from dynlm.models.params import adapted_parameters
-from dynlm.models.tasks import seeded
 
 LANGUAGE_MODELS = {
-    "gru": lambda: small.GRULanguageModel(11, 8),
-    "transformer": lambda: small.TransformerLanguageModel(11, 8, 2, 2, 6),
-    "lstm": lambda: small.LSTMLanguageModel(11, 8),
-    "llama": lambda: small.Llama(11, 8, 2, 2),
+    "gru": lambda: nets.GRULanguageModel(11, 8),
+    "transformer": lambda: nets.TransformerLanguageModel(11, 8, 2, 2, 6),
+    "lstm": lambda: nets.LSTMLanguageModel(11, 8),
+    "llama": lambda: nets.Llama(11, 8, 2, 2),
 }
 IMAGE_NETWORKS = {
-    "perceptron": lambda: small.Perceptron([64, 9, 5]),
-    "normalised perceptron": lambda: small.Perceptron([64, 9, 9, 5], "gelu", True),
-    "convolutional": lambda: small.Convolutional(8, [4, 6], 5, "tanh", True),
-    "mixer": lambda: small.Mixer(8, 4, 12, 2, 5),
+    "perceptron": lambda: nets.Perceptron([64, 9, 5]),
+    "normalised perceptron": lambda: nets.Perceptron([64, 9, 9, 5], "gelu", True),
+    "convolutional": lambda: nets.Convolutional(8, [4, 6], 5, "tanh", True),
+    "mixer": lambda: nets.Mixer(8, 4, 12, 2, 5),
 }
 
 
@@ -59,7 +59,7 @@ def test_every_weight_is_contiguous_float32_and_gets_a_gradient(name):
 
 @pytest.mark.parametrize("side", [5, 8])
 def test_gathered_patches_are_a_convolution(side):
-    net = seeded(lambda: small.Convolutional(side, [3, 4], 2), 0)
+    net = seeded(lambda: nets.Convolutional(side, [3, 4], 2), 0)
     images = torch.rand(2, 1, side, side, generator=torch.Generator().manual_seed(0))
     expected = images
     for layer in net.features:
@@ -70,7 +70,7 @@ def test_gathered_patches_are_a_convolution(side):
 
 
 def test_an_autoencoder_is_as_narrow_as_its_code():
-    net = small.Autoencoder(20, [10], 3)
+    net = nets.Autoencoder(20, [10], 3)
     sizes = [layer.out_features for layer in net if isinstance(layer, torch.nn.Linear)]
     assert sizes == [10, 3, 10, 20]
     assert net(torch.zeros(2, 1, 4, 5)).shape == (2, 20)

@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynlm.types import InputError
-
 Losses = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -116,11 +114,8 @@ def cross_entropy(scores_BD: Tensor, labels_B: Tensor) -> Tensor:
     return F.cross_entropy(scores_BD, labels_B, reduction="none")
 
 
-def build_net(kind: Literal["mlp", "conv"], seed: int, **settings: object) -> nn.Module:
+def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     """A network whose random start depends on ``seed`` alone."""
-    kinds: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "conv": ConvNet}
-    if kind not in kinds:
-        raise InputError(f"network {kind!r}: choose one of {', '.join(kinds)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return kinds[kind](**settings)
+        return make()

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from dynlm.models import tasks
-from dynlm.models.nets import squared_error
+from dynlm.labs.fewshot.nets import seeded, squared_error
+from dynlm.labs.general import tasks
+from dynlm.labs.general.nets import Perceptron
+from dynlm.labs.general.tasks import FAMILIES, HELD_OUT, TaskConfig, TaskScorer, sample_task
 from dynlm.models.params import adapted_parameters, pointed
-from dynlm.models.small import Perceptron
-from dynlm.models.tasks import FAMILIES, HELD_OUT, TaskConfig, TaskScorer, sample_task, seeded
 from dynlm.types import InputError
 
 

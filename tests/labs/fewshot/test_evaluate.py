@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from dynlm.adapt import ReadConfig, Reader, make_priors
-from dynlm.data.fewshot import FewShotTask, Sinusoids
-from dynlm.evaluate.fewshot import adapted, error_rate, mean_loss, mean_over_tasks, tune_rate
-from dynlm.models.nets import NetScorer, build_net, squared_error
+from dynlm.labs.fewshot.evaluate import adapted, error_rate, mean_loss, mean_over_tasks, tune_rate
+from dynlm.labs.fewshot.nets import MLP, NetScorer, seeded, squared_error
+from dynlm.labs.fewshot.tasks import FewShotTask, Sinusoids
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.handmade import SGD
 from dynlm.types import DivergedError, InputError
@@ -14,7 +14,7 @@ from dynlm.types import DivergedError, InputError
 
 @pytest.fixture
 def reader():
-    net = build_net("mlp", 0, sizes=(1, 10, 1))
+    net = seeded(lambda: MLP((1, 10, 1)), 0)
     parameters = adapted_parameters(net)
     priors = make_priors(parameters, [torch.ones_like(a.matrix_RC) for a in parameters])
     return Reader(net, NetScorer(net, squared_error), SGD(0.02), priors, ReadConfig(kernel="eager", trust=0))
@@ -25,7 +25,7 @@ def test_each_task_starts_from_theta0_and_equals_torch_sgd(reader):
     tasks = [Sinusoids(5, 6).sample(generator) for _ in range(2)]
     values = adapted(reader, [*tasks, tasks[0]], 4, mean_loss)
     assert values[0] == values[2]
-    net = build_net("mlp", 0, sizes=(1, 10, 1))
+    net = seeded(lambda: MLP((1, 10, 1)), 0)
     sgd = torch.optim.SGD(net.parameters(), lr=0.02)
     for _ in range(4):
         sgd.zero_grad()

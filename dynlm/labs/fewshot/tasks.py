@@ -15,7 +15,7 @@ from typing import Annotated, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dynlm.data.characters import font_characters, hub_characters
+from dynlm.labs.fewshot.characters import font_characters, hub_characters
 from dynlm.settings import Bound, Seed, Settings, Size
 from dynlm.types import InputError, Piece
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dynlm.data.characters import font_characters, hub_characters
-from dynlm.data.fewshot import Images, Sinusoids, TasksConfig, divide, load_tasks
+from dynlm.labs.fewshot.characters import font_characters, hub_characters
+from dynlm.labs.fewshot.tasks import Images, Sinusoids, TasksConfig, divide, load_tasks
 from dynlm.types import InputError
 
 SIDE = 12

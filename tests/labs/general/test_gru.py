@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradcheck
 
-from dynlm.models.gru import gru
+from dynlm.labs.general.gru import gru
 
 
 @pytest.mark.parametrize("kernel", ["compiled", "eager"])

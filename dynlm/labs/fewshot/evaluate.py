@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from dynlm.adapt import Reader
-from dynlm.data.fewshot import FewShotTask
 from dynlm.evaluate.metrics import bootstrap_ratio
+from dynlm.labs.fewshot.tasks import FewShotTask
 from dynlm.types import DivergedError, InputError, Piece
 
 Measure = Callable[[Reader, Piece], float]

@@ -21,8 +21,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from dynlm.data.characters import draw_glyphs, stack_glyphs, vary_glyphs
 from dynlm.data.stdlib import load_articles
+from dynlm.labs.fewshot.characters import draw_glyphs, stack_glyphs, vary_glyphs
 from dynlm.types import InputError, Piece
 
 Draw = Callable[[int, Generator, bool], Piece]

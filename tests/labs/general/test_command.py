@@ -3,7 +3,7 @@
 import json
 
 from dynlm.cli.main import main
-from dynlm.meta.tasks import GeneralTrainer
+from dynlm.labs.general.train import GeneralTrainer
 from dynlm.optim.general import General
 from dynlm.optim.library import load_rule
 from dynlm.runs import Run

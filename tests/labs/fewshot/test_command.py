@@ -5,12 +5,11 @@ import json
 import pytest
 
 from dynlm.adapt import ReadConfig, Reader, make_priors
-from dynlm.cli import fewshot
-from dynlm.cli.fewshot import METHODS, tasks_of
 from dynlm.cli.main import main
-from dynlm.data.fewshot import Sinusoids
-from dynlm.evaluate.fewshot import adapted, mean_loss, mean_over_tasks
-from dynlm.models.nets import NetScorer, build_net, squared_error
+from dynlm.labs.fewshot.evaluate import adapted, mean_loss, mean_over_tasks
+from dynlm.labs.fewshot.nets import MLP, NetScorer, seeded, squared_error
+from dynlm.labs.fewshot.tasks import Sinusoids
+from dynlm.labs.fewshot.trial import METHODS, Trial, tasks_of
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.handmade import SGD
 from dynlm.runs import Run, read_tensors
@@ -62,7 +61,7 @@ def test_the_learned_start_gives_the_reported_error(finished):
     run = finished[1]
     result = json.loads(run.few_shot.read_text())["methods"]["fomaml"]
     tensors, meta = read_tensors(run.few_shot_start("fomaml"))
-    net = build_net("mlp", 3, sizes=(1, 8, 8, 1))
+    net = seeded(lambda: MLP((1, 8, 8, 1)), 3)
     parameters = adapted_parameters(net)
     priors = make_priors(parameters, [a.matrix_RC.abs() for a in parameters])
     priors = [p._replace(theta0=tensors[p.name]) for p in priors]
@@ -130,7 +129,7 @@ def test_an_interrupted_comparison_keeps_what_is_finished_and_the_earlier_one(fi
     flags = ["few-shot", recipe, "--run", str(tmp_path), "--fewshot.methods"]
     assert main([*flags, "joint"]) == 0
     before = run.few_shot.read_bytes(), run.few_shot_start("joint").read_bytes()
-    train = fewshot._Trial.train
+    train = Trial.train
 
     def interrupted(self, outer):
         if self.name == "fomaml":
@@ -139,7 +138,7 @@ def test_an_interrupted_comparison_keeps_what_is_finished_and_the_earlier_one(fi
 
     more = ["joint", "fomaml", "--fewshot.inner-lr", "0.03"]
     with monkeypatch.context() as patch:
-        patch.setattr(fewshot._Trial, "train", interrupted)
+        patch.setattr(Trial, "train", interrupted)
         assert main([*flags, *more, "--overwrite"]) == 130
     assert (run.few_shot.read_bytes(), run.few_shot_start("joint").read_bytes()) == before
     capsys.readouterr()

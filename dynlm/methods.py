@@ -25,11 +25,6 @@ MethodName = Annotated[
 ]
 
 
-def seeded(name: str, seed: int) -> str:
-    """Return the file name, without its end, of what a rule or stage of this seed is kept in: ``gated-seed1``."""
-    return f"{name}-seed{seed}" if seed else name
-
-
 @dataclass(frozen=True)
 class Method:
     """A way to read. ``str`` gives its name in settings and results, ``stem`` that of its file without the end."""
@@ -63,24 +58,19 @@ class Method:
         return method
 
     def __str__(self) -> str:
-        if self == Method(STATIC, cache=True):
-            return CACHE
-        seed, start = f"#{self.seed}" if self.seed else "", f"@{self.start}" if self.start else ""
-        return f"{self.rule}{seed}{start}{'+' + CACHE if self.cache else ''}"
+        return self._spelled("#", "@", "+")
 
     @property
     def stem(self) -> str:
+        return self._spelled("-seed", "-from-", "-")
+
+    def _spelled(self, seed: str, start: str, cache: str) -> str:
         if self == Method(STATIC, cache=True):
             return CACHE
-        start = f"-from-{self.start}" if self.start else ""
-        return f"{seeded(self.rule, self.seed)}{start}{'-' + CACHE if self.cache else ''}"
+        parts = ((seed, self.seed), (start, self.start), (cache, CACHE if self.cache else ""))
+        return self.rule + "".join(f"{mark}{part}" for mark, part in parts if part)
 
     @property
     def uncached(self) -> Method:
         """The method beside which the cache stands."""
         return replace(self, cache=False)
-
-    @property
-    def unseeded(self) -> Method:
-        """The same with the first seed: methods that differ by their seed alone have it in common."""
-        return replace(self, seed=0)

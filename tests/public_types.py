@@ -15,7 +15,7 @@ import dynlm.optim
 from dynlm.data.articles import Corpus, DataConfig
 from dynlm.models.causal import CausalScorer, LSTMScorer
 from dynlm.models.lstm import LSTMConfig
-from dynlm.optim.base import Prior
+from dynlm.optim.base import Prior, Shared
 from dynlm.types import TokenizedArticle
 
 
@@ -34,7 +34,14 @@ def rules() -> list[dynlm.Rule]:
     assert_type(dynlm.optim.load("general"), dynlm.Rule)
     assert_type(dynlm.optim.save_pretrained(dynlm.Adam(), "folder"), Path)
     assert_type(dynlm.optim.push_to_hub(dynlm.Adam(), "name"), str)
+    assert_type(dynlm.optim.scalar(0.1), torch.nn.Parameter)
+    assert_type(dynlm.optim.Range(1e-4, 1.0, 1e-2, "direction").times(2), dynlm.optim.Range)
+    dynlm.optim.register(dynlm.SGD, {"lr": dynlm.optim.Range(1e-4, 1.0, 1e-2)})
     return [dynlm.RMS(), dynlm.Adam(), dynlm.Gated(), assert_type(dynlm.load_rule("folder"), dynlm.Rule)]
+
+
+def context(shared: Shared) -> torch.Tensor:
+    return assert_type(dynlm.optim.columns(shared, shared.step), torch.Tensor)
 
 
 def loading() -> None:

@@ -31,10 +31,9 @@ def test_names_of_settings_and_of_files_are_read_as_one(name, method, stem):
     assert Method.parse(stem) == Method.parse(f"{stem}.safetensors") == Method.parse(f"{name}.safetensors") == method
 
 
-def test_what_a_method_has_in_common_with_others():
+def test_what_stands_beside_a_cache_and_spellings_of_one_method():
     method = Method.parse("gated#1@fomaml+cache")
     assert str(method.uncached) == "gated#1@fomaml"
-    assert str(method.unseeded) == "gated@fomaml+cache"
     assert str(Method.parse("static+cache")) == "cache"
     assert str(Method.parse("gated#0")) == "gated"
 

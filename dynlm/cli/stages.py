@@ -25,7 +25,7 @@ from dynlm.evaluate.stateless import StatelessScorer
 from dynlm.evaluate.stream import read_articles
 from dynlm.kept import free, is_finished, told
 from dynlm.meta.train import MetaProgress, MetaTrainer, divide_meta_split, meta_train
-from dynlm.methods import STATELESS, STATIC, Method, seeded
+from dynlm.methods import STATELESS, STATIC, Method
 from dynlm.models.causal import CausalScorer, scorer_for
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.base import Prior, Rule
@@ -173,7 +173,7 @@ def _first_tokens(articles: tuple[Article, ...], tokens: int) -> list[Article]:
 def meta_training(recipe: Recipe) -> runs.Json:
     """A learned rule, from the tuned hand-made rule that it starts at, on the meta-training articles."""
     bench, kind = Bench(recipe), recipe.meta.rule
-    stage = seeded("meta-train", recipe.meta.seed)
+    stage = Method("meta-train", recipe.meta.seed).stem
     target, checkpoint = bench.run.rule(str(Method(kind, recipe.meta.seed))), bench.run.checkpoint(stage)
     free(target, recipe, checkpoint)
     articles, held_back = divide_meta_split(bench.articles("meta"), recipe.meta)

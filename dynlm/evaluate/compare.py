@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -63,7 +64,7 @@ def _seeds(methods: Mapping[str, MethodResult]) -> dict[str, Seeds]:
     """Methods that differ by their seed alone (``gated``, ``gated#1``), with mean and standard deviation."""
     groups: dict[str, list[str]] = {}
     for name in methods:
-        groups.setdefault(str(Method.parse(name).unseeded), []).append(name)
+        groups.setdefault(str(replace(Method.parse(name), seed=0)), []).append(name)
     seeds: dict[str, Seeds] = {}
     for base, names in groups.items():
         ppl = [value for name in names if (value := methods[name]["word_ppl"]) is not None]

@@ -48,11 +48,6 @@ class Row:
     start: str
     """the tuned rule at whose settings ``meta-train`` starts this one (``started_at``); empty: it does not train it"""
 
-    @property
-    def made_by(self) -> str:
-        """The command that makes a file of this rule."""
-        return "tune" if self.space else "meta-train" if self.start else "learn-optimizer"
-
 
 DECAY = Range(1e-6, 3e-1, 1e-3)
 RULES: dict[str, Row] = {}
@@ -117,7 +112,8 @@ def untrained() -> list[str]:
 
 def made_by(rule: str) -> str:
     """Return the command that makes a file of the rule, ``tune`` where nobody knows it."""
-    return RULES[rule].made_by if rule in RULES else "tune"
+    row = RULES.get(rule)
+    return "tune" if row is None or row.space else "meta-train" if row.start else "learn-optimizer"
 
 
 register(Static)

@@ -1,6 +1,6 @@
 """The one definition of results.json: what ``evaluate`` writes, and the report and later commands read.
 
-losses.safetensors, beside it, holds every token and its loss under every method (dynlm.evaluate.compare).
+losses.safetensors, beside it, holds every token and its loss under every method (dynlm.evaluation.compare).
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class Breakdowns(TypedDict, total=False):
     train_frequency: list[Row]
     """words by how often the training text holds them: 0, then powers of ten"""
     vocabulary: list[Row]
-    """names, numbers, function words, punctuation, others (dynlm.evaluate.words)"""
+    """names, numbers, function words, punctuation, others (dynlm.evaluation.words)"""
     calibration: dict[str, Calibration]
     gates: dict[str, GateSizes]
     boundaries: Boundaries

@@ -13,7 +13,7 @@ from dynlm.adapt import ReadConfig
 from dynlm.cli.main import main
 from dynlm.cli.read import ReadSettings
 from dynlm.cli.recipe import Recipe
-from dynlm.evaluate.cache import CacheConfig
+from dynlm.evaluation.cache import CacheConfig
 from dynlm.labs.general.tasks import TaskConfig
 from dynlm.meta.replay import ReplayConfig
 from dynlm.meta.tune import TuneConfig

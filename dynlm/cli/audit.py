@@ -6,7 +6,7 @@ from functools import partial
 
 from dynlm.cli.recipe import Recipe
 from dynlm.cli.stages import Bench, methods_of
-from dynlm.evaluate.audit import Verdict, adds_up, verdicts
+from dynlm.evaluation.audit import Verdict, adds_up, verdicts
 from dynlm.results import load_results
 from dynlm.runs import Json
 from dynlm.types import InputError

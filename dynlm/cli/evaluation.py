@@ -20,13 +20,13 @@ from dynlm.cli.kit import model_fingerprint
 from dynlm.cli.recipe import Recipe
 from dynlm.cli.stages import Bench, methods_of
 from dynlm.data.tokenizers import load_tokenizer, lost_share
-from dynlm.evaluate.breakdowns import Reading, break_down
-from dynlm.evaluate.cache import CachedReader
-from dynlm.evaluate.compare import describe, summarize, write_results
-from dynlm.evaluate.metrics import Counts, count
-from dynlm.evaluate.parts import load_part, save_part
-from dynlm.evaluate.stream import Scores, read_and_watch
-from dynlm.evaluate.tap import TappedReader
+from dynlm.evaluation.breakdowns import Reading, break_down
+from dynlm.evaluation.cache import CachedReader
+from dynlm.evaluation.compare import describe, summarize, write_results
+from dynlm.evaluation.metrics import Counts, count
+from dynlm.evaluation.parts import load_part, save_part
+from dynlm.evaluation.stream import Scores, read_and_watch
+from dynlm.evaluation.tap import TappedReader
 from dynlm.kept import free_parts
 from dynlm.methods import Method
 from dynlm.optim.hub import fingerprint

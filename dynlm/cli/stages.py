@@ -20,9 +20,9 @@ from dynlm.cli.recipe import Recipe, recipe_of_run, require_same
 from dynlm.data.articles import Corpus, load_corpus
 from dynlm.data.segments import article_segments
 from dynlm.data.tokenizers import load_tokenizer, tokenize
-from dynlm.evaluate.cache import CachedReader, load_cache
-from dynlm.evaluate.stateless import StatelessScorer
-from dynlm.evaluate.stream import read_articles
+from dynlm.evaluation.cache import CachedReader, load_cache
+from dynlm.evaluation.stateless import StatelessScorer
+from dynlm.evaluation.stream import read_articles
 from dynlm.kept import free, is_finished, told
 from dynlm.meta.train import MetaProgress, MetaTrainer, divide_meta_split, meta_train
 from dynlm.methods import STATELESS, STATIC, Method

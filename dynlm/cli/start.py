@@ -13,7 +13,7 @@ from dynlm.changes import changing
 from dynlm.cli.recipe import Recipe
 from dynlm.cli.stages import Bench
 from dynlm.data.segments import article_segments
-from dynlm.evaluate.stream import read_articles
+from dynlm.evaluation.stream import read_articles
 from dynlm.kept import free, made_alike, told
 from dynlm.meta.initialisation import Task
 from dynlm.meta.outer import Checkpoint, OuterProgress, learn_start

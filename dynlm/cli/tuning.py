@@ -8,8 +8,8 @@ from pathlib import Path
 from dynlm import runs
 from dynlm.cli.recipe import Recipe
 from dynlm.cli.stages import Bench
-from dynlm.evaluate.cache import load_cache, save_cache
-from dynlm.evaluate.cache_search import tune_cache
+from dynlm.evaluation.cache import load_cache, save_cache
+from dynlm.evaluation.cache_search import tune_cache
 from dynlm.kept import free, made_alike, told
 from dynlm.meta.train import divide_meta_split
 from dynlm.meta.tune import tune_rule

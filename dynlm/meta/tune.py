@@ -19,7 +19,7 @@ from typing import Annotated, NamedTuple
 import optuna
 
 from dynlm.adapt import Reader
-from dynlm.evaluate.stream import read_articles
+from dynlm.evaluation.stream import read_articles
 from dynlm.methods import Method, MethodName
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.library import make_rule

@@ -1,4 +1,4 @@
-"""The figures of the breakdowns (dynlm.evaluate.breakdowns): kinds of words, switches, calibration, gates."""
+"""The figures of the breakdowns (dynlm.evaluation.breakdowns): kinds of words, switches, calibration, gates."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ SHOWN = 5  # methods in a figure: more do not tell apart
 
 
 class Gates(NamedTuple):
-    """COPY, UPDATE and FLUSH of a rule at each update of the first articles (dynlm.evaluate.gates)."""
+    """COPY, UPDATE and FLUSH of a rule at each update of the first articles (dynlm.evaluation.gates)."""
 
     values_3UN: Floats
     """means over the weights of each of N tensors at each of U updates"""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dynlm.adapt import ReadConfig, Reader
-from dynlm.evaluate.stream import read_articles
+from dynlm.evaluation.stream import read_articles
 from dynlm.interrupt import Interrupted
 from dynlm.meta.estimators import EstimatorConfig
 from dynlm.meta.train import MetaConfig, MetaTrainer, divide_meta_split, meta_train

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dynlm.adapt import ReadConfig, Reader
-from dynlm.evaluate.stream import read_articles
+from dynlm.evaluation.stream import read_articles
 from dynlm.meta.tune import TuneConfig, tune_rule
 from dynlm.optim.library import make_rule
 from dynlm.optim.registry import DECAY, RULES, tuned

@@ -19,7 +19,7 @@ from transformers import (
     OpenAIGPTLMHeadModel,
 )
 
-from dynlm.evaluate.audit import first_leak, restores
+from dynlm.evaluation.audit import first_leak, restores
 from dynlm.meta.positions import pack, unpack
 from dynlm.meta.unroll import Unroll, UnrollConfig
 from dynlm.models.causal import CausalScorer, LSTMScorer, load_model, scorer_for

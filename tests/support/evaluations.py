@@ -1,4 +1,4 @@
-"""A plausible finished evaluation, made in milliseconds, in the format that dynlm.evaluate.compare writes."""
+"""A plausible finished evaluation, made in milliseconds, in the format that dynlm.evaluation.compare writes."""
 
 from __future__ import annotations
 

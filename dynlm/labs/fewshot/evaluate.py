@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from dynlm.adapt import Reader
-from dynlm.evaluate.metrics import bootstrap_ratio
+from dynlm.evaluation.metrics import bootstrap_ratio
 from dynlm.labs.fewshot.tasks import FewShotTask
 from dynlm.types import DivergedError, InputError, Piece
 

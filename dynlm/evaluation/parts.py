@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from dynlm.evaluate.gates import Gates
-from dynlm.evaluate.stream import Scores
+from dynlm.evaluation.gates import Gates
+from dynlm.evaluation.stream import Scores
 from dynlm.runs import Json, read_tensors, write_tensors
 from dynlm.types import InputError
 

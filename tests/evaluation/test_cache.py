@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dynlm.adapt import ReadConfig, Reader
-from dynlm.evaluate.cache import CacheConfig, CachedReader, attend, load_cache, mix, save_cache
-from dynlm.evaluate.cache_search import Recorder, best_weight, cache_probabilities, record, tune_cache
-from dynlm.evaluate.stream import read_articles
-from dynlm.evaluate.tap import Tap
+from dynlm.evaluation.cache import CacheConfig, CachedReader, attend, load_cache, mix, save_cache
+from dynlm.evaluation.cache_search import Recorder, best_weight, cache_probabilities, record, tune_cache
+from dynlm.evaluation.stream import read_articles
+from dynlm.evaluation.tap import Tap
 from dynlm.optim.handmade import SGD, Static
 from dynlm.types import InputError
 from lab import START, make_article, make_lab, make_transformer_lab
@@ -140,7 +140,7 @@ def test_chunks_of_the_search_see_across_their_borders(monkeypatch):
     lab, article = make_lab(), make_article(90)
     streams = record(Reader(*lab[:2], Static(), lab[2], ReadConfig(segment=8)), [article], START)
     whole = cache_probabilities(streams, [(1.0, 20), (0.5, 500)])
-    monkeypatch.setattr("dynlm.evaluate.cache_search.CHUNK", 7)
+    monkeypatch.setattr("dynlm.evaluation.cache_search.CHUNK", 7)
     for a, b in zip(whole, cache_probabilities(streams, [(1.0, 20), (0.5, 500)]), strict=True):
         torch.testing.assert_close(a, b, equal_nan=True)
 

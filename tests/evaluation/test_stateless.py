@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from dynlm.adapt import ReadConfig, Reader
-from dynlm.evaluate.audit import audit, excerpt
-from dynlm.evaluate.cache import CacheConfig, CachedReader
-from dynlm.evaluate.stateless import StatelessScorer
-from dynlm.evaluate.stream import read_and_watch, read_articles
-from dynlm.evaluate.tap import TappedReader
+from dynlm.evaluation.audit import audit, excerpt
+from dynlm.evaluation.cache import CacheConfig, CachedReader
+from dynlm.evaluation.stateless import StatelessScorer
+from dynlm.evaluation.stream import read_and_watch, read_articles
+from dynlm.evaluation.tap import TappedReader
 from dynlm.models.causal import CausalScorer
 from dynlm.models.context import ContextConfig
 from dynlm.optim.handmade import Static

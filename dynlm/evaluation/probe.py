@@ -1,6 +1,6 @@
 """Observe a reader segment by segment, ask it about altered text, and watch for random numbers while it scores.
 
-The audit (:mod:`dynlm.evaluate.audit`) is built from these. None of them trusts what a reader says of itself: they see
+The audit (:mod:`dynlm.evaluation.audit`) is built from these. None of them trusts what a reader says of itself: they see
 the arguments and results of ``segment``, the logits that the model puts out, and the operations that torch runs.
 """
 
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynlm.adapt import Reader, Step
 from dynlm.data.segments import article_segments
-from dynlm.evaluate.tap import Tap, TappedReader
+from dynlm.evaluation.tap import Tap, TappedReader
 from dynlm.types import InputError, TokenizedArticle
 
 DRAWS = frozenset(

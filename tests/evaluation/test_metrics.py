@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dynlm.evaluate.metrics import (
+from dynlm.evaluation.metrics import (
     bootstrap_ratio,
     count,
     gain_by_position,

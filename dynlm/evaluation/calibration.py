@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dynlm import results
-from dynlm.evaluate.metrics import N_BOOTSTRAP
+from dynlm.evaluation.metrics import N_BOOTSTRAP
 
 BINS = 10
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dynlm import runs
 from dynlm.adapt import Reader, Snapshot, Step
-from dynlm.evaluate.tap import Tap, TappedReader
+from dynlm.evaluation.tap import Tap, TappedReader
 from dynlm.methods import CACHE
 from dynlm.settings import Count, NotNegative, Settings, Share, build
 from dynlm.types import InputError

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dynlm.adapt import ReadConfig, Reader, Step, make_priors
-from dynlm.evaluate.audit import audit
-from dynlm.evaluate.audit_articles import adds_up, excerpt
-from dynlm.evaluate.cache import CacheConfig, CachedReader
+from dynlm.evaluation.audit import audit
+from dynlm.evaluation.audit_articles import adds_up, excerpt
+from dynlm.evaluation.cache import CacheConfig, CachedReader
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.gated import Gated
 from dynlm.optim.handmade import RMS, SGD, Adam, Static

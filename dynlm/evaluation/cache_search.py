@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dynlm.adapt import Reader, Step
-from dynlm.evaluate.cache import CacheConfig, Memory, attend, dots
-from dynlm.evaluate.tap import Tap, TappedReader
+from dynlm.evaluation.cache import CacheConfig, Memory, attend, dots
+from dynlm.evaluation.tap import Tap, TappedReader
 from dynlm.types import InputError, TokenizedArticle
 
 SHARPNESS = tuple(2.0**k for k in range(-1, 8))

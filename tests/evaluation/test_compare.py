@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dynlm.adapt import ReadConfig, Reader
-from dynlm.evaluate.compare import describe, summarize, write_results
-from dynlm.evaluate.metrics import count
-from dynlm.evaluate.stream import Scores, read_articles
+from dynlm.evaluation.compare import describe, summarize, write_results
+from dynlm.evaluation.metrics import count
+from dynlm.evaluation.stream import Scores, read_articles
 from dynlm.optim.handmade import SGD, Static
 from dynlm.optim.hub import fingerprint
 from dynlm.optim.library import make_rule

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from dynlm.changes import changing
-from dynlm.evaluate.metrics import Counts, gain_by_position, holm, paired_gain, perplexities, sign_flip_p
-from dynlm.evaluate.stream import Scores
+from dynlm.evaluation.metrics import Counts, gain_by_position, holm, paired_gain, perplexities, sign_flip_p
+from dynlm.evaluation.stream import Scores
 from dynlm.methods import STATELESS, STATIC, Method
 from dynlm.optim.base import Rule
 from dynlm.optim.hub import fingerprint
@@ -106,7 +106,7 @@ def write_results(
     """results.json and, beside it, every token with its loss under every method, and the gates of the first articles.
 
     losses.safetensors: "losses/METHOD" (T,) in nats; "ids", "article" and "position" in it (T,), int32; and where they
-    were recorded "gates/METHOD" (3, updates, tensors), float32: COPY, UPDATE and FLUSH (dynlm.evaluate.gates). The
+    were recorded "gates/METHOD" (3, updates, tensors), float32: COPY, UPDATE and FLUSH (dynlm.evaluation.gates). The
     report of an earlier evaluation is removed.
     """
     lengths = [len(article) for article in articles]

@@ -2,7 +2,7 @@
 
 ``audit`` takes any reader, with any rule, adapter, model or cache: a function that makes a fresh one each time.
 It asks by perturbation and by counting, and trusts nothing that the reader says of itself
-(:mod:`dynlm.evaluate.probe`).
+(:mod:`dynlm.evaluation.probe`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dynlm.adapt import Reader
-from dynlm.evaluate.audit_articles import (
+from dynlm.evaluation.audit_articles import (
     LONG,
     RESETS,
     SHORT,
@@ -29,7 +29,7 @@ from dynlm.evaluate.audit_articles import (
     tokens_only,
     verdict,
 )
-from dynlm.evaluate.probe import (
+from dynlm.evaluation.probe import (
     Draws,
     Observed,
     altered,

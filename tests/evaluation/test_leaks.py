@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from dynlm.adapt import ReadConfig, Reader
 from dynlm.data.segments import article_segments
-from dynlm.evaluate.audit import verdicts
-from dynlm.evaluate.cache import CacheConfig, CachedReader
-from dynlm.evaluate.tap import TappedReader
+from dynlm.evaluation.audit import verdicts
+from dynlm.evaluation.cache import CacheConfig, CachedReader
+from dynlm.evaluation.tap import TappedReader
 from dynlm.optim.handmade import SGD, Adam
 from lab import START, VOCAB, make_article, make_lab, make_transformer_lab
 
@@ -86,8 +86,8 @@ def test_audit_finds_scores_that_are_too_low(first, every):
 @pytest.mark.parametrize("first", [0, 1, 8])
 def test_audit_asks_a_model_without_logits_all_over_the_text(first, monkeypatch):
     lab = make_lab(torch.float32)
-    monkeypatch.setattr("dynlm.evaluate.tap.Tap.__enter__", lambda self: self)  # sees nothing
-    monkeypatch.setattr("dynlm.evaluate.tap.Tap.__exit__", lambda self, *error: None)
+    monkeypatch.setattr("dynlm.evaluation.tap.Tap.__enter__", lambda self: self)  # sees nothing
+    monkeypatch.setattr("dynlm.evaluation.tap.Tap.__exit__", lambda self, *error: None)
     assert failing(lambda: reader_of(lab)) == set()
     score = Changes(lab[1], lambda losses_S, targets_S: 0.9 * losses_S, first)
     assert failing(lambda: reader_of(lab, score=score)) == {"probabilities sum to one"}

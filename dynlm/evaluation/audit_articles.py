@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dynlm.adapt import Reader
-from dynlm.evaluate.probe import first_difference, read
+from dynlm.evaluation.probe import first_difference, read
 from dynlm.types import Article, TokenizedArticle
 
 MakeReader = Callable[[], Reader]

@@ -13,9 +13,9 @@ from torch import Tensor
 from dynlm import results
 from dynlm.adapt import Reader
 from dynlm.data.segments import article_segments
-from dynlm.evaluate.calibration import Calibration
-from dynlm.evaluate.gates import GateRecorder, Gates
-from dynlm.evaluate.tap import TappedReader
+from dynlm.evaluation.calibration import Calibration
+from dynlm.evaluation.gates import GateRecorder, Gates
+from dynlm.evaluation.tap import TappedReader
 from dynlm.types import DivergedError, InputError, TokenizedArticle
 
 

@@ -7,12 +7,12 @@ import torch
 
 from dynlm.adapt import ReadConfig, Reader
 from dynlm.data.tokenizers import WordTokenizer
-from dynlm.evaluate.breakdowns import Reading, break_down
-from dynlm.evaluate.cache import CacheConfig, CachedReader
-from dynlm.evaluate.compare import write_results
-from dynlm.evaluate.gates import SAMPLE, GateRecorder, draw_sample
-from dynlm.evaluate.stream import read_and_watch
-from dynlm.evaluate.tap import TappedReader
+from dynlm.evaluation.breakdowns import Reading, break_down
+from dynlm.evaluation.cache import CacheConfig, CachedReader
+from dynlm.evaluation.compare import write_results
+from dynlm.evaluation.gates import SAMPLE, GateRecorder, draw_sample
+from dynlm.evaluation.stream import read_and_watch
+from dynlm.evaluation.tap import TappedReader
 from dynlm.optim.base import Coordinates
 from dynlm.optim.gated import Gated
 from dynlm.optim.handmade import RMS, SGD, Static

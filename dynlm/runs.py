@@ -1,6 +1,6 @@
 """The run directory: what lies where, and checkpoints of unfinished work (dynlm.files is the door to disk).
 
-RUN/recipe.json            the settings in force        RUN/rules/NAME/      tuned and learned rules
+RUN/recipe.json            the settings in force        RUN/rules/           tuned and learned rules
 RUN/tokenizer/  RUN/model/ the base language model      RUN/evaluate/        results.json, losses.safetensors
 RUN/prior.safetensors      static RMS of the gradient   RUN/report.html, RUN/figures/  the report
 RUN/checkpoints/           unfinished work, for --resume
@@ -30,6 +30,7 @@ from dynlm.files import require_layout as require_layout
 from dynlm.files import write_json as write_json
 from dynlm.files import write_tensors as write_tensors
 from dynlm.files import write_text as write_text
+from dynlm.methods import SUFFIX, Method
 from dynlm.settings import Whole, build, check
 from dynlm.types import InputError
 
@@ -64,11 +65,14 @@ class Run:
         self.demo = self.path / "demo.txt"
 
     def rule(self, name: str) -> Path:
-        return self.path / "rules" / name
+        """Return the file of a rule or cache, by the name of its method."""
+        method = Method.parse(name)
+        return _kept(self.path / "rules" / f"{method.stem}{SUFFIX}", str(method))
 
     def rules(self) -> list[str]:
         """Names of the rules and caches that the run holds."""
-        return sorted(path.name for path in self.path.glob("rules/*") if path.is_file() and path.name[0] != ".")
+        files = [p for p in self.path.glob("rules/*") if p.is_file() and (p.suffix == SUFFIX or is_tensors(p))]
+        return sorted({str(method) for path in files if (method := Method.find(path.name))})
 
     def few_shot_start(self, method: str) -> Path:
         return self.path / "few-shot" / f"{method}.safetensors"
@@ -77,7 +81,7 @@ class Run:
         return self.path / "starts" / f"{method}.safetensors"
 
     def checkpoint(self, stage: str) -> Path:
-        return self.path / "checkpoints" / f"{stage}.safetensors"
+        return _kept(self.path / "checkpoints" / f"{stage}{SUFFIX}", f"{stage.replace('-seed', '#')}{SUFFIX}")
 
     def parts(self, stage: str) -> Path:
         """The folder of what an unfinished stage has finished."""
@@ -89,12 +93,12 @@ class Run:
         return Run(self.parts("train"))
 
     def log(self, stage: str) -> Path:
-        return self.path / f"{stage}.jsonl"
+        return _kept(self.path / f"{stage}.jsonl", f"{stage.replace('-seed', '#')}.jsonl")
 
     def derived(self) -> list[Path]:
         """What dynlm made from base model and tokenizer. Files that others have put beside it are not among them."""
         found = [self.prior, self.results, self.losses, self.demo, self.parts("evaluate"), *self.reported()]
-        found += [path for path in self.path.glob("rules/*") if path.name != "general" and is_tensors(path)]
+        found += [path for path in self.path.glob("rules/*") if path.stem != "general" and is_tensors(path)]
         found += [path for path in self.path.glob("starts/*.safetensors") if is_tensors(path)]
         for pattern in ("meta-train*.jsonl", "checkpoints/meta-train*.safetensors", "checkpoints/learn-start*"):
             found += self.path.glob(pattern)
@@ -110,6 +114,12 @@ class Run:
         if not path.exists():
             raise InputError(f"{path} does not exist: run `dynlm {made_by}` with this run directory first")
         return path
+
+
+def _kept(path: Path, old: str) -> Path:
+    """``path``, or the file beside it that an earlier version has named ``old``."""
+    earlier = path.with_name(old)
+    return earlier if earlier.is_file() and not path.exists() else path
 
 
 def settings_of(config: Any) -> Json:

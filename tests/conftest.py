@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dynlm.optim.registry import RULES
 from lab import make_lab
 
 
@@ -26,6 +27,15 @@ def wikitext2():
     if not folder:
         pytest.skip("DYNLM_WIKITEXT2 is not set: point it at the folder of wiki.train.tokens")
     return Path(folder)
+
+
+@pytest.fixture
+def own_rules():
+    """Rules that the test registers are forgotten after it."""
+    known = dict(RULES)
+    yield
+    RULES.clear()
+    RULES.update(known)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import dynlm.optim
 from dynlm.data.articles import Corpus, DataConfig
 from dynlm.evaluation.audit import Verdict
 from dynlm.models.lstm import LSTMConfig
+from dynlm.optim.base import Shared
 from dynlm.session.step import Step
 
 
@@ -42,7 +43,14 @@ def rules() -> list[dynlm.Rule]:
     assert_type(dynlm.optim.load("general"), dynlm.Rule)
     assert_type(dynlm.optim.save_pretrained(dynlm.rules.Adam(), "folder"), Path)
     assert_type(dynlm.optim.push_to_hub(dynlm.rules.Adam(), "name"), str)
+    assert_type(dynlm.optim.scalar(0.1), torch.nn.Parameter)
+    assert_type(dynlm.optim.Range(1e-4, 1.0, 1e-2, "direction").times(2), dynlm.optim.Range)
+    dynlm.optim.register(dynlm.rules.SGD, {"lr": dynlm.optim.Range(1e-4, 1.0, 1e-2)})
     return [dynlm.rules.RMS(), dynlm.rules.Gated(), assert_type(dynlm.rules.from_pretrained("folder"), dynlm.Rule)]
+
+
+def context(shared: Shared) -> torch.Tensor:
+    return assert_type(dynlm.optim.columns(shared, shared.step), torch.Tensor)
 
 
 def loading() -> None:

@@ -19,7 +19,7 @@ from dynlm.optim.base import Clock, Coordinates, Prior
 from dynlm.optim.kernel import FusedStep, ReplayWork, Scale
 from dynlm.types import InputError
 from lab import needs_compiler
-from optimizer_lab import moved
+from support.optimizers import moved
 
 pytestmark = needs_compiler
 

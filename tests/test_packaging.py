@@ -14,7 +14,7 @@ NEEDED = (
     "dynlm/shipped/wikitext2/model/model.safetensors",
     "dynlm/shipped/wikitext2/prior.safetensors",
     "dynlm/shipped/wikitext2/recipe.json",
-    "dynlm/shipped/wikitext2/rules/gated",
+    "dynlm/shipped/wikitext2/rules/gated.safetensors",
     "dynlm/shipped/wikitext2/tokenizer/sentencepiece.model",
     "dynlm/optim/pretrained/general.safetensors",
     "dynlm/report/template.html.j2",

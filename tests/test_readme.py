@@ -13,29 +13,30 @@ import torch
 import dynlm
 from dynlm.cli.main import COMMANDS
 from dynlm.meta.replay import Replay
-from dynlm.optim.base import Rule, columns
-from dynlm.optim.handmade import scalar
+from dynlm.optim.registry import tuned
 from golden import text
 from lab import make_article, make_lab, make_transformer_lab
-from meta.test_replay import RULES, gradients, read_window
+from support.rules import make
+from support.windows import gradients, read_window
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_rule_of_the_readme_reads_and_gets_a_meta_gradient():
-    names = {"Rule": Rule, "scalar": scalar, "columns": columns}
+def test_the_rule_of_the_readme_reads_and_gets_a_meta_gradient(own_rules):
+    names = {}
     exec(BLOCKS[1], names)
     rule = names["SignDescent"](1e-2)
     recording, *_ = read_window(make_lab(), rule, 30)
     Replay(rule)(recording)
     assert gradients(rule)["lr"] != 0
+    assert tuned()[-1] == "sign"
 
 
 def test_the_unroll_of_the_readme_differentiates():
     lab = make_lab()
-    rule = RULES["gated"](lab[2])
+    rule = make("gated", lab[2])
     _, start, pieces, weights, _ = read_window(lab, rule, 30)
     names = {"model": lab[0], "score": lab[1], "priors": lab[2], "rule": rule, "start": start}
     exec(BLOCKS[2], names | {"pieces": pieces, "weights": weights})

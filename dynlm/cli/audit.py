@@ -8,7 +8,8 @@ from dynlm.cli.recipe import Recipe
 from dynlm.cli.stages import Bench, methods_of
 from dynlm.data.tokenizers import tokenize
 from dynlm.evaluation.audit import Verdict, adds_up, verdicts
-from dynlm.runs import Json, read_json
+from dynlm.results import load_results
+from dynlm.runs import Json
 from dynlm.types import InputError
 
 
@@ -18,7 +19,7 @@ def audit_stage(recipe: Recipe) -> Json:
     The methods are those of the run's results.json, else of ``evaluate.methods``, else all that the run holds.
     """
     bench, config = Bench(recipe, any_text=True), recipe.evaluate
-    evaluated = list(read_json(bench.path.results)["methods"]) if bench.path.results.is_file() else []
+    evaluated = list(load_results(bench.path.results)["methods"]) if bench.path.results.is_file() else []
     methods = methods_of(bench.path, evaluated or config.methods)
     texts = bench.texts(config.split, config.max_articles)
     articles = tokenize(bench.tokenizer, texts)

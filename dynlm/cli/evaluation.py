@@ -10,9 +10,11 @@ from dynlm.cli.stages import Bench, methods_of
 from dynlm.evaluation.parts import load_part, save_part
 from dynlm.evaluation.stream import Scores
 from dynlm.kept import free_parts
+from dynlm.methods import Method
 from dynlm.optim.hub import fingerprint
 from dynlm.report.maps import require_titles
 from dynlm.report.svg import formats
+from dynlm.results import load_results
 from dynlm.session.evaluation import evaluate_readers, read_method, report_of_run, settings_of, told
 from dynlm.session.session import model_fingerprint
 from dynlm.types import InputError, TokenizedArticle
@@ -34,7 +36,7 @@ def evaluate(recipe: Recipe) -> runs.Json:
         """Keep the scores of one method, or take those that an unfinished evaluation has kept."""
         theta0, rule = model_fingerprint(reader.priors), fingerprint(reader.rule)
         made = {**asked, "methods": [name], "theta0": theta0, "rule": rule, "settings": settings_of(reader)}
-        path = bench.path.parts("evaluate") / f"{name}.safetensors"
+        path = bench.path.parts("evaluate") / f"{Method.parse(name).stem}.safetensors"
         scores = load_part(path, made) if recipe.resume else None
         if scores is not None:
             print(f"{name}: kept as it was read before")
@@ -45,9 +47,10 @@ def evaluate(recipe: Recipe) -> runs.Json:
 
     results = evaluate_readers(readers, bench, texts, train_texts=bench.train_texts(), read=read)
     results.data["asked"] = asked
-    results.data["data"] |= {"source": recipe.data.source, "split": config.split}
+    read_of = results.data["data"]
+    read_of["source"], read_of["split"] = recipe.data.source, config.split
     if bench.other is None:
-        results.data["data"]["fingerprint"] = bench.corpus.fingerprint
+        read_of["fingerprint"] = bench.corpus.fingerprint
     results.save(bench.path.path)
     print(results.table())
     report(recipe)
@@ -86,7 +89,7 @@ def _evaluated(run: runs.Run, asked: runs.Json, recipe: Recipe) -> runs.Json | N
             new.remove(parts)
     if not recipe.resume or parts.exists() or not run.results.exists():
         return None
-    results = runs.read_json(run.results)
+    results = load_results(run.results)
     if results.get("asked") == asked:
         print(f"{run.results}: kept as it was evaluated before")
         if not run.report.exists():

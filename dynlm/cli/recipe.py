@@ -15,7 +15,6 @@ import tyro
 from dynlm.adapt import ReadConfig
 from dynlm.data.articles import DataConfig
 from dynlm.data.tokenizers import TokenizerConfig
-from dynlm.evaluation.methods import MethodName, RuleName
 from dynlm.files import why_unreadable
 from dynlm.kept import FLAGS, Call
 from dynlm.labs.fewshot.trial import FewShotConfig
@@ -23,6 +22,7 @@ from dynlm.labs.general.train import GeneralMetaConfig
 from dynlm.meta.outer import OuterConfig
 from dynlm.meta.train import MetaConfig
 from dynlm.meta.tune import TuneConfig
+from dynlm.methods import MethodName, RuleName
 from dynlm.models.context import ContextConfig
 from dynlm.models.lora import LoraSettings
 from dynlm.models.lstm import ModelConfig

@@ -16,15 +16,16 @@ from dynlm.cli.recipe import Recipe, recipe_of_run, require_same
 from dynlm.data.articles import Corpus, DataConfig, load_corpus, load_texts
 from dynlm.data.segments import article_segments
 from dynlm.data.tokenizers import load_tokenizer, tokenize
-from dynlm.evaluation.stateless import STATELESS
 from dynlm.evaluation.stream import read_articles
 from dynlm.kept import free, is_finished
 from dynlm.meta.train import MetaProgress, MetaTrainer, divide_meta_split, meta_train
+from dynlm.methods import STATELESS, STATIC, Method
 from dynlm.models.causal import CausalScorer, scorer_for
 from dynlm.models.params import adapted_parameters
 from dynlm.models.ready import load_base
 from dynlm.optim.base import Prior, Rule
-from dynlm.optim.library import LEARNED, save_rule, seeded, start_rule
+from dynlm.optim.library import save_rule, start_rule
+from dynlm.optim.registry import RULES
 from dynlm.progress import Bar
 from dynlm.session.session import Session, open_run, read_prior
 from dynlm.threads import choose_threads
@@ -131,11 +132,11 @@ def _first_tokens(articles: tuple[Article, ...], tokens: int) -> list[Article]:
 def meta_training(recipe: Recipe) -> runs.Json:
     """A learned rule, from the tuned hand-made rule that it starts at, on the meta-training articles."""
     bench, kind = Bench(recipe), recipe.meta.rule
-    name, stage = seeded(kind, recipe.meta.seed), seeded("meta-train", recipe.meta.seed)
-    target, checkpoint = bench.path.rule(name), bench.path.checkpoint(stage)
+    stage = Method("meta-train", recipe.meta.seed).stem
+    target, checkpoint = bench.path.rule(str(Method(kind, recipe.meta.seed))), bench.path.checkpoint(stage)
     free(target, recipe, checkpoint)
     articles, held_back = divide_meta_split(bench.articles("meta"), recipe.meta)
-    start = bench.rule(LEARNED[kind].start).settings()
+    start = bench.rule(RULES[kind].start).settings()
     rule = start_rule(kind, start, bench.priors, recipe.meta.seed, recipe.meta.hidden)
     reader, stamp = bench.reader(rule), bench.finished()
     trainer = MetaTrainer(reader, articles, bench.tokenizer.eos_id, recipe.meta, stamp["model"])
@@ -167,13 +168,14 @@ def methods_of(run: runs.Run, chosen: Sequence[str]) -> list[str]:
     Raises:
         InputError: a method that is named twice.
     """
+    chosen = [str(Method.parse(name)) for name in chosen]
     if len(set(chosen)) < len(chosen):
-        twice = next(name for name in chosen if list(chosen).count(name) > 1)
+        twice = next(name for name in chosen if chosen.count(name) > 1)
         raise InputError(f"evaluate.methods names {twice!r} twice: name each method once")
     if chosen:
-        return list(chosen)
+        return chosen
     held = run.rules()
     missing = [f"{name} (`dynlm {made_by}`)" for name, made_by in USUAL.items() if name not in held]
     if missing:
         print(f"note: this run has no {', '.join(missing)}: they are left out", flush=True)
-    return ["static", STATELESS, *held]
+    return [STATIC, STATELESS, *held]

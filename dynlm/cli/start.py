@@ -18,8 +18,9 @@ from dynlm.kept import free, made_alike, told
 from dynlm.meta.initialisation import Task
 from dynlm.meta.outer import Checkpoint, OuterProgress, learn_start
 from dynlm.meta.train import divide_meta_split
+from dynlm.methods import Method
 from dynlm.optim.hub import fingerprint
-from dynlm.optim.library import LEARNED, seedless
+from dynlm.optim.registry import trained
 from dynlm.progress import Bar
 from dynlm.types import InputError, TokenizedArticle
 
@@ -29,7 +30,7 @@ def learn_start_stage(recipe: Recipe) -> runs.Json:
     bench, config = Bench(recipe), recipe.start
     target, checkpoint = bench.path.start(config.method), bench.path.checkpoint(f"learn-start-{config.method}")
     rule = bench.rule(config.rule)
-    if config.outer.phi_lr and seedless(config.rule) not in LEARNED:
+    if config.outer.phi_lr and Method.parse(config.rule).rule not in trained():
         raise InputError(f"start.outer.phi_lr trains learned rules, start.rule is {config.rule!r}: set it to 0")
     made = {"config": runs.settings_of(config), "rule": fingerprint(rule), **bench.finished()}
     if not checkpoint.exists() and made_alike(target, made, recipe):

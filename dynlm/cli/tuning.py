@@ -8,11 +8,12 @@ from pathlib import Path
 from dynlm import runs
 from dynlm.cli.recipe import Recipe
 from dynlm.cli.stages import Bench
-from dynlm.evaluation.cache import cached_name, load_cache, save_cache
+from dynlm.evaluation.cache import load_cache, save_cache
 from dynlm.evaluation.cache_search import tune_cache
 from dynlm.kept import free, made_alike, told
 from dynlm.meta.train import divide_meta_split
 from dynlm.meta.tune import tune_rule
+from dynlm.methods import Method
 from dynlm.optim.library import load_rule, save_rule
 from dynlm.progress import Bar
 from dynlm.types import DivergedError, TokenizedArticle
@@ -33,7 +34,7 @@ def tune(recipe: Recipe) -> runs.Json:
             print(f"{kind}: kept as it was tuned before")
             figures[kind] = _figures(bench.path.rule(kind))
             continue
-        tune_one = _tune_rule if cached_name(kind) is None else _tune_cache
+        tune_one = _tune_cache if Method.parse(kind).cache else _tune_rule
         try:
             figures[kind] = tune_one(bench, kind, articles, made)
         except DivergedError as error:  # the other rules go on
@@ -45,7 +46,7 @@ def tune(recipe: Recipe) -> runs.Json:
 
 def _figures(path: Path) -> runs.Json:
     """What ``--json`` shows of a tuned rule or cache."""
-    settings = asdict(load_cache(path)) if cached_name(path.name) else load_rule(path)[0].settings()
+    settings = asdict(load_cache(path)) if Method.parse(path.name).cache else load_rule(path)[0].settings()
     return {"nats_per_token": told(path)["nats_per_token"], "settings": settings}
 
 
@@ -65,8 +66,7 @@ def _tune_rule(bench: Bench, kind: str, articles: list[TokenizedArticle], made: 
 
 def _tune_cache(bench: Bench, name: str, articles: list[TokenizedArticle], made: runs.Json) -> runs.Json:
     """Settings of the cache of method ``name``, on what the hand-made rules are tuned on."""
-    config, beside = bench.recipe.tune, cached_name(name)
-    assert beside is not None
+    config, beside = bench.recipe.tune, str(Method.parse(name).uncached)
     with Bar(desc=f"tune {name}", unit="trial") as bar:
         tuned = tune_cache(bench.method(beside), config.excerpts(articles), bench.tokenizer.eos_id, bar.update)
     found = {"nats_per_token": tuned.nats_per_token, "trials": tuned.trials}

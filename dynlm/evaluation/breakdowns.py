@@ -1,28 +1,4 @@
-"""Where reading gains: the paired gain over static, broken down. ``breakdowns`` in results.json:
-
-    relative_position   tenths of the article
-    occurrence          "first" and "later" occurrence of a word in its article, all tokens of the word
-    train_frequency     words by how often the training text holds them: 0, then powers of ten; where that is known
-    vocabulary          names, numbers, function words, punctuation, others (dynlm.evaluation.words)
-        each a list of {"bin", "tokens", "articles", "static": nats a token of static reading,
-        "gain": {METHOD: {"mean": nats a token, "ci95": [low, high]}}}; bins without tokens are left out, and tokens
-        of no word (ends of line) are in relative_position alone
-    boundaries          read.reset never only; the second article and all after it:
-        {"segments": [{"segment": 1…, "tokens", "articles", "static", "gain"}], as above,
-         "recovery_segments": {METHOD: {"mean", "ci95"}}}: segments until the mean loss since the switch is within 2 %
-        of the article's; static, which remembers nothing but its hidden state, tells what is due to the text
-    interference        read.reset never only; the first article read again, without learning or cache, with the weights
-        that the whole stream has left: {"article": title, "segments", "static": nats a token with θ0,
-        "methods": {METHOD: {"first_reading", "again": nats a token, "gain": static − again, "ci95"}}}; the interval
-        is over segments, as there is one article
-    calibration         {METHOD: {"ece", "ci95", "bins"}} (dynlm.evaluation.calibration)
-    gates               {METHOD: {"tensors": names, "weights": of each tensor, "segments": updates of each of the
-        articles recorded, "mean": {"copy", "update", "flush": means over these updates, one a tensor}}}
-        (dynlm.evaluation.gates; single updates are "gates/METHOD" in losses.safetensors), {} where none were recorded
-
-Intervals are 95 % percentile bootstrap over articles. A gain is of that share of the tokens: gains of bins, weighted
-with their tokens, sum to the gain of all.
-"""
+"""Where reading gains: the paired gain over static, broken down (dynlm.results.Breakdowns says into what)."""
 
 from __future__ import annotations
 
@@ -37,7 +13,7 @@ from dynlm.data.tokenizers import Tokenizer
 from dynlm.evaluation.metrics import bootstrap_ratio
 from dynlm.evaluation.stream import Scores
 from dynlm.evaluation.words import KINDS, Words, find_words, kind
-from dynlm.runs import Json
+from dynlm.results import Again, Boundaries, Breakdowns, ClassName, ClassOfTokens, Gain, Interference, Row
 from dynlm.types import TokenizedArticle
 
 TENTHS = 10
@@ -58,10 +34,11 @@ class Reading(NamedTuple):
     reset: str
 
 
-def break_down(scores: Mapping[str, Scores], reading: Reading) -> Json:
+def break_down(scores: Mapping[str, Scores], reading: Reading) -> Breakdowns:
     """All breakdowns; ``scores`` must hold ``static``."""
     texts = [find_words(reading.tokenizer, article.ids_T) for article in reading.articles]
-    classes: dict[str, tuple[list[Tensor], Sequence[str]]] = {
+    result = Breakdowns()
+    classes: dict[ClassName, tuple[list[Tensor], Sequence[str]]] = {
         "relative_position": (
             [torch.arange(len(a)) * TENTHS // len(a) for a in reading.articles],
             [f"{10 * k}-{10 * k + 10} %" for k in range(TENTHS)],
@@ -75,7 +52,8 @@ def break_down(scores: Mapping[str, Scores], reading: Reading) -> Json:
     }
     if not reading.train_counts:
         del classes["train_frequency"]
-    result: Json = {name: gains(scores, class_T, labels) for name, (class_T, labels) in classes.items()}
+    for title, (class_T, labels) in classes.items():
+        result[title] = gains(scores, class_T, labels)
     result["calibration"] = {name: s.calibration for name, s in scores.items() if s.calibration is not None}
     result["gates"] = {name: s.gates.summary() for name, s in scores.items() if s.gates is not None}
     if reading.reset == "never":
@@ -84,28 +62,26 @@ def break_down(scores: Mapping[str, Scores], reading: Reading) -> Json:
     return result
 
 
-def gains(scores: Mapping[str, Scores], classes: Sequence[Tensor], labels: Sequence[str]) -> list[Json]:
+def gains(scores: Mapping[str, Scores], classes: Sequence[Tensor], labels: Sequence[str]) -> list[Row]:
     """Rows of the paired gain by class; ``classes`` holds one (T,) tensor an article, −1 for tokens left out."""
-    sizes_AC = _sums([torch.ones(c.shape, dtype=torch.float64) for c in classes], classes, len(labels))
-    sums = {name: _sums(score.losses, classes, len(labels)) for name, score in scores.items()}
-    rows: list[Json] = []
-    for c, label in enumerate(labels):
+    return [{"bin": labels[c], **found} for c, found in _by_class(scores, classes, len(labels)).items()]
+
+
+def _by_class(scores: Mapping[str, Scores], classes: Sequence[Tensor], n: int) -> dict[int, ClassOfTokens]:
+    """The figures of each of ``n`` classes that has tokens."""
+    sizes_AC = _sums([torch.ones(c.shape, dtype=torch.float64) for c in classes], classes, n)
+    sums = {name: _sums(score.losses, classes, n) for name, score in scores.items()}
+    found: dict[int, ClassOfTokens] = {}
+    for c in range(n):
         there = sizes_AC[:, c] > 0
         if not there.any():
             continue
         sizes, static = sizes_AC[there, c], sums["static"][there, c]
         gain = {name: _ratio(static - sums[name][there, c], sizes) for name in scores if name != "static"}
         total = float(sizes.sum())
-        rows.append(
-            {
-                "bin": label,
-                "tokens": int(total),
-                "articles": int(there.sum()),
-                "static": float(static.sum()) / total,
-                "gain": gain,
-            }
-        )
-    return rows
+        articles, loss = int(there.sum()), float(static.sum()) / total
+        found[c] = {"tokens": int(total), "articles": articles, "static": loss, "gain": gain}
+    return found
 
 
 def _sums(values: Sequence[Tensor], classes: Sequence[Tensor], n: int) -> Tensor:
@@ -116,7 +92,7 @@ def _sums(values: Sequence[Tensor], classes: Sequence[Tensor], n: int) -> Tensor
     return sums_AC[:, :n]
 
 
-def _ratio(sums: Tensor, sizes: Tensor) -> Json:
+def _ratio(sums: Tensor, sizes: Tensor) -> Gain:
     return {"mean": float(sums.sum() / sizes.sum()), "ci95": list(bootstrap_ratio(sums, sizes))}
 
 
@@ -142,17 +118,17 @@ def _kinds(text: Words) -> list[int]:
     return [KINDS.index(kind(word, first)) for word, first in zip(text.words, text.first, strict=True)]
 
 
-def _boundaries(scores: Mapping[str, Scores], segment: int) -> Json:
+def _boundaries(scores: Mapping[str, Scores], segment: int) -> Boundaries:
     """Losses after a switch from one article to the next, and how fast they come down."""
     after = {name: score._replace(losses=score.losses[1:]) for name, score in scores.items()}
     if not after["static"].losses:
         return {"segments": [], "recovery_segments": {}}
     number_T = [torch.arange(losses_T.numel()) // segment for losses_T in after["static"].losses]
     classes = [torch.where(n_T < FIRST_SEGMENTS, n_T, -1) for n_T in number_T]
-    rows = gains(after, classes, [str(k + 1) for k in range(FIRST_SEGMENTS)])
+    found = _by_class(after, classes, FIRST_SEGMENTS)
     times = {name: torch.tensor([recovery(x, segment) for x in score.losses]) for name, score in after.items()}
     return {
-        "segments": [{"segment": int(row.pop("bin")), **row} for row in rows],
+        "segments": [{"segment": k + 1, **figures} for k, figures in found.items()],
         "recovery_segments": {name: _ratio(t.double(), torch.ones(t.shape)) for name, t in times.items()},
     }
 
@@ -165,10 +141,10 @@ def recovery(losses_T: Tensor, segment: int) -> int:
     return int(within[0]) + 1  # the whole article is within
 
 
-def _interference(scores: Mapping[str, Scores], reading: Reading) -> Json:
+def _interference(scores: Mapping[str, Scores], reading: Reading) -> Interference:
     """What the end of the stream has done to its beginning."""
     static_T, segment = scores["static"].losses[0].double(), reading.segment
-    methods: Json = {}
+    methods: dict[str, Again] = {}
     for name, score in scores.items():
         if name == "static" or score.again is None:
             continue

@@ -22,10 +22,9 @@ from torch import Tensor
 from dynlm import runs
 from dynlm.adapt import Reader, Snapshot, Step
 from dynlm.evaluation.tap import Tap, TappedReader
+from dynlm.methods import CACHE
 from dynlm.settings import Count, NotNegative, Settings, Share, build
 from dynlm.types import InputError
-
-SUFFIX = "cache"
 
 
 @dataclass(frozen=True)
@@ -131,24 +130,16 @@ class CachedReader(TappedReader):
         return step._replace(losses_S=-log_probs_S)
 
 
-def cached_name(name: str) -> str | None:
-    """The method beside which ``name`` puts a cache: ``cache`` and ``RULE+cache``; None for methods without."""
-    if name == SUFFIX:
-        return "static"
-    rule, _, suffix = name.rpartition("+")
-    return rule if rule and suffix == SUFFIX else None
-
-
 def save_cache(cache: CacheConfig, path: Path, made: runs.Json) -> None:
     """Write the settings; ``made`` tells how they were found."""
     values = {name: torch.tensor(float(value), dtype=torch.float64) for name, value in asdict(cache).items()}
-    runs.write_tensors(path, values, {"kind": SUFFIX, "made": made})
+    runs.write_tensors(path, values, {"kind": CACHE, "made": made})
 
 
 def load_cache(path: Path) -> CacheConfig:
     """The counterpart of :func:`save_cache`."""
     tensors, meta = runs.read_tensors(path)
-    if meta.get("kind") != SUFFIX:
+    if meta.get("kind") != CACHE:
         raise InputError(f"{path} holds no settings of a cache: tune it again")
     number = torch.zeros((), dtype=torch.float64)
     runs.require_layout(path, tensors, dict.fromkeys(asdict(CacheConfig()), number), advice=": tune it again")

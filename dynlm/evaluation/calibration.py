@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dynlm import results
 from dynlm.evaluation.metrics import N_BOOTSTRAP
-from dynlm.runs import Json
 
 BINS = 10
 
@@ -32,9 +32,8 @@ class Calibration:
         bin_S = (prob_S * BINS).long().clamp(0, BINS - 1)
         self._articles[-1].index_add_(0, bin_S, torch.stack([torch.ones_like(prob_S), prob_S, correct_S], 1))
 
-    def summary(self) -> Json:
-        """{"ece", "ci95" over articles, "bins": [{"from", "to", "tokens", "confidence", "accuracy"}]}, empty bins
-        left out."""
+    def summary(self) -> results.Calibration:
+        """The error, its interval over articles, and the bins that are not empty."""
         sums_AB3 = torch.stack(self._articles)
         n = len(sums_AB3)
         draws = torch.randint(n, (N_BOOTSTRAP, n), generator=torch.Generator().manual_seed(0))
@@ -42,9 +41,9 @@ class Calibration:
             1, draws, torch.ones(draws.shape).double()
         )
         drawn = (weights @ sums_AB3.flatten(1)).view(-1, BINS, 3)
-        ends = torch.quantile(expected_error(drawn), torch.tensor([0.025, 0.975], dtype=torch.float64))
+        ends = torch.quantile(expected_error(drawn), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
         total_B3 = sums_AB3.sum(0)
-        bins = [
+        bins: list[results.Bin] = [
             {
                 "from": b / BINS,
                 "to": (b + 1) / BINS,
@@ -55,7 +54,7 @@ class Calibration:
             for b, (tokens, confidence, correct) in enumerate(total_B3.tolist())
             if tokens
         ]
-        return {"ece": float(expected_error(total_B3)), "ci95": ends.tolist(), "bins": bins}
+        return {"ece": float(expected_error(total_B3)), "ci95": ends, "bins": bins}
 
 
 def expected_error(sums_B3: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from dynlm.adapt import Reader
 from dynlm.optim.base import Coordinates, Prior, Rule, RuleState, Seen, Slots
 from dynlm.optim.learned import Learned
-from dynlm.runs import Json
+from dynlm.results import GateSizes
 
 SAMPLE = 512
 """coordinates of a tensor, at the most"""
@@ -43,8 +43,8 @@ class Gates(NamedTuple):
     segments: list[int]
     """updates of each article"""
 
-    def summary(self) -> Json:
-        """As JSON: names, counts, and means over all updates."""
+    def summary(self) -> GateSizes:
+        """Names, counts, and means over all updates."""
         means_3n = self.values_3Un.double().mean(1)
         return {
             "tensors": self.tensors,

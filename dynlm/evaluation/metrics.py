@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dynlm.runs import Json
+from dynlm.results import Perplexities, Stretch
 from dynlm.types import TokenizedArticle, perplexity
 
 N_BOOTSTRAP = 4000
@@ -43,7 +43,7 @@ def count(articles: Sequence[TokenizedArticle]) -> Counts:
     )
 
 
-def perplexities(nats: float, counts: Counts, lossless: bool = True) -> Json:
+def perplexities(nats: float, counts: Counts, lossless: bool = True) -> Perplexities:
     """The total in nats as token perplexity, word perplexity and bits per byte, as JSON holds them.
 
     A perplexity beyond all numbers is None, and so are bits per byte where the tokens do not spell the text
@@ -102,9 +102,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def gain_by_position(baseline: Sequence[Tensor], method: Sequence[Tensor]) -> list[Json]:
+def gain_by_position(baseline: Sequence[Tensor], method: Sequence[Tensor]) -> list[Stretch]:
     """The paired gain in bins of the token's position in its article; bins that no article reaches are left out."""
-    bins: list[Json] = []
+    bins: list[Stretch] = []
     for start, end in zip(POSITION_EDGES, [*POSITION_EDGES[1:], None], strict=True):
         pairs = [(b[start:end].double(), m[start:end].double()) for b, m in zip(baseline, method, strict=True)]
         pairs = [(b, m) for b, m in pairs if b.numel()]

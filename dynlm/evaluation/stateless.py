@@ -12,8 +12,6 @@ from torch import Tensor
 
 from dynlm.adapt import Scorer
 
-STATELESS = "stateless"
-
 
 class StatelessScorer:
     """``score``, from an empty hidden state at every segment: an LSTM's state, keys and values, or the tokens before.

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dynlm import results
 from dynlm.adapt import Reader
 from dynlm.data.segments import article_segments
 from dynlm.evaluation.calibration import Calibration
 from dynlm.evaluation.gates import GateRecorder, Gates
 from dynlm.evaluation.tap import TappedReader
-from dynlm.runs import Json
 from dynlm.types import DivergedError, InputError, TokenizedArticle
 
 
@@ -24,7 +24,7 @@ class Scores(NamedTuple):
 
     losses: list[Tensor]
     seconds: float
-    calibration: Json | None = None
+    calibration: results.Calibration | None = None
     """of a tapped reader"""
     again: Tensor | None = None
     """(T,) nats of the first article with the weights that the stream has left, without learning (reset never); of

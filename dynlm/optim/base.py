@@ -124,6 +124,8 @@ class Rule(nn.Module, abc.ABC):
     """how the rule was found, of one that was loaded from a file"""
     config: Any = None
     """the dataclass that the rule is made from; hand-made rules have none"""
+    config_class: ClassVar[Any] = None
+    """its type"""
     n_slots: int = 0
     slot_width: int = 0
     """0: a slot is one number a weight; H: a vector (R, C, H)"""

@@ -16,7 +16,8 @@ import torch
 
 from dynlm import runs
 from dynlm.optim.base import Rule
-from dynlm.optim.library import HANDMADE, load_rule, make_rule, rule_config, save_rule
+from dynlm.optim.library import load_rule, make_rule, rule_config, save_rule
+from dynlm.optim.registry import untrained
 from dynlm.types import InputError
 
 PRETRAINED = Path(__file__).with_name("pretrained")
@@ -27,7 +28,7 @@ REPO = re.compile(r"[\w.-]+/[\w.-]+")
 def load(name_or_path: str | Path) -> Rule:
     """Load a rule: one that ships, a file or folder that :func:`save_pretrained` wrote, a run's, or one of the hub.
 
-    Hand-made rules go by their names too (``sgd``, ``adam``, ``rms``). How a rule was made is its ``made``.
+    Hand-made rules go by their names too (``sgd``, ``adam``, ``rms``, your own). How a rule was made is its ``made``.
 
     Raises:
         InputError: nothing of this name, a file that holds no rule, or a hub that does not answer.
@@ -35,7 +36,7 @@ def load(name_or_path: str | Path) -> Rule:
     if not isinstance(name_or_path, str | Path):
         raise InputError(f"a rule is loaded by name or path, not from {type(name_or_path).__name__} {name_or_path!r}")
     name = str(name_or_path)
-    if name in HANDMADE:
+    if name in untrained():
         return make_rule(name)
     path = PRETRAINED / f"{name}.safetensors" if name in shipped() else Path(name_or_path)
     try:
@@ -46,7 +47,7 @@ def load(name_or_path: str | Path) -> Rule:
     if not exists and isinstance(name_or_path, str) and REPO.fullmatch(name) and path.name != FILE:
         path, exists = _download(name), True
     if not exists:
-        known = ", ".join([*shipped(), *HANDMADE])
+        known = ", ".join([*shipped(), *untrained()])
         short = name if len(name) <= 80 else f"{name[:80]}…"
         raise InputError(f"no rule {short!r}: give a file, a folder with {FILE}, user/repo, or one of {known}")
     rule, made = load_rule(path)

@@ -37,8 +37,6 @@ class Learned(Rule):
     kind = "learned"
     config: CellConfig
     config_class: ClassVar[type[CellConfig]]
-    start: ClassVar[str] = "rms"
-    """the hand-made rule whose tuned settings :meth:`started_at` takes"""
 
     def __init__(self, config: CellConfig) -> None:
         super().__init__()

@@ -32,7 +32,6 @@ class Linear(Rule):
     kind = "learned"
     context_shapes = ((), ())
     config_class = LinearConfig
-    start = "sgd"
 
     def __init__(self, config: LinearConfig | None = None) -> None:
         super().__init__()

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from dynlm.methods import STATELESS, STATIC
 from dynlm.report import charts, page, plots
-from dynlm.report.evaluation import STATELESS, STATIC, Evaluation, Floats, load_evaluation
+from dynlm.report.evaluation import Evaluation, Floats, load_evaluation
 from dynlm.report.maps import Pieces, token_maps
 from dynlm.report.svg import Drawing, formats
 from dynlm.report.tokens import legend
+from dynlm.results import Comparison, Interval, Results
 from dynlm.runs import Json, Run, write_text
 
 FEWEST_ARTICLES = 8  # a bootstrap over fewer says nothing: the smallest p of a sign-flip test of five is 1/16
@@ -166,16 +168,16 @@ def _repetition(evaluation: Evaluation) -> str:
         ("later", "words that the article has used before"),
         ("first", "words used for the first time"),
     ):
-        if gains.get(name) is None:
+        if (gain := gains.get(name)) is None:
             return ""
-        mean = gains[name]["mean"]
-        verb = {"gain": "gain", "loss": "lose", "open": "show no clear change:"}[_says(gains[name]["ci95"])]
+        mean = gain["mean"]
+        verb = {"gain": "gain", "loss": "lose", "open": "show no clear change:"}[_says(gain["ci95"])]
         number = page.signed(mean) if verb.endswith(":") else f"{abs(mean):.3f}"
         parts.append(f"{words} {verb} {number}")
     return f"With {best}, {parts[0]} nats per token, and {parts[1]}."
 
 
-def _says(ci95: Sequence[float | None]) -> str:
+def _says(ci95: Interval) -> str:
     """``gain`` or ``loss`` where the interval excludes zero; ``open`` where it does not, or where there is none."""
     ends = page.interval(ci95)
     if ends is None or ends[0] <= 0 <= ends[1]:
@@ -189,7 +191,7 @@ def _classified(evaluation: Evaluation) -> float:
     return float(sum(row["tokens"] for row in words) / evaluation.results["tokens"])
 
 
-def _comparison(results: Json, comparison: Json) -> Json:
+def _comparison(results: Results, comparison: Comparison) -> Json:
     """A comparison with the drop in word perplexity and a verdict that interval and corrected test must share."""
     p, says = comparison.get("p_holm"), _says(comparison["ci95"])
     if results["articles"] < FEWEST_ARTICLES:
@@ -202,7 +204,7 @@ def _comparison(results: Json, comparison: Json) -> Json:
     return {**comparison, "p_holm": p, "lower": lower, "verdict": verdict}
 
 
-def _lower(results: Json, name: str, other: str) -> float:
+def _lower(results: Results, name: str, other: str) -> float:
     """By which fraction the word perplexity of ``name`` is below that of ``other``, from their losses."""
     methods = results["methods"]
     more = (methods[name]["nats"] - methods[other]["nats"]) / results["words"]

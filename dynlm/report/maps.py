@@ -7,7 +7,8 @@ import json
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
-from dynlm.report.evaluation import STATIC, Evaluation
+from dynlm.methods import STATIC
+from dynlm.report.evaluation import Evaluation
 from dynlm.report.plots import article_spans
 from dynlm.report.tokens import tokens
 from dynlm.report.words import extremes

@@ -18,14 +18,14 @@ from dynlm.report.evaluation import Floats, Ints
 from dynlm.report.looks import INK, looks
 from dynlm.report.page import interval
 from dynlm.report.svg import Drawing
-from dynlm.runs import Json
+from dynlm.results import Interval, MethodResult, Row, Stretch
 
 GAIN = "gain over static (nats per token)"
 LETTERS = "ABCDEFGH"
 POINTS = 600  # points drawn a line along the stream: finer than a screen shows
 
 
-def headline(methods: Mapping[str, Json], shown: Sequence[str]) -> Drawing:
+def headline(methods: Mapping[str, MethodResult], shown: Sequence[str]) -> Drawing:
     """The gain of every method with its interval; ``methods`` as in results.json, the best last."""
 
     def paint(figure: Figure, narrow: bool) -> None:
@@ -39,7 +39,7 @@ def headline(methods: Mapping[str, Json], shown: Sequence[str]) -> Drawing:
     return Drawing("gain", f"Gain over static of {spoken(methods)}", 0.9 + 0.27 * len(methods), paint)
 
 
-def by_position(bins: Mapping[str, Sequence[Json]], tenths: Sequence[Json]) -> Drawing:
+def by_position(bins: Mapping[str, Sequence[Stretch]], tenths: Sequence[Row]) -> Drawing:
     """Mean gain by tokens read before, and by tenths of the article; ``bins`` is each method's ``gain_by_position``,
     ``tenths`` the breakdown ``relative_position``.
 
@@ -148,7 +148,7 @@ def grid(figure: Figure, n: int, narrow: bool, **shared: Any) -> list[Axes]:
     return list(figure.subplots(*shape, squeeze=False, **shared).flat)
 
 
-def point(axes: Axes, x: float, y: float, ci95: Sequence[float | None], look: tuple[str, str]) -> None:
+def point(axes: Axes, x: float, y: float, ci95: Interval, look: tuple[str, str]) -> None:
     """A mean with the whiskers of its interval, lying."""
     colour, marker = look
     ends = interval(ci95)
@@ -157,9 +157,7 @@ def point(axes: Axes, x: float, y: float, ci95: Sequence[float | None], look: tu
     axes.plot(x, y, color=colour, marker=marker, markersize=5.5, linestyle="none")
 
 
-def points(
-    axes: Axes, means: Mapping[str, tuple[float, Sequence[float | None]]], of: Mapping[str, tuple[str, str]]
-) -> None:
+def points(axes: Axes, means: Mapping[str, tuple[float, Interval]], of: Mapping[str, tuple[str, str]]) -> None:
     """A row a method: (mean, interval). Methods without looks have the ink's."""
     for row, (name, (mean, ci95)) in enumerate(means.items()):
         point(axes, mean, row, ci95, of.get(name, (INK, ".")))

@@ -21,9 +21,10 @@ from dynlm.evaluation.audit import audit as audit_method
 from dynlm.evaluation.stream import read_articles
 from dynlm.meta.train import MetaConfig, MetaProgress, MetaTrainer, divide_meta_split
 from dynlm.meta.train import meta_train as meta_training
-from dynlm.meta.tune import SPACES, TuneConfig, tune_rule
+from dynlm.meta.tune import TuneConfig, tune_rule
 from dynlm.optim.base import Rule
-from dynlm.optim.library import LEARNED, save_rule, start_rule
+from dynlm.optim.library import save_rule, start_rule
+from dynlm.optim.registry import RULES, tuned
 from dynlm.progress import Bar
 from dynlm.session.evaluation import Results, evaluate_readers
 from dynlm.session.reader import Reader
@@ -91,15 +92,15 @@ def tune(
     config: TuneConfig = build(TuneConfig, {"rules": [rule], **settings}, "tune")
     texts = session.tokenize(as_articles(articles))
     with Bar(total=config.trials, desc=f"tune {rule}", unit="trial") as bar:
-        tuned = tune_rule(rule, session.reader, texts, session.tokenizer.eos_id, config, bar.update)
-    tuned.rule.made = {
-        "nats_per_token": tuned.nats_per_token,
-        "static_nats_per_token": tuned.static,
-        "trials": tuned.trials,
-        "at_bound": list(tuned.at_bound),
+        found = tune_rule(rule, session.reader, texts, session.tokenizer.eos_id, config, bar.update)
+    found.rule.made = {
+        "nats_per_token": found.nats_per_token,
+        "static_nats_per_token": found.static,
+        "trials": found.trials,
+        "at_bound": list(found.at_bound),
         "config": runs.settings_of(config),
     }
-    return tuned.rule
+    return found.rule
 
 
 def meta_train(
@@ -127,7 +128,7 @@ def meta_train(
     """
     session = as_session(reader_or_model)
     config: MetaConfig = build(MetaConfig, settings, "meta")
-    wanted = LEARNED[config.rule].start
+    wanted = RULES[config.rule].start
     if start.name != wanted:
         raise InputError(f"start is a rule {start.name!r}: {config.rule} begins at {wanted}, tuned by dynlm.tune")
     texts, held_back = divide_meta_split(session.tokenize(as_articles(articles)), config)
@@ -221,6 +222,6 @@ def _free_name(name: str, taken: Iterable[str]) -> str:
 def _method(session: Session, method: str | Rule) -> InnerReader:
     if isinstance(method, Rule):
         return session.reader(copy.deepcopy(method))
-    if session.run is None and method in SPACES:
+    if session.run is None and method in tuned():
         return session.reader(untuned_rule(method, session))
     return session.method(method)

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 import dynlm
-from dynlm import runs
+from dynlm import results, runs
 from dynlm.adapt import Reader
 from dynlm.data.articles import Corpus
 from dynlm.data.tokenizers import Tokenizer, load_tokenizer, lost_share
 from dynlm.evaluation.breakdowns import Reading, break_down
-from dynlm.evaluation.cache import CachedReader, cached_name
-from dynlm.evaluation.compare import identify, summarize, write_results
+from dynlm.evaluation.cache import CachedReader
+from dynlm.evaluation.compare import describe, summarize, write_results
 from dynlm.evaluation.metrics import Counts, count
 from dynlm.evaluation.stream import Scores, read_and_watch
 from dynlm.evaluation.tap import TappedReader
-from dynlm.optim.hub import fingerprint
+from dynlm.methods import Method
 from dynlm.progress import Bar
 from dynlm.report.html import write_report
 from dynlm.session.session import Session, model_fingerprint
@@ -34,6 +35,7 @@ from dynlm.types import Article, DivergedError, InputError, TokenizedArticle
 if TYPE_CHECKING:
     import pandas
 
+Column = Literal["bits_per_byte", "gain_nats_per_token", "word_ppl", "token_ppl", "nats", "tokens_per_s"]
 Read = Callable[[str, Reader, list[TokenizedArticle]], Scores]
 """(method, its reader, articles): every loss"""
 
@@ -45,7 +47,11 @@ class Results:
     """
 
     def __init__(
-        self, data: runs.Json, scores: Mapping[str, Scores], articles: Sequence[TokenizedArticle], tokenizer: Tokenizer
+        self,
+        data: results.Results,
+        scores: Mapping[str, Scores],
+        articles: Sequence[TokenizedArticle],
+        tokenizer: Tokenizer,
     ) -> None:
         self.data, self.scores, self.articles, self.tokenizer = data, scores, articles, tokenizer
 
@@ -55,9 +61,8 @@ class Results:
     def __str__(self) -> str:
         return self.table()
 
-    def __getitem__(self, method: str) -> runs.Json:
-        figures: runs.Json = self.data["methods"][method]
-        return figures
+    def __getitem__(self, method: str) -> results.MethodResult:
+        return self.data["methods"][method]
 
     @property
     def methods(self) -> list[str]:
@@ -70,7 +75,7 @@ class Results:
         lines = []
         for name in self.methods:
             method = self[name]
-            low, high = method["gain_ci95"]
+            low, high = method["gain_ci95"] or (math.nan, math.nan)
             lines.append(
                 f"{name:>12}  {_number(method['bits_per_byte'], '.4f')} bits/byte"
                 f"  gain {method['gain_nats_per_token']:+.4f} [{low:+.4f}, {high:+.4f}] nats/token"
@@ -88,7 +93,14 @@ class Results:
             import pandas
         except ImportError:
             raise InputError("pandas is not installed: install it, or use the figures in `data`") from None
-        columns = ("bits_per_byte", "gain_nats_per_token", "word_ppl", "token_ppl", "nats", "tokens_per_s")
+        columns: tuple[Column, ...] = (
+            "bits_per_byte",
+            "gain_nats_per_token",
+            "word_ppl",
+            "token_ppl",
+            "nats",
+            "tokens_per_s",
+        )
         return pandas.DataFrame({name: [self[m][name] for m in self.methods] for name in columns}, index=self.methods)
 
     def save(self, folder: str | Path) -> None:
@@ -149,16 +161,19 @@ def evaluate_readers(
     if lost:
         note(f"note: the tokenizer loses {lost:.2%} of the text, so bits per byte are not given")
     counts = count(articles)
-    summary = summarize(scores, {name: settings_of(readers[name]) for name in scores}, counts, lossless=not lost)
-    summary["diverged"] = diverged
-    for name in scores:
-        rule = readers[name].rule
-        summary["methods"][name] |= identify(name, rule)
-        summary["methods"][name]["fingerprint"] = fingerprint(rule) if rule.reads_gradient else None
+    described = {name: describe(name, readers[name].rule, settings_of(readers[name])) for name in scores}
+    summary = summarize(scores, described, counts, lossless=not lost)
     words = Counter(word for text in train_texts for word in text.split())
     config = session.config
-    summary["breakdowns"] = break_down(scores, Reading(articles, tokenizer, words, config.segment, config.reset))
-    return Results({**circumstances(session, texts), **counts._asdict(), **summary}, scores, articles, tokenizer)
+    breakdowns = break_down(scores, Reading(articles, tokenizer, words, config.segment, config.reset))
+    data: results.Results = {
+        **circumstances(session, texts, counts),
+        **summary,
+        "breakdowns": breakdowns,
+        "diverged": diverged,
+        "asked": {},
+    }
+    return Results(data, scores, articles, tokenizer)
 
 
 def read_method(
@@ -170,7 +185,7 @@ def read_method(
         with suppress(DivergedError), tapped:  # kernels are built outside the timed pass
             tapped.read(dataclasses.replace(articles[0], ids_T=articles[0].ids_T[:128]), start_id)
     with Bar(total=sum(map(len, articles)), desc=f"read {name}", unit="token", unit_scale=True) as bar:
-        gate_articles = 0 if cached_name(name) else gate_articles
+        gate_articles = 0 if Method.parse(name).cache else gate_articles
         return read_and_watch(tapped, articles, start_id, bar.update, gate_articles)
 
 
@@ -180,7 +195,7 @@ def settings_of(reader: Reader) -> dict[str, float]:
     return {**reader.rule.settings(), **{f"cache.{name}": value for name, value in of_cache.items()}}
 
 
-def circumstances(session: Session, texts: Sequence[Article]) -> runs.Json:
+def circumstances(session: Session, texts: Sequence[Article], counts: Counts) -> results.Circumstances:
     """Return what results.json says of articles, model and versions."""
     import transformers
 
@@ -204,7 +219,7 @@ def circumstances(session: Session, texts: Sequence[Article]) -> runs.Json:
         "tokenizer": {
             "class": type(tokenizer).__name__,
             "vocab_size": tokenizer.vocab_size,
-            "fingerprint": prints.get("tokenizer"),
+            **({"fingerprint": prints["tokenizer"]} if prints else {}),
         },
         "versions": {
             "dynlm": dynlm.__version__,
@@ -212,6 +227,10 @@ def circumstances(session: Session, texts: Sequence[Article]) -> runs.Json:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
+        "articles": counts.articles,
+        "tokens": counts.tokens,
+        "words": counts.words,
+        "bytes": counts.bytes,
     }
 
 
@@ -222,7 +241,7 @@ def report_of_run(run: runs.Run, formats: str = "", titles: Sequence[str] = ()) 
         InputError: no evaluation, or one that was made with another tokenizer.
     """
     run.require(run.results, "evaluate")
-    used = runs.read_json(run.results).get("tokenizer", {}).get("fingerprint")
+    used = results.load_results(run.results).get("tokenizer", {}).get("fingerprint")
     if run.tokenizer.is_dir() and used not in (None, fingerprint_files(run.tokenizer)):
         raise InputError(f"{run.tokenizer} is not the tokenizer that {run.results} was made with: evaluate again")
     tokenizer = load_tokenizer(run.tokenizer) if run.tokenizer.is_dir() else None
@@ -230,8 +249,9 @@ def report_of_run(run: runs.Run, formats: str = "", titles: Sequence[str] = ()) 
     return write_report(run, formats, pieces, titles, vocab_size)
 
 
-def told(results: runs.Json) -> runs.Json:
+def told(found: results.Results) -> runs.Json:
     """Return what ``--json`` shows of an evaluation."""
     names = ("bits_per_byte", "gain_nats_per_token", "gain_ci95", "word_ppl", "tokens_per_s")
-    methods = {name: {key: method[key] for key in names} for name, method in results["methods"].items()}
-    return {"methods": methods, "diverged": results["diverged"], **{name: results[name] for name in Counts._fields}}
+    methods = {name: {k: v for k, v in method.items() if k in names} for name, method in found["methods"].items()}
+    counts = Counts(found["articles"], found["tokens"], found["words"], found["bytes"])
+    return {"methods": methods, "diverged": found.get("diverged", {}), **counts._asdict()}

@@ -16,7 +16,7 @@ from dynlm.data.segments import article_segments
 from dynlm.data.stdlib import load_topics
 from dynlm.data.texts import read_texts
 from dynlm.data.tokenizers import Tokenizer, TokenizerConfig, as_tokenizer
-from dynlm.meta.tune import SPACES, search_space
+from dynlm.meta.tune import search_space
 from dynlm.models.causal import scorer_for
 from dynlm.models.context import ContextConfig
 from dynlm.models.lora import LoraSettings
@@ -24,6 +24,7 @@ from dynlm.models.params import adapted_parameters
 from dynlm.models.ready import EVERYTHING, load_base, load_ready_tokenizer, require_reads
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.library import make_rule
+from dynlm.optim.registry import tuned
 from dynlm.progress import Bar
 from dynlm.session.session import Session
 from dynlm.types import Article, InputError, Piece
@@ -103,8 +104,8 @@ def untuned_rule(kind: str, session: Session, lr: float = 0.0) -> Rule:
     Raises:
         InputError: a rule that has to be trained.
     """
-    if kind not in (*SPACES, "static"):
-        known = f"choose {', '.join(SPACES)} or static"
+    if kind not in (*tuned(), "static"):
+        known = f"choose {', '.join(tuned())} or static"
         raise InputError(f"rule {kind} without a run: a learned rule belongs to the run it was trained in; {known}")
     if kind == "static":
         return make_rule(kind)

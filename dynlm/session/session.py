@@ -23,14 +23,16 @@ from dynlm.adapt import ReadConfig, Reader, Scorer, make_priors
 from dynlm.claim import recover
 from dynlm.data.spacing import Spacing, spaced_whole
 from dynlm.data.tokenizers import Tokenizer, load_tokenizer, tokenize
-from dynlm.evaluation.cache import CachedReader, cached_name, load_cache
-from dynlm.evaluation.stateless import STATELESS, StatelessScorer
+from dynlm.evaluation.cache import CachedReader, load_cache
+from dynlm.evaluation.stateless import StatelessScorer
+from dynlm.methods import STATELESS, STATIC, Method
 from dynlm.models.light import LightLSTM, is_light, load_light
 from dynlm.models.params import Adapted, adapted_parameters
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.general import General
 from dynlm.optim.handmade import Static
-from dynlm.optim.library import LEARNED, load_rule, seedless
+from dynlm.optim.library import load_rule
+from dynlm.optim.registry import made_by, trained
 from dynlm.runs import Json, Run, read_json, read_tensors, require_layout
 from dynlm.settings import Positive, build, check
 from dynlm.stamps import Stamp, fingerprint_files, read_stamped, unfinished
@@ -114,13 +116,13 @@ class Session:
             InputError: a rule that is not there, one of another model, a file that holds no whole rule.
         """
         chosen = name or next((rule for rule in RULES if rule in self.held()), "")
-        if chosen in ("static", STATELESS):
+        if chosen in (STATIC, STATELESS):
             return Static()
         if chosen in self.rules:
             return self.rules[chosen]
-        made_by = "meta-train" if seedless(chosen) in LEARNED else "tune"
         if chosen not in self.held() or self.run is None:
-            there = f"there is {', '.join(self.held())}" if self.held() else f"run `dynlm {made_by}` with it first"
+            command = made_by(Method.parse(chosen or RULES[-1]).rule)
+            there = f"it holds {', '.join(self.held())}" if self.held() else f"run `dynlm {command}` with it first"
             raise InputError(f"{self.source or self.run} has no rule {chosen or RULES[-1]!r}: {there}")
         path = self.run.rule(chosen)
         rule, made = load_rule(path)
@@ -140,16 +142,15 @@ class Session:
         Raises:
             InputError: a method whose rule, cache or start is not there or belongs to another model.
         """
-        beside = cached_name(name)
-        if beside is not None:
+        method = Method.parse(name)
+        if method.cache:
             path = self._file("rule", name, f"tune --tune.rules {name}")
             self._require_own(path, read_tensors(path)[1].get("made", {}))
-            return CachedReader.beside(self.method(beside), load_cache(path))
-        kind, _, start = name.partition("@")
-        rule = self.rule(kind)
-        priors = self._started(rule, start) if start else self.priors
+            return CachedReader.beside(self.method(str(method.uncached)), load_cache(path))
+        rule = self.rule(str(replace(method, start="")))
+        priors = self._started(rule, method.start) if method.start else self.priors
         reader = self.reader(rule, priors=priors)
-        if kind == STATELESS:
+        if method.rule == STATELESS:
             reader.score = StatelessScorer(reader.score)
         return reader
 
@@ -169,7 +170,7 @@ class Session:
             layout |= {f"rule.{name}": value for name, value in rule.state_dict().items()}
         require_layout(path, tensors, layout, advice=": learn it again")
         phi = {key.removeprefix("rule."): value for key, value in tensors.items() if key.startswith("rule.")}
-        if phi and rule.name in LEARNED:  # learned together with this start
+        if phi and rule.name in trained():  # learned together with this start
             rule.load_state_dict(phi)
         return [p._replace(theta0=tensors[p.name].to(p.theta0)) for p in self.priors]
 
@@ -178,7 +179,7 @@ class Session:
         if self.stamp:
             self.stamp.require_own(path, made)
         if made.get("finished", True) is not True:
-            log.warning(unfinished(path, "learn-optimizer" if path.name == General.name else "meta-train"))
+            log.warning(unfinished(path, "learn-optimizer" if path.stem == General.name else "meta-train"))
 
     def spaced(self, article: Article) -> Article:
         """Return an article in the spacing that the model was trained on."""

@@ -9,10 +9,10 @@ from unittest import mock
 import pytest
 import torch
 
-from cli.test_main import fails, files
 from dynlm.cli.main import main
 from dynlm.runs import Run, read_tensors
 from dynlm.session.session import load_session
+from support.commands import fails, files
 
 pytestmark = pytest.mark.usefixtures("plain_reports")
 

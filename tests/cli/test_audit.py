@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import dynlm
-from cli.test_main import fails
 from dynlm.cli.main import main
 from dynlm.data.tokenizers import load_tokenizer
 from dynlm.models.causal import LSTMScorer
@@ -14,6 +13,7 @@ from dynlm.optim.library import load_rule, save_rule
 from dynlm.runs import Run, read_tensors, write_tensors
 from dynlm.session.session import load_session
 from dynlm.stamps import fingerprint_files
+from support.commands import fails
 
 pytestmark = pytest.mark.usefixtures("plain_reports")
 

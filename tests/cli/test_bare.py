@@ -9,11 +9,12 @@ from itertools import permutations
 import pytest
 
 import dynlm.session.ready
-from cli.test_main import fails
 from dynlm.cli.main import main
-from dynlm.meta.tune import SPACES, search_space
+from dynlm.meta.tune import search_space
 from dynlm.optim.handmade import RMS, Static
+from dynlm.optim.registry import RULES, tuned
 from dynlm.session.ready import CAUTION, PRIOR_TOKENS, ready_session, untuned_rule
+from support.commands import fails
 
 TEXT = "The cat sat on the mat. The cat liked the mat, and sat on it.\n" * 12
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -90,16 +91,16 @@ def test_the_prior_is_measured_on_few_segments_and_not_at_all_where_nothing_is_l
     monkeypatch.setattr(dynlm.session.ready, "measure_priors", spy)
     assert ready_session(model, prior_text=[text], learns=False).priors
     assert measured == []
-    for rule in SPACES:
+    for rule in tuned():
         untuned_rule(rule, ready_session(model, prior_text=[text]))
-    assert len(measured) == len(SPACES)
+    assert len(measured) == len(tuned())
     assert max(measured) <= PRIOR_TOKENS <= 512
 
 
-@pytest.mark.parametrize("rule", SPACES)
+@pytest.mark.parametrize("rule", tuned())
 def test_a_first_step_promises_the_same_fall_of_the_loss_on_models_of_any_size(rule, model, text):
     priors = ready_session(model, prior_text=[text]).priors
-    start = SPACES[rule]["lr"].start
+    start = RULES[rule].space["lr"].start
     for times in (1e3, 1e5):  # gradients of larger models
         larger = [
             p._replace(rms=times * p.rms, mean_rms=times * p.mean_rms, relative_rms=p.relative_rms / times)
@@ -115,7 +116,7 @@ def test_a_first_step_promises_the_same_fall_of_the_loss_on_models_of_any_size(r
 
 
 @pytest.mark.skipif("DYNLM_TEST_MODEL" not in os.environ, reason="DYNLM_TEST_MODEL is not set")
-@pytest.mark.parametrize("rule", SPACES)
+@pytest.mark.parametrize("rule", tuned())
 def test_a_real_transformer_gains_at_the_defaults(rule, tmp_path, capsys):
     pairs = permutations(("Quernmoor", "Ellisande", "Haverstock"), 2)
     lines = [f"{a} met {b} in the park. {b} gave {a} a big red ball, and {a} was happy." for a, b in pairs]

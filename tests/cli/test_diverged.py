@@ -1,15 +1,16 @@
 """A rule that diverges is marked, in tuning and in evaluation, and the others go on."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from cli.test_main import fails
 from dynlm.cli.main import main
-from dynlm.meta import tune
 from dynlm.optim.handmade import SGD
 from dynlm.optim.library import save_rule
+from dynlm.optim.registry import DECAY, RULES
 from dynlm.runs import Run
+from support.commands import fails
 
 pytestmark = pytest.mark.usefixtures("plain_reports")
 
@@ -40,7 +41,8 @@ def test_a_method_that_diverges_is_marked_and_the_others_go_on(broken, capsys):
 
 def test_a_rule_that_cannot_be_tuned_keeps_no_other_from_it(copy, capsys, monkeypatch):
     recipe, run = copy
-    monkeypatch.setitem(tune.SPACES, "sgd", tune.SPACES["sgd"] | {"decay": tune.DECAY.times(1e20)})
+    row = RULES["sgd"]
+    monkeypatch.setitem(RULES, "sgd", replace(row, space={**row.space, "decay": DECAY.times(1e20)}))
     before = Run(run).rule("sgd").read_bytes()
     arguments = ["tune", recipe, "--run", run, "--overwrite", "--tune.rules", "sgd", "rms", "--tune.trials", "2"]
     message = fails(capsys, arguments, "reading with rule 'sgd' diverged at each of")

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cli.test_main import fails, files
 from dynlm.claim import claim
 from dynlm.cli import evaluation, stages
 from dynlm.cli.main import main
@@ -18,6 +17,7 @@ from dynlm.meta import train as meta_train
 from dynlm.models import train as base_train
 from dynlm.models.causal import load_model
 from dynlm.runs import Run, read_tensors, write_tensors
+from support.commands import fails, files
 
 pytestmark = pytest.mark.usefixtures("plain_reports")
 
@@ -131,7 +131,7 @@ def test_each_stage_says_what_differs(own, capsys, change, what):
     assert files(run) == before
 
 
-@pytest.mark.parametrize("name", ["rules/rms", "rules/gated", "prior.safetensors"])
+@pytest.mark.parametrize("name", ["rules/rms.safetensors", "rules/gated.safetensors", "prior.safetensors"])
 def test_rules_and_priors_of_another_model_are_refused(copy, capsys, name):
     _, run = copy
     tensors, meta = read_tensors(run / name)
@@ -139,7 +139,7 @@ def test_rules_and_priors_of_another_model_are_refused(copy, capsys, name):
     write_tensors(run / name, tensors, meta)
     text = run.parent / "a.txt"
     text.write_text("The cat sat on the mat .\n")
-    rule = ["--rule", "rms"] if name == "rules/rms" else []
+    rule = ["--rule", "rms"] if name == "rules/rms.safetensors" else []
     if name == "prior.safetensors":
         fails(capsys, ["read", text, "--run", run, *rule], "belongs to another model")
         assert main(["evaluate", "--run", str(run), "--overwrite"]) == 0  # which measures it again
@@ -260,13 +260,16 @@ def test_tuned_rules_are_kept(copy, capsys):
     arguments = ["tune", str(recipe), "--run", str(run)]
     before = Run(run).rule("rms").read_bytes()
     Run(run).rule("sgd").unlink()
-    fails(capsys, arguments, "rules/rms exists")
+    fails(capsys, arguments, "rules/rms.safetensors exists")
     assert main([*arguments, "--resume"]) == 0
     assert "rms: kept as it was tuned before" in capsys.readouterr().out
     assert Run(run).rule("rms").read_bytes() == before
     assert Run(run).rule("sgd").exists()
     fails(
-        capsys, [*arguments, "--resume", "--tune.trials", "2"], "rules/rms was made with another config", "--overwrite"
+        capsys,
+        [*arguments, "--resume", "--tune.trials", "2"],
+        "rules/rms.safetensors was made with another config",
+        "--overwrite",
     )
     assert main([*arguments, "--resume", "--overwrite", "--tune.trials", "2"]) == 0
     assert read_tensors(Run(run).rule("rms"))[1]["made"]["trials"] == 2

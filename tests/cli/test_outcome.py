@@ -12,7 +12,6 @@ import sys
 import pytest
 import torch
 
-from cli.test_main import fails
 from dynlm.cli.main import main
 from dynlm.cli.read import Outcome, ReadSettings, read
 from dynlm.cli.terminal import Screen
@@ -20,6 +19,7 @@ from dynlm.data.texts import read_texts
 from dynlm.runs import read_tensors
 from dynlm.session.reader import Reader
 from dynlm.session.step import Step
+from support.commands import fails
 
 LINE = "The widow Haverstock saw the cat on the mat , and Haverstock liked the cat .\n"
 ROW = json.dumps({"title": "Good", "text": LINE * 6})

@@ -11,7 +11,6 @@ import sys
 import pytest
 import torch
 
-from cli.test_main import fails
 from dynlm.cli.main import COMMANDS, main, stage
 from dynlm.cli.read import ReadSettings, read
 from dynlm.data.tokenizers import tokenize
@@ -22,6 +21,7 @@ from dynlm.session.reader import Reader
 from dynlm.session.session import SHIPPED, load_session
 from dynlm.session.totals import Totals
 from dynlm.types import Article
+from support.commands import fails
 
 A = "The cat sat on the mat .\nThe cat sat on the mat again , and the cat liked the mat .\n" * 12
 B = "The dog saw the cat on the mat .\nThe dog liked the cat , and the cat sat on the mat .\n" * 12

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-from cli.test_main import fails, files
 from dynlm.cli.main import main
 from dynlm.runs import Run, read_tensors, write_tensors
+from support.commands import fails, files
 
 pytestmark = pytest.mark.usefixtures("plain_reports")
 

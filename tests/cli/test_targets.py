@@ -5,12 +5,12 @@ import os
 import pytest
 import torch
 
-from cli.test_main import fails
 from dynlm.cli import read as command
 from dynlm.cli.main import main
 from dynlm.cli.targets import Target, is_memory, is_page, require_apart
 from dynlm.runs import read_tensors, write_tensors
 from dynlm.types import InputError
+from support.commands import fails
 
 TEXT = "The cat sat on the mat .\nThe cat sat on the mat again .\n" * 4
 

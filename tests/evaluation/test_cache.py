@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dynlm.adapt import ReadConfig, Reader
-from dynlm.evaluation.cache import CacheConfig, CachedReader, attend, cached_name, load_cache, mix, save_cache
+from dynlm.evaluation.cache import CacheConfig, CachedReader, attend, load_cache, mix, save_cache
 from dynlm.evaluation.cache_search import Recorder, best_weight, cache_probabilities, record, tune_cache
 from dynlm.evaluation.stream import read_articles
 from dynlm.evaluation.tap import Tap
@@ -159,14 +159,6 @@ def test_a_useless_cache_gets_no_weight():
 def test_settings_are_checked(settings, message):
     with pytest.raises(InputError, match=message):
         CacheConfig(**settings)
-
-
-def test_names_of_methods():
-    assert cached_name("cache") == "static"
-    assert cached_name("rms+cache") == "rms"
-    assert cached_name("gated@fomaml+cache") == "gated@fomaml"
-    assert cached_name("rms") is None
-    assert cached_name("+cache") is None
 
 
 def test_a_model_that_shows_nothing_is_named(tmp_path):

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from dynlm.adapt import ReadConfig, Reader
-from dynlm.evaluation.compare import identify, summarize, write_results
+from dynlm.evaluation.compare import describe, summarize, write_results
 from dynlm.evaluation.metrics import count
 from dynlm.evaluation.stream import Scores, read_articles
 from dynlm.optim.handmade import SGD, Static
+from dynlm.optim.hub import fingerprint
 from dynlm.optim.library import make_rule
 from dynlm.runs import Run, read_tensors
 from dynlm.types import InputError
@@ -27,10 +28,15 @@ def reading():
     return scores, articles
 
 
+def described(names):
+    rules = {"static": Static(), "sgd": SGD(1.0)}
+    return {name: describe(name, (rule := rules.get(name, SGD())), rule.settings()) for name in names}
+
+
 def test_results_hold_every_figure_of_the_schema(reading, tmp_path):
     scores, articles = reading
     counts = count(articles)
-    results = summarize(scores, {"sgd": {"lr": 1.0}}, counts)
+    results = summarize(scores, described(scores), counts)
     write_results(Run(tmp_path), scores, articles, {**counts._asdict(), **results})
     saved = json.loads(Run(tmp_path).results.read_text())
     assert saved["schema"] == 2
@@ -40,7 +46,8 @@ def test_results_hold_every_figure_of_the_schema(reading, tmp_path):
     assert sgd["gain_nats_per_token"] == pytest.approx((saved["methods"]["static"]["nats"] - sgd["nats"]) / 600)
     assert sgd["gain_ci95"][0] < sgd["gain_nats_per_token"] < sgd["gain_ci95"][1]
     assert sgd["gain_nats_per_token"] > 0.05
-    assert sgd["settings"] == {"lr": 1.0}
+    assert sgd["settings"] == {"lr": 1.0, "decay": 0.0}
+    assert (sgd["fingerprint"], saved["methods"]["static"]["fingerprint"]) == (fingerprint(SGD(1.0)), None)
     assert saved["methods"]["static"]["gain_nats_per_token"] == 0
     (comparison,) = saved["comparisons"]
     assert (comparison["better"], comparison["worse"]) == ("sgd", "static")
@@ -63,7 +70,7 @@ def test_losses_come_back_token_by_token(reading, tmp_path):
 def test_static_is_required_and_a_nan_never_reaches_the_file(reading, tmp_path):
     scores, articles = reading
     with pytest.raises(InputError, match="lack 'static'"):
-        summarize({"sgd": scores["sgd"]}, {}, count(articles))
+        summarize({"sgd": scores["sgd"]}, described(["sgd"]), count(articles))
     write_results(Run(tmp_path), scores, articles, {})
     before = Run(tmp_path).results.read_text()
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -86,7 +93,7 @@ def test_seeds_of_a_rule_are_summed_up(reading):
     scores, articles = reading
     worse = scores["sgd"]._replace(losses=[losses_T + 0.01 for losses_T in scores["sgd"].losses])
     several = {**scores, "gated": scores["sgd"], "gated#1": worse, "gated+cache": worse}
-    seeds = summarize(several, {}, count(articles))["seeds"]
+    seeds = summarize(several, described(several), count(articles))["seeds"]
     assert list(seeds) == ["gated"]
     assert seeds["gated"]["methods"] == ["gated", "gated#1"]
     gains = [
@@ -94,7 +101,7 @@ def test_seeds_of_a_rule_are_summed_up(reading):
     ]
     assert gains[0] - gains[1] == pytest.approx(0.01, abs=1e-5)
     assert seeds["gated"]["gain_nats_per_token"]["sd"] == pytest.approx(0.01 / 2**0.5, rel=1e-3)
-    assert summarize(scores, {}, count(articles))["seeds"] == {}
+    assert summarize(scores, described(scores), count(articles))["seeds"] == {}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +114,11 @@ def test_seeds_of_a_rule_are_summed_up(reading):
         ("static@fomaml", "static", ("static", "baseline", 0, "fomaml", False)),
         ("gated#12@maml+cache", "gated", ("gated", "learned", 12, "maml", True)),
         ("linear", "linear", ("linear", "learned", 0, None, False)),
+        ("stateless", "static", ("stateless", "baseline", 0, None, False)),
+        ("mine", "gated", ("gated", "learned", 0, None, False)),
     ],
 )
 def test_results_say_what_a_method_is(name, rule, expected):
-    assert tuple(identify(name, make_rule(rule)).values()) == expected
+    found = describe(name, make_rule(rule), {"lr": 2.0})
+    assert tuple(found[key] for key in ("rule", "kind", "seed", "start", "cache")) == expected
+    assert found["settings"] == {"lr": 2.0}

@@ -15,35 +15,17 @@ from dynlm.evaluation.stream import read_and_watch
 from dynlm.evaluation.tap import TappedReader
 from dynlm.optim.base import Coordinates
 from dynlm.optim.gated import Gated
-from dynlm.optim.general import General
 from dynlm.optim.handmade import RMS, SGD, Static
-from dynlm.optim.library import HANDMADE, LEARNED, make_rule, start_rule
+from dynlm.optim.library import start_rule
 from dynlm.optim.linear import Linear, LinearConfig
 from dynlm.runs import Run, read_json, read_tensors
 from dynlm.types import InputError
 from lab import START, VOCAB, make_article, make_lab
-
-SETTINGS = {"lr": 3e-2, "eps": 1e-3, "decay": 1e-2}
-HANDMADE_SETTINGS = {"sgd": {"lr": 0.3, "decay": 0.02}, "rms": SETTINGS, "adam": {"lr": 1e-2, "eps": 1e-3}}
+from support.rules import LEARNING, SETTINGS, make
 
 
 def reader_of(lab, rule, kind=Reader, **config):
     return kind(lab[0], lab[1], rule, lab[2], ReadConfig(**{"segment": 8, **config}))
-
-
-def moved(rule):
-    """Away from its start, so that every part of it counts."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in rule.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    return rule
-
-
-def rule_of(kind, priors):
-    if kind in LEARNED:
-        return moved(start_rule(kind, SETTINGS, priors).double())
-    return moved(General().double()) if kind == "general" else make_rule(kind, **HANDMADE_SETTINGS[kind])
 
 
 def recorded(reader, article):
@@ -125,10 +107,10 @@ def differences(rule, thetas, grads, state, priors):
     return torch.stack(values, 1)
 
 
-@pytest.mark.parametrize("kind", [*LEARNED, "general", *(kind for kind in HANDMADE if kind != "static")])
+@pytest.mark.parametrize("kind", LEARNING)
 def test_every_rule_agrees_with_finite_differences(kind):
     lab = make_lab()
-    rule = rule_of(kind, lab[2])
+    rule = make(kind, lab[2])
     reader, by_hand = reader_of(lab, rule, kernel="eager"), []
     apply = reader.apply
 
@@ -148,7 +130,7 @@ def test_every_rule_agrees_with_finite_differences(kind):
 def test_the_gates_of_a_gated_cell_are_its_own():
     """FLUSH is the pull that the cell works out, in [0, 1], and COPY what it leaves."""
     lab = make_lab()
-    rule = rule_of("gated", lab[2])
+    rule = make("gated", lab[2])
     gates = recorded(reader_of(lab, rule, kernel="eager"), make_article(40)).values_3Un
     assert gates[2].min() >= 0
     assert gates[2].max() <= 1

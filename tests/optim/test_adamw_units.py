@@ -16,7 +16,7 @@ from dynlm.optim import LearnedOptimizer, load, save_pretrained
 from dynlm.optim.handmade import RMS, SGD, Adam
 from dynlm.types import InputError
 from lab import needs_compiler
-from optimizer_lab import SLOTTED, for_rules, give, make_parameters, moved, run, same
+from support.optimizers import SLOTTED, for_rules, give, make_parameters, moved, run, same
 
 schedulers = torch.optim.lr_scheduler
 

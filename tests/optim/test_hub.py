@@ -13,7 +13,7 @@ from dynlm.optim.base import Rule
 from dynlm.optim.general import General
 from dynlm.optim.library import make_rule
 from dynlm.types import InputError
-from optimizer_lab import (
+from support.optimizers import (
     for_rules,
     make_parameters,
     moved,

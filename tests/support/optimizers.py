@@ -6,35 +6,19 @@ from torch import nn
 
 from dynlm.optim import LearnedOptimizer
 from dynlm.optim.library import make_rule
+from support import rules
+from support.rules import FORMULAS, LEARNING, RULES
 
-SETTINGS = {
-    "sgd": {"lr": 0.05, "decay": 0.01},
-    "rms": {"lr": 0.01, "eps": 1e-3, "decay": 0.01},
-    "adam": {"lr": 0.01, "decay": 0.01},
-    "linear": {"weight": -0.05, "bias": -0.01},
-    "gated": {"lr": 0.01},
-    "diagonal": {"lr": 0.01},
-    "mlp": {"lr": 0.01},
-    "lstm": {"lr": 0.01, "hidden": 3},
-    "gru": {"lr": 0.01, "hidden": 3},
-    "general": {},
-}
-RULES = list(SETTINGS)
-SLOTTED = [name for name in RULES if name not in ("sgd", "rms", "linear")]
+SLOTTED = [name for name in LEARNING if name not in ("sgd", "rms", "linear")]
 SEE_SURPRISE = ["gated", "diagonal", "mlp", "lstm", "gru"]
 SHAPES = {"table": (7, 3), "kernel": (2, 3, 2, 2), "bias": (5,), "scale": ()}
-for_rules = pytest.mark.parametrize("name", RULES)
+for_rules = pytest.mark.parametrize("name", LEARNING)
 
 
 def moved(name):
-    """A rule whose networks do something: away from the start."""
-    rule = make_rule(name, **SETTINGS[name])
-    if name not in ("sgd", "rms", "adam", "linear"):
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in rule.parameters():
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    return rule
+    """A rule for tensors that it does not know, away from where it starts."""
+    rule = make_rule(name, **{"lr": 0.01, **RULES[name]} if name in SEE_SURPRISE else RULES[name])
+    return rule if name in FORMULAS else rules.moved(rule, 0.1)
 
 
 def make_parameters(dtype=torch.float64):

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from dynlm.adapt import ReadConfig
 from dynlm.cli.main import main
 from dynlm.cli.read import ReadSettings
-from dynlm.cli.recipe import Recipe
 from dynlm.evaluation.cache import CacheConfig
 from dynlm.labs.general.tasks import TaskConfig
 from dynlm.meta.replay import ReplayConfig
@@ -22,6 +21,7 @@ from dynlm.optim.general import GeneralConfig
 from dynlm.optim.handmade import RMS, SGD, Adam
 from dynlm.optim.registry import RULES
 from dynlm.settings import Bound, build, check, hints_of
+from dynlm.stages.recipe import Recipe
 from dynlm.types import InputError
 
 ODD = (-1, 0, 1, 2**40, 10**400, -1.0, 0.0, 2.0**40, math.nan, math.inf, -math.inf)

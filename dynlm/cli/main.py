@@ -24,7 +24,7 @@ from dynlm.runs import Json, Run
 from dynlm.types import InputError
 
 if TYPE_CHECKING:
-    from dynlm.cli.recipe import Recipe
+    from dynlm.stages.recipe import Recipe
 
 
 class Command(NamedTuple):
@@ -43,11 +43,11 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "read": Command("cli.read.main", "read your own texts and see, token by token, what learning while reading gains"),
     "train": Command(
-        "cli.training.train", "train tokenizer and base model, or copy a ready one into the run", True, True
+        "stages.train.train", "train tokenizer and base model, or copy a ready one into the run", True, True
     ),
-    "tune": Command("cli.tuning.tune", "tune the hand-made rules on the meta split", True),
-    "plan": Command("cli.plan.plan", "predict memory and time of meta-training; needs no data"),
-    "meta-train": Command("cli.stages.meta_training", "train a learned rule, from a tuned hand-made one", True),
+    "tune": Command("stages.tune.tune", "tune the hand-made rules on the meta split", True),
+    "plan": Command("stages.plan.plan", "predict memory and time of meta-training; needs no data"),
+    "meta-train": Command("stages.run.meta_training", "train a learned rule, from a tuned hand-made one", True),
     "learn-optimizer": Command(
         "labs.general.command.learn_optimizer",
         "meta-train the general-purpose optimizer on small training tasks",
@@ -56,13 +56,13 @@ COMMANDS: dict[str, Command] = {
         "general",
     ),
     "learn-start": Command(
-        "cli.start.learn_start_stage", "learn a start θ0 of the base model for reading with a rule", True
+        "stages.start.learn_start_stage", "learn a start θ0 of the base model for reading with a rule", True
     ),
     "evaluate": Command(
-        "cli.evaluation.evaluate", "read held-out articles with every method and write the report", True
+        "stages.evaluate.evaluate", "read held-out articles with every method and write the report", True
     ),
-    "audit": Command("cli.audit.audit_stage", "check that every method of a run reads without leaks and adds up"),
-    "report": Command("cli.evaluation.report", "write the report of an evaluation again"),
+    "audit": Command("stages.audit.audit_stage", "check that every method of a run reads without leaks and adds up"),
+    "report": Command("stages.evaluate.report", "write the report of an evaluation again"),
     "few-shot": Command(
         "labs.fewshot.command.few_shot",
         "learn a start for few-shot tasks with several methods and compare them",
@@ -143,7 +143,7 @@ def _hear_library() -> None:
 
 
 def _usage() -> str:
-    from dynlm.cli.recipe import shipped_recipes
+    from dynlm.stages.recipe import shipped_recipes
 
     commands = "\n".join(f"  {name:<15} {command.description}" for name, command in COMMANDS.items())
     return USAGE.format(commands=commands, recipes=", ".join(shipped_recipes()))
@@ -187,7 +187,7 @@ def stage(command: str) -> Any:
 
 def parse(command: str, arguments: Sequence[str]) -> Recipe:
     """Defaults, then the recipe file (or the run's own settings), then flags."""
-    from dynlm.cli.recipe import Recipe, find_recipe, load_recipe, recipe_of_run
+    from dynlm.stages.recipe import Recipe, find_recipe, load_recipe, recipe_of_run
 
     flags = ["--help" if flag == "--help-all" else flag for flag in arguments]
     if command == "demo":
@@ -209,7 +209,7 @@ def _flags(command: str, flags: Sequence[str], default: Recipe) -> Recipe:
     """The recipe with the flags in it."""
     import tyro
 
-    from dynlm.cli.recipe import Recipe
+    from dynlm.stages.recipe import Recipe
 
     description = COMMANDS[command].description
     with usage_errors():

@@ -18,13 +18,13 @@ from typing import Annotated, BinaryIO, Literal, NamedTuple
 import tyro
 
 from dynlm.cli.stop import Stop, Stopped
-from dynlm.cli.targets import Target, is_memory, is_page, require_apart
 from dynlm.cli.terminal import Color, Screen, Theme, tell, usage_errors
 from dynlm.data.texts import STDIN, Text, read_texts
 from dynlm.progress import Bar
 from dynlm.session.reader import Reader
 from dynlm.session.reading import Reading
 from dynlm.session.session import load_session
+from dynlm.session.targets import Target, is_memory, is_page, require_apart
 from dynlm.session.totals import Totals, word_lines
 from dynlm.settings import WIDE, Bound, NotNegative, Settings
 from dynlm.threads import choose_threads

@@ -128,7 +128,7 @@ def test_nothing_finished_is_replaced_unasked_and_low_rank_weights_stay(ready, t
 
 
 def test_a_table_of_a_recipe_leaves_the_rest_of_it_at_its_defaults(tmp_path):
-    from dynlm.cli.recipe import Recipe, load_recipe
+    from dynlm.stages.recipe import Recipe, load_recipe
 
     (tmp_path / "r.toml").write_text("[lora]\nalpha = 4\n[start.outer]\nlr = 1e-4\n")
     recipe, default = load_recipe(tmp_path / "r.toml"), Recipe()
@@ -151,9 +151,9 @@ def test_meta_training_of_a_ready_model_is_foretold(ready, tmp_path, capsys, kin
 
 
 def test_a_plan_reads_behind_as_much_text_as_the_model_sees(ready):
-    from dynlm.cli.plan import InMidText
     from dynlm.models.causal import CausalScorer, load_model
     from dynlm.models.context import ContextConfig
+    from dynlm.stages.plan import InMidText
 
     model = load_model(ready[1])
     ids_S = torch.arange(8)

@@ -11,12 +11,12 @@ import torch
 from dynlm.claim import claim
 from dynlm.cli import evaluation, stages
 from dynlm.cli.main import main
-from dynlm.cli.recipe import load_recipe
 from dynlm.meta import outer
 from dynlm.meta import train as meta_train
 from dynlm.models import train as base_train
 from dynlm.models.causal import load_model
 from dynlm.runs import Run, read_tensors, write_tensors
+from dynlm.stages.recipe import load_recipe
 from support.commands import fails, files
 
 pytestmark = pytest.mark.usefixtures("plain_reports")

@@ -8,9 +8,9 @@ import pytest
 
 from chain import STEPS
 from dynlm.cli.main import COMMANDS, main
-from dynlm.cli.recipe import Recipe, load_recipe, recipe_of_run
 from dynlm.kept import saved_settings
 from dynlm.runs import Run, read_tensors, write_json
+from dynlm.stages.recipe import Recipe, load_recipe, recipe_of_run
 from dynlm.stamps import Stamp
 from dynlm.types import InputError
 from support.commands import fails, files
@@ -246,7 +246,7 @@ def test_too_little_memory_is_one_line(error, said, capsys, monkeypatch, tmp_pat
     def short(*_):
         raise error
 
-    monkeypatch.setattr("dynlm.cli.training.train", short)
+    monkeypatch.setattr("dynlm.stages.train.train", short)
     fails(capsys, ["train", "--run", tmp_path / "run"], said)
 
 
@@ -254,6 +254,6 @@ def test_other_errors_of_torch_are_shown_whole(monkeypatch, tmp_path):
     def broken(*_):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("dynlm.cli.training.train", broken)
+    monkeypatch.setattr("dynlm.stages.train.train", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["train", "--run", str(tmp_path / "run")])

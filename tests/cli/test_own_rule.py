@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from dynlm.cli.main import main
-from dynlm.cli.stages import methods_of
 from dynlm.meta.replay import Replay
 from dynlm.meta.unroll import Unroll, UnrollConfig
 from dynlm.optim.library import load_rule
 from dynlm.optim.registry import RULES
 from dynlm.runs import Run
+from dynlm.stages.run import methods_of
 from lab import make_lab, needs_compiler
 from support.steps import assert_fused_is_plain, make_priors
 from support.windows import gradients, read_window

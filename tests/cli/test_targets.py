@@ -7,8 +7,8 @@ import torch
 
 from dynlm.cli import read as command
 from dynlm.cli.main import main
-from dynlm.cli.targets import Target, is_memory, is_page, require_apart
 from dynlm.runs import read_tensors, write_tensors
+from dynlm.session.targets import Target, is_memory, is_page, require_apart
 from dynlm.types import InputError
 from support.commands import fails
 
@@ -105,7 +105,7 @@ def test_a_folder_without_permission_is_told_before_reading(text, tmp_path, caps
     def refuse(prefix, dir):
         raise PermissionError(13, "Permission denied", str(dir))
 
-    monkeypatch.setattr("dynlm.cli.targets.tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("dynlm.session.targets.tempfile.mkdtemp", refuse)
     fails(capsys, ["read", text, "--html", tmp_path / "p"], "cannot write", "Permission denied", "another folder")
 
 

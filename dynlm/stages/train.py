@@ -7,13 +7,13 @@ import shutil
 from dynlm import runs
 from dynlm.changes import Changes, changing
 from dynlm.claim import is_first_process
-from dynlm.cli.adopt import adopt, begin_run, write_recipe
-from dynlm.cli.recipe import Recipe, recipe_of_run, require_apart, require_same
 from dynlm.data.articles import Corpus, load_corpus
 from dynlm.data.tokenizers import Tokenizer, load_tokenizer, tokenize, train_tokenizer
 from dynlm.kept import free
 from dynlm.models.lstm import LSTMForCausalLM
 from dynlm.models.train import Progress, choose_precision, train_base_model
+from dynlm.stages.adopt import adopt, begin_run, write_recipe
+from dynlm.stages.recipe import Recipe, recipe_of_run, require_apart, require_same
 from dynlm.stamps import fingerprint_files, read_stamped
 from dynlm.threads import choose_threads
 from dynlm.types import InputError

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from dynlm.cli.recipe import Recipe
-from dynlm.cli.stages import Bench, methods_of
 from dynlm.data.tokenizers import tokenize
 from dynlm.evaluation.audit import Verdict, adds_up, verdicts
 from dynlm.results import load_results
 from dynlm.runs import Json
+from dynlm.stages.recipe import Recipe
+from dynlm.stages.run import Bench, methods_of
 from dynlm.types import InputError
 
 

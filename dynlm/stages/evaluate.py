@@ -5,8 +5,6 @@ from __future__ import annotations
 from dynlm import runs
 from dynlm.adapt import Reader
 from dynlm.changes import changing
-from dynlm.cli.recipe import Recipe
-from dynlm.cli.stages import Bench, methods_of
 from dynlm.evaluation.parts import load_part, save_part
 from dynlm.evaluation.stream import Scores
 from dynlm.kept import free_parts
@@ -17,6 +15,8 @@ from dynlm.report.svg import formats
 from dynlm.results import load_results
 from dynlm.session.evaluation import evaluate_readers, read_method, report_of_run, settings_of, told
 from dynlm.session.session import model_fingerprint
+from dynlm.stages.recipe import Recipe
+from dynlm.stages.run import Bench, methods_of
 from dynlm.types import InputError, TokenizedArticle
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dynlm import runs
 from dynlm.changes import Changes, changing
-from dynlm.cli.recipe import Recipe
 from dynlm.data.tokenizers import Tokenizer
 from dynlm.kept import saved_settings
 from dynlm.models.causal import load_model
 from dynlm.models.params import adapted_parameters
 from dynlm.models.ready import load_ready_tokenizer, require_reads, with_lora
+from dynlm.stages.recipe import Recipe
 from dynlm.stamps import Stamp, fingerprint_files
 
 

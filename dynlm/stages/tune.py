@@ -6,8 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dynlm import runs
-from dynlm.cli.recipe import Recipe
-from dynlm.cli.stages import Bench
 from dynlm.evaluation.cache import load_cache, save_cache
 from dynlm.evaluation.cache_search import tune_cache
 from dynlm.kept import free, made_alike, told
@@ -16,6 +14,8 @@ from dynlm.meta.tune import tune_rule
 from dynlm.methods import Method
 from dynlm.optim.library import load_rule, save_rule
 from dynlm.progress import Bar
+from dynlm.stages.recipe import Recipe
+from dynlm.stages.run import Bench
 from dynlm.types import DivergedError, TokenizedArticle
 
 

@@ -12,7 +12,6 @@ import torch
 from dynlm import runs
 from dynlm.adapt import make_priors, measure_priors
 from dynlm.changes import Changes, changing
-from dynlm.cli.recipe import Recipe, recipe_of_run, require_same
 from dynlm.data.articles import Corpus, DataConfig, load_corpus, load_texts
 from dynlm.data.segments import article_segments
 from dynlm.data.tokenizers import load_tokenizer, tokenize
@@ -28,6 +27,7 @@ from dynlm.optim.library import save_rule, start_rule
 from dynlm.optim.registry import RULES
 from dynlm.progress import Bar
 from dynlm.session.session import Session, open_run, read_prior
+from dynlm.stages.recipe import Recipe, recipe_of_run, require_same
 from dynlm.threads import choose_threads
 from dynlm.types import Article, InputError, TokenizedArticle
 

@@ -10,8 +10,6 @@ import torch
 from dynlm import runs
 from dynlm.adapt import Reader
 from dynlm.changes import changing
-from dynlm.cli.recipe import Recipe
-from dynlm.cli.stages import Bench
 from dynlm.data.segments import article_segments
 from dynlm.evaluation.stream import read_articles
 from dynlm.kept import free, made_alike, told
@@ -22,6 +20,8 @@ from dynlm.methods import Method
 from dynlm.optim.hub import fingerprint
 from dynlm.optim.registry import trained
 from dynlm.progress import Bar
+from dynlm.stages.recipe import Recipe
+from dynlm.stages.run import Bench
 from dynlm.types import InputError, TokenizedArticle
 
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from dynlm.adapt import Reader, Scorer, detach, measure_priors
 from dynlm.allocator import MIB
-from dynlm.cli.recipe import Recipe, recipe_of_run
 from dynlm.data.segments import article_segments
 from dynlm.meta.estimators import make_estimator
 from dynlm.meta.plan import PROBE, available_memory, peak_memory, plan_step, require_fit
@@ -21,6 +20,7 @@ from dynlm.models.causal import CausalScorer, LSTMScorer, scorer_for
 from dynlm.models.ready import load_base
 from dynlm.optim.library import start_rule
 from dynlm.runs import Json, Run
+from dynlm.stages.recipe import Recipe, recipe_of_run
 
 START = {"lr": 2e-3, "eps": 5e-4, "decay": 1e-3}  # any settings: they move no cost
 

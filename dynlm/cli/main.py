@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dynlm {dynlm.__version__}")
         return 0
     hush_libraries()
-    _hear_library()
+    _hear_library(arguments[0])
     try:
         _run(arguments[0], arguments[1:])
     except InputError as error:
@@ -129,17 +129,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Told(logging.Handler):
-    """Shows what the library logs as notes of the command."""
+    """Shows what the library logs as notes: of a stage in its log, of `dynlm read` beside the text."""
+
+    reads = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        tell(f"note: {record.getMessage()}")
+        note = f"note: {record.getMessage()}"
+        if self.reads:
+            tell(note)
+        else:
+            print(note, flush=True)
 
 
-def _hear_library() -> None:
+TOLD = _Told()
+
+
+def _hear_library(command: str) -> None:
+    TOLD.reads = command == "read"
     library = logging.getLogger("dynlm")
-    if not any(isinstance(handler, _Told) for handler in library.handlers):
-        library.addHandler(_Told())
-        library.propagate = False
+    library.propagate = False
+    library.addHandler(TOLD)  # once: a handler that is there is not added again
 
 
 def _usage() -> str:

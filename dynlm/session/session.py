@@ -121,13 +121,18 @@ class Session:
         if chosen in self.rules:
             return self.rules[chosen]
         if chosen not in self.held() or self.run is None:
-            command = made_by(Method.parse(chosen or RULES[-1]).rule)
-            there = f"it holds {', '.join(self.held())}" if self.held() else f"run `dynlm {command}` with it first"
-            raise InputError(f"{self.source or self.run} has no rule {chosen or RULES[-1]!r}: {there}")
+            raise InputError(self._without(chosen or RULES[-1]))
         path = self.run.rule(chosen)
         rule, made = load_rule(path)
         self._require_own(path, made)
         return rule
+
+    def _without(self, rule: str) -> str:
+        """What is wrong where a rule is missing, and what to do."""
+        make = f"run `dynlm {made_by(Method.parse(rule).rule)}` with this run directory first"
+        advice = f"{self.run.rule(rule)} does not exist: {make}" if self.run else "tune one with dynlm.tune"
+        held = f" (it holds {', '.join(self.held())})" if self.held() else ""
+        return f"{self.source} has no rule {rule!r}{held}: {advice}"
 
     def reader(self, rule: Rule, config: ReadConfig | None = None, priors: Sequence[Prior] | None = None) -> Reader:
         """Return a reader of the model itself with ``rule``."""

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from dynlm.claim import claim
-from dynlm.cli import evaluation, stages
 from dynlm.cli.main import main
 from dynlm.meta import outer
 from dynlm.meta import train as meta_train
 from dynlm.models import train as base_train
 from dynlm.models.causal import load_model
 from dynlm.runs import Run, read_tensors, write_tensors
+from dynlm.stages import evaluate as evaluation
+from dynlm.stages import run as stages
 from dynlm.stages.recipe import load_recipe
 from support.commands import fails, files
 
@@ -288,7 +289,7 @@ def test_methods_that_were_read_are_kept_and_an_evaluation_is_replaced_when_all_
     assert main([*arguments, "--overwrite"]) == 0
     before, results, losses = files(run), without_times(Run(run).results), read_tensors(Run(run).losses)[0]
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "_read", mortal(evaluation._read, 2))
+        patch.setattr(evaluation, "read_method", mortal(evaluation.read_method, 2))
         dies([*arguments, "--overwrite"])
     assert {path: data for path, data in files(run).items() if path in before} == before
     fails(capsys, arguments, "holds unfinished work: add --resume")

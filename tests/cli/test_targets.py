@@ -25,7 +25,7 @@ def text(tmp_path):
 @pytest.fixture
 def unread(monkeypatch):
     """Nothing may be loaded or read before a bad target is told."""
-    monkeypatch.setattr(command, "_kit", lambda settings: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(command, "_reader", lambda settings: pytest.fail("a model was loaded"))
 
 
 def read(text, *flags):

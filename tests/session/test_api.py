@@ -174,7 +174,7 @@ def test_rules_are_tuned_and_trained_in_one_call_each(reader, tmp_path):
     assert rms.made["nats_per_token"] < rms.made["static_nats_per_token"]
     gated = dynlm.meta_train(reader, articles, rms, tmp_path / "run", steps=2, articles=1, truncation=8)
     assert gated.name == "gated"
-    assert (tmp_path / "run/rules/gated").is_file()
+    assert (tmp_path / "run/rules/gated.safetensors").is_file()
     assert not list((tmp_path / "run/checkpoints").glob("*"))
     results = dynlm.evaluate(reader, articles[:2], [rms, gated])
     assert results.methods[0] == "static"

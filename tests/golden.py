@@ -88,7 +88,7 @@ def kit() -> dict[str, Any]:
         numbers["kit.tokens"] = len(article)
         for method, reader in zip(("static", name), Reader(loaded, name).pair(), strict=True):
             with reader:
-                losses_T = reader.read(article, loaded.tokenizer.eos_id)
+                losses_T = reader.read(article, loaded.tokenizer.start_id)
             numbers[f"kit.{method}.nats"] = float(losses_T.double().sum())
             numbers[f"kit.{method}.last"] = float(losses_T[-50:].double().sum())
             numbers[f"kit.{method}.bits"] = digest(losses_T)

@@ -59,12 +59,16 @@ def test_importing_runs_nothing():
 
 
 def test_every_module_is_there_without_datasets():
-    """Images for GPUs often lack it: only what opens a source of the hub may ask for it."""
+    """Images for GPUs often lack it: only what opens a source of the hub may ask for it. lm-eval has one module."""
     code = """
 import importlib, pkgutil, sys
-sys.modules["datasets"] = None  # an import of it fails
+sys.modules["datasets"] = sys.modules["lm_eval"] = None  # an import of them fails
 import dynlm
 for module in pkgutil.walk_packages(dynlm.__path__, "dynlm."):
-    importlib.import_module(module.name)
+    try:
+        importlib.import_module(module.name)
+    except dynlm.InputError as error:
+        assert module.name == "dynlm.lm_eval"
+        assert str(error).endswith(": pip install dynlm[lm-eval]")
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

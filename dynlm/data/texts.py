@@ -274,7 +274,7 @@ def _json_row(source: str, where: str) -> tuple[str, str]:
 def encode_chunk(tokenizer: Tokenizer, chunk: str) -> list[int]:
     """Token ids of one chunk; none for an end of line that the chunk does not have."""
     ids = tokenizer.encode(chunk)
-    ends_lines = tokenizer.encode("") == [tokenizer.eos_id]  # word level and SentencePiece; others see newlines
+    ends_lines = [] != tokenizer.encode("") == tokenizer.encode("\n")  # as words and SentencePiece, not as others
     return ids[:-1] if ends_lines and not chunk.endswith("\n") else ids
 
 

@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, Protocol, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Protocol, TypedDict, cast
 
 import torch
 
 from dynlm.files import read_json, replacing, require_file, write_json
 from dynlm.settings import Bound, Settings, check, shown
 from dynlm.types import Article, InputError, TokenizedArticle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # seconds of imports
 
 GGUF = ".gguf"
 ESCAPE = "\ue000"  # of the private use area
@@ -44,8 +47,8 @@ class Tokenizer(Protocol):
     """What the toolkit needs of a tokenizer."""
 
     vocab_size: int
-    eos_id: int
-    """the end-of-line token; it also stands before an article's first token"""
+    start_id: int
+    """the token that stands before an article's first one"""
     unk_id: int | None
     """the token of everything that the tokenizer does not know; None where it knows all"""
 
@@ -53,6 +56,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
     def pieces(self, ids: Sequence[int]) -> list[str]: ...
     def save(self, folder: Path) -> None: ...
+
+    def pretrained(self) -> PreTrainedTokenizerBase:
+        """The same tokens for transformers, to be saved beside a model."""
 
 
 class WordTokenizer:
@@ -64,7 +70,7 @@ class WordTokenizer:
         self.words = list(words)
         self.index = {word: i for i, word in enumerate(self.words)}
         self.vocab_size = len(self.words)
-        self.eos_id = self.index[self.EOS]
+        self.eos_id = self.start_id = self.index[self.EOS]
         self.unk_id = self.index.get(self.UNK)
 
     @classmethod
@@ -97,9 +103,16 @@ class WordTokenizer:
     def save(self, folder: Path) -> None:
         write_json(folder / "tokenizer.json", {"kind": "word", "words": self.words})
 
+    def pretrained(self) -> PreTrainedTokenizerBase:
+        from dynlm.data.fast import whole_words
+
+        return whole_words(self.words, self.EOS, self.UNK)
+
 
 class SentencePieceTokenizer:
     """SentencePiece byte pairs with a newline symbol; spaces, ``<unk>`` and all else are kept as they stand."""
+
+    WHOLE = ("▁<unk>", "<unk>")  # WikiText's <unk> is a word of the text
 
     def __init__(self, model_proto: bytes) -> None:
         import sentencepiece
@@ -110,7 +123,7 @@ class SentencePieceTokenizer:
         except RuntimeError as error:
             raise InputError(f"not a SentencePiece model ({error}): train the tokenizer again") from None
         self.vocab_size = self._processor.get_piece_size()
-        self.eos_id = self._processor.piece_to_id("\n")
+        self.eos_id = self.start_id = self._processor.piece_to_id("\n")
         self.unk_id: int | None = self._processor.unk_id()
         self._spells_bytes = self._processor.piece_to_id("<0xEE>") != self.unk_id
 
@@ -132,7 +145,7 @@ class SentencePieceTokenizer:
                 normalization_rule_name="identity",
                 add_dummy_prefix=False,
                 remove_extra_whitespaces=False,
-                user_defined_symbols=["\n", "▁<unk>", "<unk>"],  # WikiText's <unk> is a word of the text
+                user_defined_symbols=["\n", *cls.WHOLE],
                 unk_piece="<oov>",
                 bos_id=-1,
                 eos_id=-1,
@@ -156,7 +169,10 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         text = cast(str, self._processor.decode(list(ids)))
-        return text.replace(ESCAPE + "1", "▁").replace(ESCAPE + "0", ESCAPE) if self._spells_bytes else text
+        if not self._spells_bytes:
+            return text
+        text = text.replace("▁", " ")  # a blank that was spelled, as no text of training had one
+        return text.replace(ESCAPE + "1", "▁").replace(ESCAPE + "0", ESCAPE)
 
     def _escaped(self, text: str) -> str:
         """Put another sign for ▁, which SentencePiece takes for a blank, where it can spell that as bytes."""
@@ -172,6 +188,16 @@ class SentencePieceTokenizer:
         with replacing(folder / "sentencepiece.model") as temporary:
             temporary.write_bytes(self._proto)
 
+    def pretrained(self) -> PreTrainedTokenizerBase:
+        from dynlm.data.fast import byte_pairs
+
+        pieces = self.pieces(range(self.vocab_size))
+        unknown, whole = pieces[cast(int, self.unk_id)], [piece.replace("▁", " ") for piece in self.WHOLE]
+        escapes = {ESCAPE: ESCAPE + "0", "▁": ESCAPE + "1"} if self._spells_bytes else {"▁": " "}
+        if self._spells_bytes and " " not in pieces:  # then it is spelled, as SentencePiece's sign for it
+            escapes[" "] = "▁"
+        return byte_pairs(pieces, unknown, whole, escapes, spells_bytes=self._spells_bytes)
+
 
 class HuggingFaceTokenizer:
     """Any tokenizer that ``AutoTokenizer`` loads, from a folder or the hub's cache; no special token is added."""
@@ -181,7 +207,7 @@ class HuggingFaceTokenizer:
         self._tokenizer = _from_hub(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.vocab_size = len(self._tokenizer)
         starts = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, 0)
-        self.eos_id = next(token for token in starts if token is not None)
+        self.start_id = next(token for token in starts if token is not None)
         self.unk_id: int | None = self._tokenizer.unk_token_id
 
     def encode(self, text: str) -> list[int]:
@@ -196,11 +222,10 @@ class HuggingFaceTokenizer:
     def save(self, folder: Path) -> None:
         write_json(folder / "tokenizer.json", {"kind": "huggingface"})
         with replacing(folder / "huggingface") as temporary:
-            self.save_pretrained(temporary)
+            self._tokenizer.save_pretrained(temporary)
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Write the files of transformers."""
-        self._tokenizer.save_pretrained(folder)
+    def pretrained(self) -> PreTrainedTokenizerBase:
+        return cast("PreTrainedTokenizerBase", self._tokenizer)
 
 
 def gguf_in(path: str | Path) -> tuple[str, dict[str, str]]:

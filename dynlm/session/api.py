@@ -92,7 +92,7 @@ def tune(
     config: TuneConfig = build(TuneConfig, {"rules": [rule], **settings}, "tune")
     texts = session.tokenize(as_articles(articles))
     with Bar(total=config.trials, desc=f"tune {rule}", unit="trial") as bar:
-        found = tune_rule(rule, session.reader, texts, session.tokenizer.eos_id, config, bar.update)
+        found = tune_rule(rule, session.reader, texts, session.tokenizer.start_id, config, bar.update)
     found.rule.made = {
         "nats_per_token": found.nats_per_token,
         "static_nats_per_token": found.static,
@@ -133,7 +133,7 @@ def meta_train(
         raise InputError(f"start is a rule {start.name!r}: {config.rule} begins at {wanted}, tuned by dynlm.tune")
     texts, held_back = divide_meta_split(session.tokenize(as_articles(articles)), config)
     rule = start_rule(config.rule, start.settings(), session.priors, config.seed, config.hidden)
-    reader, start_id, tokens = session.reader(rule), session.tokenizer.eos_id, sum(map(len, held_back))
+    reader, start_id, tokens = session.reader(rule), session.tokenizer.start_id, sum(map(len, held_back))
     trainer = MetaTrainer(reader, texts, start_id, config, session.fingerprints(start)["model"])
     with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
         run = runs.Run(place)
@@ -168,7 +168,7 @@ def audit(reader: Readable, article: Source, later: Source, *, quick: bool = Fal
         return session.reader(copy.deepcopy(rule if rule is not None else session.rule()))
 
     found = audit_method(
-        make_reader, first, second, session.tokenizer.eos_id, session.tokenizer.vocab_size, quick=quick
+        make_reader, first, second, session.tokenizer.start_id, session.tokenizer.vocab_size, quick=quick
     )
     return [adds_up(texts[0], first, session.tokenizer.decode), *found]
 

@@ -147,7 +147,9 @@ def evaluate_readers(
     tokenizer, articles = session.tokenizer, session.tokenize(texts)
     if not articles:
         raise InputError("no article to read: give at least one")
-    read = read or (lambda name, reader, articles: read_method(name, reader, articles, tokenizer.eos_id, gate_articles))
+    read = read or (
+        lambda name, reader, articles: read_method(name, reader, articles, tokenizer.start_id, gate_articles)
+    )
     scores, diverged = dict[str, Scores](), dict[str, str]()
     for name, reader in readers.items():
         try:

@@ -22,7 +22,6 @@ from dynlm import adapt
 from dynlm.adapt import ReadConfig, Snapshot
 from dynlm.data.spacing import Spacer
 from dynlm.data.texts import Source, Text, as_texts, encode_chunk, surfaces
-from dynlm.data.tokenizers import HuggingFaceTokenizer
 from dynlm.evaluation.tap import Tap
 from dynlm.files import replacing
 from dynlm.optim.base import Rule
@@ -194,7 +193,7 @@ class Reader:
             self.forget()
         self._articles += 1
         reading.begin(text.title)
-        size, previous = self.session.config.segment, self.session.tokenizer.eos_id
+        size, previous = self.session.config.segment, self.session.tokenizer.start_id
         ids: list[int] = []
         texts: list[str] = []
         tokens, self._in_word = self._tokens(), False
@@ -245,8 +244,7 @@ class Reader:
 
         with self.adapted() as model, replacing(target) as temporary:
             merged(model).save_pretrained(temporary)
-            if isinstance(self.session.tokenizer, HuggingFaceTokenizer):
-                self.session.tokenizer.save_pretrained(temporary)
+            self.session.tokenizer.pretrained().save_pretrained(temporary)
 
     def save_memory(self, path: str | Path) -> None:
         """Write what reading changed, to read on from there: :meth:`load_memory` of a reader of the same model.

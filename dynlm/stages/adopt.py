@@ -26,6 +26,7 @@ def adopt(recipe: Recipe, run: runs.Run, data: str) -> None:
         begin_run(new, run, tokenizer)
         new.remove(run.checkpoint("train"), run.retraining.path)
         model.save_pretrained(new.at(run.model))  # without low-rank weights, which each stage makes from their seed
+        tokenizer.pretrained().save_pretrained(new.at(run.model))
         globs = with_lora(model, recipe.lora, recipe.read.params)
         adapted = sum(a.parameter.numel() for a in adapted_parameters(model, globs))
         write_recipe(new, run, recipe, data, finished=True)

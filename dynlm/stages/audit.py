@@ -37,7 +37,7 @@ def audit_stage(recipe: Recipe) -> Json:
     wrong = next((v for v in found if not v.passed), None)
     words, n_bytes = sum(a.n_words for a in articles), sum(a.n_bytes for a in articles)
     tell("text", wrong or found[0]._replace(detail=f"{len(found)} articles, {words:,} words, {n_bytes:,} bytes"))
-    start_id, vocab_size = bench.tokenizer.eos_id, bench.tokenizer.vocab_size
+    start_id, vocab_size = bench.tokenizer.start_id, bench.tokenizer.vocab_size
     for name in methods:
         make_reader = partial(bench.method, name)
         for verdict in verdicts(make_reader, articles[0], articles[-1], start_id, vocab_size, quick=recipe.audit.quick):

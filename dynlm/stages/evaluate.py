@@ -41,7 +41,7 @@ def evaluate(recipe: Recipe) -> runs.Json:
         if scores is not None:
             print(f"{name}: kept as it was read before")
             return scores
-        scores = read_method(name, reader, articles, bench.tokenizer.eos_id, config.gate_articles)
+        scores = read_method(name, reader, articles, bench.tokenizer.start_id, config.gate_articles)
         save_part(path, scores, made)
         return scores
 

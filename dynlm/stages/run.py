@@ -110,7 +110,7 @@ class Bench(Session):
         pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
         for article in tokenize(self.tokenizer, _first_tokens(self.corpus.split("train"), self.recipe.prior.tokens)):
             ids_T = article.ids_T.to(self.device)
-            pieces.extend(article_segments(ids_T, self.tokenizer.eos_id, self.config.segment))
+            pieces.extend(article_segments(ids_T, self.tokenizer.start_id, self.config.segment))
         pieces = pieces[: max(1, self.recipe.prior.tokens // self.config.segment)]
         with Bar(len(pieces), "static RMS of the gradient", "segment") as bar:
             priors = measure_priors(self.model, self.score, bar.over(pieces), self.config.params)
@@ -139,14 +139,14 @@ def meta_training(recipe: Recipe) -> runs.Json:
     start = bench.rule(RULES[kind].start).settings()
     rule = start_rule(kind, start, bench.priors, recipe.meta.seed, recipe.meta.hidden)
     reader, stamp = bench.reader(rule), bench.finished()
-    trainer = MetaTrainer(reader, articles, bench.tokenizer.eos_id, recipe.meta, stamp["model"])
+    trainer = MetaTrainer(reader, articles, bench.tokenizer.start_id, recipe.meta, stamp["model"])
     tokens, kept = sum(map(len, held_back)), is_finished(target)
     if not recipe.resume and checkpoint.exists():
         with changing(bench.path.path) as new:
             new.remove(checkpoint)
 
     def validate() -> float:
-        return read_articles(reader, held_back, bench.tokenizer.eos_id).nats / tokens
+        return read_articles(reader, held_back, bench.tokenizer.start_id).nats / tokens
 
     def save_best(best: Rule, progress: MetaProgress, new: Changes, finished: bool = False) -> None:
         if finished or not kept:  # an earlier rule stays until this one is finished

@@ -82,7 +82,7 @@ class _Learning:
             return learn_start(*steps, keep=self._keep, resume=before)
 
     def _validate(self) -> float:
-        tokens, start_id = sum(map(len, self.held_back)), self.bench.tokenizer.eos_id
+        tokens, start_id = sum(map(len, self.held_back)), self.bench.tokenizer.start_id
         value = read_articles(self.reader, self.held_back, start_id).nats / tokens
         rule = self.bench.recipe.start.rule
         self.bar.write(f"step {self.bar.n}: meta-validation {value:.4f} nats/token with {rule}")
@@ -116,6 +116,6 @@ class ArticleTasks:
         article = self.articles[int(torch.randint(len(self.articles), (), generator=self.generator))]
         ids_T = article.ids_T.to(self.bench.device)
         length = self.bench.recipe.read.segment
-        pieces = list(article_segments(ids_T[: self.segments * length], self.bench.tokenizer.eos_id, length))
+        pieces = list(article_segments(ids_T[: self.segments * length], self.bench.tokenizer.start_id, length))
         tokens = sum(targets_S.numel() for _, targets_S in pieces)
         return Task(pieces, [targets_S.numel() / tokens for _, targets_S in pieces])

@@ -60,7 +60,9 @@ def _train(recipe: Recipe, work: runs.Run, tokenizer: Tokenizer, corpus: Corpus,
     run = runs.Run(recipe.run)
     train_texts, valid_texts = corpus.split("train"), corpus.split("valid")
     articles = tokenize(tokenizer, train_texts), tokenize(tokenizer, valid_texts)
-    model = recipe.model.build(tokenizer.vocab_size, tokenizer.eos_id, recipe.train.seed)
+    saved = tokenizer.pretrained()
+    special = {"eos_id": saved.eos_token_id, "pad_id": saved.pad_token_id}
+    model = recipe.model.build(tokenizer.vocab_size, tokenizer.start_id, recipe.train.seed, **special)
     tokens = sum(map(len, articles[0]))
     print(f"{model.num_parameters():,} weights, {len(train_texts)} articles, {tokens:,} training tokens")
     rows = recipe.train.batch_size * recipe.train.segment
@@ -78,6 +80,7 @@ def _train(recipe: Recipe, work: runs.Run, tokenizer: Tokenizer, corpus: Corpus,
             begin_run(new, work, tokenizer, demo)
             fresh = False
         best.save_pretrained(new.at(work.model))
+        saved.save_pretrained(new.at(work.model))
         write_recipe(new, work, recipe, corpus.fingerprint, finished=False)
 
     return train_base_model(model, articles, recipe.train, work, save_best, recipe.resume)

@@ -54,7 +54,7 @@ def _tune_rule(bench: Bench, kind: str, articles: list[TokenizedArticle], made: 
     """Settings of the hand-made rule ``kind``."""
     config = bench.recipe.tune
     with Bar(total=config.trials, desc=f"tune {kind}", unit="trial") as bar:
-        tuned = tune_rule(kind, bench.reader, articles, bench.tokenizer.eos_id, config, bar.update)
+        tuned = tune_rule(kind, bench.reader, articles, bench.tokenizer.start_id, config, bar.update)
     found = {"nats_per_token": tuned.nats_per_token, "trials": tuned.trials}
     save_rule(tuned.rule, bench.path.rule(kind), {**found, **made})
     numbers = ", ".join(f"{name} {value:.3g}" for name, value in tuned.rule.settings().items())
@@ -68,7 +68,7 @@ def _tune_cache(bench: Bench, name: str, articles: list[TokenizedArticle], made:
     """Settings of the cache of method ``name``, on what the hand-made rules are tuned on."""
     config, beside = bench.recipe.tune, str(Method.parse(name).uncached)
     with Bar(desc=f"tune {name}", unit="trial") as bar:
-        tuned = tune_cache(bench.method(beside), config.excerpts(articles), bench.tokenizer.eos_id, bar.update)
+        tuned = tune_cache(bench.method(beside), config.excerpts(articles), bench.tokenizer.start_id, bar.update)
     found = {"nats_per_token": tuned.nats_per_token, "trials": tuned.trials}
     save_cache(tuned.cache, bench.path.rule(name), {**found, **made})
     numbers = ", ".join(f"{key} {value:.4g}" for key, value in asdict(tuned.cache).items())

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dynlm.cli.main import main
+from dynlm.data.tokenizers import load_tokenizer
 from dynlm.runs import Run, read_tensors
 from dynlm.session.session import load_session
 from support.commands import fails, files
@@ -18,6 +19,16 @@ pytestmark = pytest.mark.usefixtures("plain_reports")
 
 LORA = ["--lora.rank", "2", "--lora.targets", "*.c_attn"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+
+
+def test_the_tokenizer_stands_beside_the_model(ready, tmp_path):
+    from transformers import AutoTokenizer
+
+    assert main(["train", str(ready[0]), "--run", str(tmp_path / "run")]) == 0
+    run = Run(tmp_path / "run")
+    loaded = AutoTokenizer.from_pretrained(run.model)
+    assert loaded("The cat\n")["input_ids"] == load_tokenizer(run.tokenizer).encode("The cat\n")
+    assert loaded.bos_token == "<s>"
 
 
 @pytest.fixture

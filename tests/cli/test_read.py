@@ -66,7 +66,7 @@ def test_totals_are_those_of_the_reader(texts, reset):
     articles = tokenize(kit.tokenizer, [Article("a", "a", A), Article("b", "b", B)])
     for reader, nats in zip(Reader(kit, "rms").pair(), (totals.static, totals.adapted), strict=True):
         with reader:
-            expected = sum(float(reader.read(a, kit.tokenizer.eos_id).double().sum()) for a in articles)
+            expected = sum(float(reader.read(a, kit.tokenizer.start_id).double().sum()) for a in articles)
         assert nats == pytest.approx(expected, abs=1e-9 * expected)
     assert totals.tokens == sum(map(len, articles))
     assert totals.words == len((A + B).split())  # as wc -w counts

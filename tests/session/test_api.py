@@ -244,7 +244,7 @@ def test_a_real_transformer_reads_and_is_evaluated():
 def test_texts_come_in_the_spacing_that_the_model_knows(reader):
     """Static losses of a reading are those of one pass over the text in that spacing; counts are the text's own."""
     (article,) = reader.session.tokenize([dynlm.Article("a", "A", TEXT)])
-    losses_T = score_only(reader.session.reader(dynlm.rules.Static()), article, reader.session.tokenizer.eos_id)
+    losses_T = score_only(reader.session.reader(dynlm.rules.Static()), article, reader.session.tokenizer.start_id)
     assert reader.read(TEXT).static_nats == pytest.approx(float(losses_T.double().sum()), rel=1e-6)
     assert article.n_bytes == len(TEXT.encode())
     assert " ." in reader.session.tokenizer.decode(article.ids_T.tolist())

@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 
-from dynlm.adapt import Reader
 from dynlm.data.tokenizers import tokenize
 from dynlm.session.session import DEFAULT_MODEL, SHIPPED
 from dynlm.types import Article, InputError
@@ -58,8 +57,8 @@ def asked(kind, *arguments):
 
 def own_nats(rule, text):
     """What dynlm's reader says, with the light LSTM."""
-    kit = load_kit("", rule, "article")
-    reader = Reader(kit.model, kit.scorer(kit.model), kit.rule, kit.priors, kit.config)
+    kit = load_session(light=True)
+    reader = kit.reader(kit.rule(rule))
     with reader:
         return float(reader.read(tokenize(kit.tokenizer, [Article("a", "", text)])[0], kit.tokenizer.start_id).sum())
 

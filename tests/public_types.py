@@ -46,6 +46,8 @@ def rules() -> list[dynlm.Rule]:
     assert_type(dynlm.optim.scalar(0.1), torch.nn.Parameter)
     assert_type(dynlm.optim.Range(1e-4, 1.0, 1e-2, "direction").times(2), dynlm.optim.Range)
     dynlm.optim.register(dynlm.rules.SGD, {"lr": dynlm.optim.Range(1e-4, 1.0, 1e-2)})
+    assert_type(dynlm.rules.RMS().save_pretrained("folder"), Path)
+    assert_type(dynlm.rules.RMS().push_to_hub("user/rule"), str)
     return [dynlm.rules.RMS(), dynlm.rules.Gated(), assert_type(dynlm.rules.from_pretrained("folder"), dynlm.Rule)]
 
 

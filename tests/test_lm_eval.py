@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dynlm.data.tokenizers import tokenize
-from dynlm.session.session import DEFAULT_MODEL, SHIPPED
+from dynlm.session.session import DEFAULT_MODEL, SHIPPED, load_session
 from dynlm.types import Article, InputError
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install dynlm[lm-eval]")

@@ -5,7 +5,8 @@ import pytest
 from dynlm.files import write_tensors
 from dynlm.methods import Method
 from dynlm.optim.handmade import RMS
-from dynlm.optim.library import load_rule, save_rule
+from dynlm.optim.library import load_rule
+from dynlm.optim.sharing import save_rule
 from dynlm.runs import Run
 from dynlm.types import InputError
 

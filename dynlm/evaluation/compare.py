@@ -16,7 +16,7 @@ from dynlm.evaluation.metrics import Counts, gain_by_position, holm, paired_gain
 from dynlm.evaluation.stream import Scores
 from dynlm.methods import STATELESS, STATIC, Method
 from dynlm.optim.base import Rule
-from dynlm.optim.hub import fingerprint
+from dynlm.optim.sharing import fingerprint
 from dynlm.results import Comparison, Description, MethodResult, Results, Seeds, Spread, Summary, save_results
 from dynlm.runs import Run, write_tensors
 from dynlm.types import InputError, TokenizedArticle

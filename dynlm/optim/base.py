@@ -19,12 +19,14 @@ import abc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dynlm.kernels import Kernel
+from dynlm.optim import sharing
 
 Slots = tuple[Tensor, ...]
 
@@ -148,6 +150,14 @@ class Rule(nn.Module, abc.ABC):
         rate = getattr(self, "lr", None)
         value = float(rate.detach()) if isinstance(rate, Tensor) else float(getattr(self.config, "lr", 1.0))
         return value if value > 0 else 1.0
+
+    def save_pretrained(self, folder: str | Path, license: str = "apache-2.0") -> Path:
+        """Write the rule and a model card into a folder (:mod:`dynlm.optim.sharing`); returns the rule's file."""
+        return sharing.save_pretrained(self, folder, license=license)
+
+    def push_to_hub(self, repo_id: str, license: str = "apache-2.0") -> str:
+        """Upload the rule as ``user/repo`` (:mod:`dynlm.optim.sharing`); returns the address of the commit."""
+        return sharing.push_to_hub(self, repo_id, license=license)
 
     def init(self, priors: Sequence[Prior]) -> RuleState:
         """The state at θ0: all zeros."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +30,6 @@ def start_rule(name: str, settings: dict[str, float], priors: Sequence[Prior], s
     sizes = {"hidden": hidden} if hidden and "hidden" in hints_of(make.config_class) else {}
     rule: Rule = make.started_at(settings, priors, seed, **sizes)
     return rule
-
-
-def rule_config(rule: Rule) -> dict[str, Any]:
-    """The configuration of a rule, where it has one."""
-    return asdict(rule.config) if rule.config else {}
-
-
-def save_rule(rule: Rule, path: Path, made: runs.Json | None = None) -> None:
-    """Write a rule; ``made`` tells how it was found (objective, trials, steps, …)."""
-    runs.write_tensors(path, rule.state_dict(), {"kind": rule.name, "config": rule_config(rule), "made": made or {}})
 
 
 def load_rule(path: str | Path) -> tuple[Rule, runs.Json]:

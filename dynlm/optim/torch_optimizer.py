@@ -19,8 +19,9 @@ from torch.optim.optimizer import ParamsT
 
 from dynlm.models.params import as_matrix
 from dynlm.optim.base import Clock, Prior, Rule, RuleState
-from dynlm.optim.hub import fingerprint, resolve
+from dynlm.optim.hub import resolve
 from dynlm.optim.kernel import FusedStep, Scale
+from dynlm.optim.sharing import fingerprint
 from dynlm.types import InputError
 
 RMS_DECAY = 0.999  # of the running RMS, per step

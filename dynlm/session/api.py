@@ -23,8 +23,9 @@ from dynlm.meta.train import MetaConfig, MetaProgress, MetaTrainer, divide_meta_
 from dynlm.meta.train import meta_train as meta_training
 from dynlm.meta.tune import TuneConfig, tune_rule
 from dynlm.optim.base import Rule
-from dynlm.optim.library import save_rule, start_rule
+from dynlm.optim.library import start_rule
 from dynlm.optim.registry import RULES, tuned
+from dynlm.optim.sharing import save_rule
 from dynlm.progress import Bar
 from dynlm.session.evaluation import Results, evaluate_readers
 from dynlm.session.reader import Reader

@@ -200,7 +200,7 @@ class Session:
 
     def fingerprints(self, rule: Rule) -> Json:
         """Return the fingerprints of θ0 and of ``rule``."""
-        from dynlm.optim.hub import fingerprint
+        from dynlm.optim.sharing import fingerprint
 
         return {"model": model_fingerprint(self.priors, self.model), "rule": fingerprint(rule)}
 

@@ -9,7 +9,7 @@ from dynlm.evaluation.parts import load_part, save_part
 from dynlm.evaluation.stream import Scores
 from dynlm.kept import free_parts
 from dynlm.methods import Method
-from dynlm.optim.hub import fingerprint
+from dynlm.optim.sharing import fingerprint
 from dynlm.report.maps import require_titles
 from dynlm.report.svg import formats
 from dynlm.results import load_results

@@ -23,8 +23,9 @@ from dynlm.models.causal import CausalScorer, scorer_for
 from dynlm.models.params import adapted_parameters
 from dynlm.models.ready import load_base
 from dynlm.optim.base import Prior, Rule
-from dynlm.optim.library import save_rule, start_rule
+from dynlm.optim.library import start_rule
 from dynlm.optim.registry import RULES
+from dynlm.optim.sharing import save_rule
 from dynlm.progress import Bar
 from dynlm.session.session import Session, open_run, read_prior
 from dynlm.stages.recipe import Recipe, recipe_of_run, require_same

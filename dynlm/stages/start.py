@@ -17,8 +17,8 @@ from dynlm.meta.initialisation import Task
 from dynlm.meta.outer import Checkpoint, OuterProgress, learn_start
 from dynlm.meta.train import divide_meta_split
 from dynlm.methods import Method
-from dynlm.optim.hub import fingerprint
 from dynlm.optim.registry import trained
+from dynlm.optim.sharing import fingerprint
 from dynlm.progress import Bar
 from dynlm.stages.recipe import Recipe
 from dynlm.stages.run import Bench

@@ -12,7 +12,8 @@ from dynlm.kept import free, made_alike, told
 from dynlm.meta.train import divide_meta_split
 from dynlm.meta.tune import tune_rule
 from dynlm.methods import Method
-from dynlm.optim.library import load_rule, save_rule
+from dynlm.optim.library import load_rule
+from dynlm.optim.sharing import save_rule
 from dynlm.progress import Bar
 from dynlm.stages.recipe import Recipe
 from dynlm.stages.run import Bench

@@ -7,8 +7,8 @@ import pytest
 
 from dynlm.cli.main import main
 from dynlm.optim.handmade import SGD
-from dynlm.optim.library import save_rule
 from dynlm.optim.registry import DECAY, RULES
+from dynlm.optim.sharing import save_rule
 from dynlm.runs import Run
 from support.commands import fails
 

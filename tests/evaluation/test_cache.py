@@ -169,7 +169,7 @@ def test_a_model_that_shows_nothing_is_named(tmp_path):
 
     with pytest.raises(InputError, match="shows no hidden states"):
         read(cached((model, score, priors)), make_article(8))
-    from dynlm.optim.library import save_rule
+    from dynlm.optim.sharing import save_rule
 
     save_rule(SGD(), tmp_path / "sgd")
     with pytest.raises(InputError, match="holds no settings of a cache"):

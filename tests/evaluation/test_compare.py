@@ -10,8 +10,8 @@ from dynlm.evaluation.compare import describe, summarize, write_results
 from dynlm.evaluation.metrics import count
 from dynlm.evaluation.stream import Scores, read_articles
 from dynlm.optim.handmade import SGD, Static
-from dynlm.optim.hub import fingerprint
 from dynlm.optim.library import make_rule
+from dynlm.optim.sharing import fingerprint
 from dynlm.runs import Run, read_tensors
 from dynlm.types import InputError
 from lab import START, make_article, make_lab

@@ -7,8 +7,9 @@ from dynlm.meta.train import MetaConfig
 from dynlm.meta.tune import TuneConfig, search_space
 from dynlm.optim import LearnedOptimizer, Range, columns, load, register, registry, scalar
 from dynlm.optim.base import Rule
-from dynlm.optim.library import load_rule, make_rule, save_rule, start_rule
+from dynlm.optim.library import load_rule, make_rule, start_rule
 from dynlm.optim.linear import Linear
+from dynlm.optim.sharing import save_rule
 from dynlm.types import InputError
 from support.steps import make_priors
 

@@ -11,7 +11,8 @@ from dynlm.optim.base import Clock, Coordinates
 from dynlm.optim.gated import Gated
 from dynlm.optim.handmade import RMS, SGD, Adam
 from dynlm.optim.kernel import FusedStep
-from dynlm.optim.library import load_rule, make_rule, save_rule, start_rule
+from dynlm.optim.library import load_rule, make_rule, start_rule
+from dynlm.optim.sharing import save_rule
 from dynlm.types import InputError
 from lab import needs_compiler
 from support.rules import RULES, SETTINGS, make, moved

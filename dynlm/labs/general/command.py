@@ -10,7 +10,7 @@ from dynlm.labs.general.train import GeneralMetaConfig, GeneralTrainer, meta_tra
 from dynlm.meta.train import MetaProgress
 from dynlm.optim.base import Rule
 from dynlm.optim.general import General
-from dynlm.optim.library import save_rule
+from dynlm.optim.sharing import save_rule
 from dynlm.runs import Json, Run
 
 

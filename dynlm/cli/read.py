@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Annotated, BinaryIO, Literal, NamedTuple
+from typing import Annotated, BinaryIO, Literal
 
 import tyro
 
@@ -24,7 +24,7 @@ from dynlm.progress import Bar
 from dynlm.session.reader import Reader
 from dynlm.session.reading import Reading
 from dynlm.session.session import load_session
-from dynlm.session.targets import Target, is_memory, is_page, require_apart
+from dynlm.session.targets import Target, Targets, find_targets
 from dynlm.session.totals import Totals, word_lines
 from dynlm.settings import WIDE, Bound, NotNegative, Settings
 from dynlm.threads import choose_threads
@@ -128,7 +128,8 @@ def read(settings: ReadSettings, stdin: BinaryIO | None = None) -> Totals:
         InputError: bad texts, files, runs, memories, or a place that cannot be written to.
     """
     texts = read_texts(settings.files, stdin)  # names are looked at before anything is loaded
-    targets = _targets(settings)
+    inputs = [name for name in (*settings.files, *settings.prior_text) if name != STDIN]
+    targets = find_targets(settings.html, settings.save_memory, inputs, settings.load_memory, settings.overwrite)
     reader = _reader(settings)
     threads = choose_threads(settings.threads, sum(p.numel() for p in reader.session.model.parameters()))
     if not settings.quiet:
@@ -155,25 +156,6 @@ def read(settings: ReadSettings, stdin: BinaryIO | None = None) -> Totals:
         tell(f"interrupted after {reading.totals.tokens:,} tokens")
         sys.exit(stop.exit_code)
     return reading.totals
-
-
-class Targets(NamedTuple):
-    """The files to write."""
-
-    page: Target | None
-    memory: Target | None
-
-
-def _targets(settings: ReadSettings) -> Targets:
-    """What is to be written, tried before hours of reading."""
-    inputs = [name for name in (*settings.files, *settings.prior_text) if name != STDIN]
-    page = memory = None
-    if settings.html:
-        page = Target(settings.html, [*inputs, settings.load_memory], is_page, settings.overwrite)
-    if settings.save_memory:
-        memory = Target(settings.save_memory, inputs, is_memory, settings.overwrite)
-    require_apart([target for target in (page, memory) if target])
-    return Targets(page, memory)
 
 
 class Outcome:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stderr
 from typing import Literal, TextIO
 
 from dynlm.printable import printable
-from dynlm.report.shades import DARK, LIGHT, Palette, Rgb, contrast, cube, least, shade
+from dynlm.report.shades import DARK, LIGHT, Palette, least, shade, style
 from dynlm.types import InputError
 
 Color = Literal["auto", "always", "never"]
@@ -26,7 +26,6 @@ FIELD = re.compile(
     r"(Error parsing (?:[A-Z]\w*|(?P<section>[a-z][\w.-]*)): |(?=[A-Z]))([A-Z]\w*\.)?(?P<field>\w+)(?= (is|has|names) )"
 )
 """the name of a setting behind what tyro and a class of settings put before it"""
-BLACK, WHITE = 16, 231
 LIGHT_BACKGROUNDS = {7, 9, 10, 11, 12, 13, 14, 15}
 
 
@@ -125,21 +124,3 @@ class Screen:
     def _write_line(self, text: str) -> None:
         self.out.write(text + "\n")
         self.out.flush()
-
-
-def style(level: int, depth: int, colors: Palette = LIGHT) -> str:
-    """The control sequence of a shade; empty for none. Both its colours are fixed, whatever a terminal's theme is."""
-    if not level or not depth:
-        return ""
-    size = abs(level) - 1
-    if depth == 24:
-        paper = (colors.better if level > 0 else colors.worse)[size]
-        red, green, blue = paper
-        return f"\x1b[38;5;{ink(paper)};48;2;{red};{green};{blue}m"
-    code = (colors.better_256 if level > 0 else colors.worse_256)[size]
-    return f"\x1b[38;5;{ink(cube(code))};48;5;{code}m"
-
-
-def ink(paper: Rgb) -> int:
-    """Black or white, as the code of the colour cube: whichever reads better."""
-    return max((BLACK, WHITE), key=lambda code: contrast(cube(code), paper))

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from dynlm.runs import replacing
 from dynlm.session.memory import KIND
@@ -68,6 +69,27 @@ class Target:
 def _kind(mode: int) -> str:
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a loop of links", stat.S_IFIFO: "a pipe"}
     return kinds.get(stat.S_IFMT(mode), "no regular file")
+
+
+class Targets(NamedTuple):
+    """The files to write."""
+
+    page: Target | None
+    memory: Target | None
+
+
+def find_targets(page: str, memory: str, inputs: Sequence[str], loaded: str, overwrite: bool) -> Targets:
+    """Return what is to be written, tried before hours of reading; the page must not replace the memory ``loaded``.
+
+    Raises:
+        InputError: a file that cannot be written, one that is read or not dynlm's, one file for both.
+    """
+    found = Targets(
+        Target(page, [*inputs, loaded], is_page, overwrite) if page else None,
+        Target(memory, inputs, is_memory, overwrite) if memory else None,
+    )
+    require_apart([target for target in found if target])
+    return found
 
 
 def require_apart(targets: Sequence[Target]) -> None:

@@ -221,10 +221,10 @@ class Rule(nn.Module, abc.ABC):
         return tuple(part.view(shape) for part, shape in zip(parts, self.context_shapes, strict=True))
 
     @abc.abstractmethod
-    def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
+    def step(self, w: Coordinates, slots: Slots, context: Slots) -> tuple[Tensor, Slots]:
         """New weights and slots, elementwise, from the arguments alone (no φ of its own): + − × ÷, abs, sqrt, clamp.
 
-        ``expand`` asks for scalar code instead of matrix products: dynlm.optim.trace turns it into C.
+        ``dynlm.optim.features.affine`` is a matrix product that dynlm.optim.trace can turn into C.
         """
 
     def step_kernel(self, n_row: int, n_col: int) -> Kernel | None:

@@ -54,7 +54,7 @@ class Diagonal(GatingNetwork):
         fixed = [*weights, recurrence, self.log2_scale.exp2()]
         return assemble(shared, fixed, biases, self.rms_settings(shared), shared.mean_rms[:, None])
 
-    def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
+    def step(self, w: Coordinates, slots: Slots, context: Slots) -> tuple[Tensor, Slots]:
         *weights, recurrence, scale, bias, row_bias, output_bias, numbers = context
         lr, eps, decay, typical = numbers.unbind()
         f = frame(w, eps, typical)
@@ -66,7 +66,7 @@ class Diagonal(GatingNetwork):
         delta = moved(f, lr * f.share)
         features = [n, n.abs(), delta, n * delta, *states]
         network = (*weights, bias, row_bias, output_bias)
-        update, flush, *shares = self.gates(features, w, network, expand)
+        update, flush, *shares = self.gates(features, w, network)
         momentum = shares[0] * states[0]
         for share, state in zip(shares[1:], states[1:], strict=True):
             momentum = momentum + share * state

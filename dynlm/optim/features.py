@@ -26,15 +26,14 @@ def softsign(x: Tensor) -> Tensor:
     return x / (1 + x.abs())
 
 
-def affine(
-    features: Sequence[Tensor], weight_OF: Tensor, bias: Tensor | Sequence[Tensor], expand: bool
-) -> list[Tensor]:
+def affine(features: Sequence[Tensor], weight_OF: Tensor, bias: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """``weight @ features + bias`` a coordinate, as O tensors.
 
-    ``expand`` writes the product out in scalars, which a compiler fuses into one pass over memory; the plain form is a
-    matrix product. ``bias`` has O entries, or is O tensors that broadcast against the features, as these do.
+    ``bias`` has O entries, or is O tensors that broadcast against the features, as these do. Where a compiler listens
+    (symbols of dynlm.optim.trace, or ``torch.compile``), the product is written out in scalars, which it fuses into one
+    pass over memory.
     """
-    if not expand:
+    if isinstance(weight_OF, Tensor) and not torch.compiler.is_compiling():
         stacked = torch.stack(torch.broadcast_tensors(*features), dim=-1)
         outputs = torch.nn.functional.linear(stacked, weight_OF).unbind(-1)
         return [output + bias[o] for o, output in enumerate(outputs)]

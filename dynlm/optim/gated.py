@@ -57,7 +57,7 @@ class Gated(GatingNetwork):
         inputs = [self.logit_betas.sigmoid(), self.log2_scales.exp2()]
         return assemble(shared, [*weights, *inputs], biases, self.rms_settings(shared), shared.mean_rms[:, None])
 
-    def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
+    def step(self, w: Coordinates, slots: Slots, context: Slots) -> tuple[Tensor, Slots]:
         *weights, inputs, bias, row_bias, output_bias, numbers = context
         beta1, beta2, s0, s1, s2 = inputs.unbind()
         lr, eps, decay, typical = numbers.unbind()
@@ -67,6 +67,6 @@ class Gated(GatingNetwork):
         g, a, b = softsign(s0 * f.normalised), softsign(2 * s1 * m1), softsign(6 * s2 * m2)
         features = [g, a, b, moved(f, lr * f.share), g.abs()]
         network = (*weights, bias, row_bias, output_bias)
-        update, share1, share2, flush = self.gates(features, w, network, expand)
+        update, share1, share2, flush = self.gates(features, w, network)
         direction = power(update) * f.direction + f.share * (share1 * m1 + share2 * m2)
         return w.theta - lr * direction - pull(w, decay, flush) * f.delta, (m1, m2)

@@ -136,7 +136,7 @@ class General(Rule):
         into = hidden @ self.tensor_to_hidden.to(scalars).t()
         return assemble(shared, fixed, into, out[..., 1:], torch.cat(numbers, -1))
 
-    def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
+    def step(self, w: Coordinates, slots: Slots, context: Slots) -> tuple[Tensor, Slots]:
         input_weight, output_weight, betas, bias, output_bias, numbers = context
         beta_m, beta_n, beta_v = betas.unbind()
         lr, filled_m, filled_n, filled_v, over_level = numbers.unbind()
@@ -149,8 +149,8 @@ class General(Rule):
         slow = (filled_n * n * inverse).clamp(-4.0, 4.0)
         now = (w.grad * inverse).clamp(-4.0, 4.0)
         features = [softsign(fast), softsign(slow), softsign(now), softsign(root * over_level)]
-        hidden = [h.abs() for h in affine(features, input_weight, bias, expand)]
-        faster, of_slow, of_now = affine(hidden, output_weight, output_bias, expand)
+        hidden = [h.abs() for h in affine(features, input_weight, bias)]
+        faster, of_slow, of_now = affine(hidden, output_weight, output_bias)
         direction = power(faster) * fast + of_slow * slow + of_now * now
         return w.theta - lr * direction, (m, n, v)
 

@@ -31,7 +31,7 @@ class Static(Rule):
     kind = "baseline"
     reads_gradient = False
 
-    def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
+    def step(self, w: Coordinates, slots: Slots, context: Slots) -> tuple[Tensor, Slots]:
         return w.theta, slots
 
 
@@ -63,7 +63,7 @@ class SGD(HandMade):
     def context(self, shared: Shared) -> Tensor:
         return columns(shared, self.lr, self.decay)
 
-    def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
+    def step(self, w: Coordinates, slots: Slots, context: Slots) -> tuple[Tensor, Slots]:
         lr, decay = context
         return w.theta - lr * w.grad + decay * (w.theta0 - w.theta), slots
 
@@ -82,7 +82,7 @@ class RMS(HandMade):
     def context(self, shared: Shared) -> Tensor:
         return columns(shared, self.lr, self.eps, self.decay * shared.relative_rms.double())
 
-    def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
+    def step(self, w: Coordinates, slots: Slots, context: Slots) -> tuple[Tensor, Slots]:
         lr, eps, decay = context
         pull = (decay * w.rms).clamp(max=1.0)
         return w.theta - lr * (w.grad / (w.rms + eps)) + pull * (w.theta0 - w.theta), slots
@@ -117,7 +117,7 @@ class Adam(HandMade):
         correction2 = (1 - self.beta2**shared.step).sqrt()
         return columns(shared, lr, self.eps, self.decay, self.beta1, self.beta2, correction2)
 
-    def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
+    def step(self, w: Coordinates, slots: Slots, context: Slots) -> tuple[Tensor, Slots]:
         lr, eps, decay, beta1, beta2, correction2 = context
         m = beta1 * slots[0] + (1 - beta1) * w.grad
         v = beta2 * slots[1] + (1 - beta2) * w.grad.square()

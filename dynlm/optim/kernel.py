@@ -137,7 +137,7 @@ class FusedStep:
         if self.torch_compiled is None:
 
             def step(w: Coordinates, slots: Slots, context: Slots) -> Slots:
-                theta, new_slots = self.rule.step(w, slots, context, expand=True)
+                theta, new_slots = self.rule.step(w, slots, context)
                 w.theta.copy_(theta)
                 return new_slots
 

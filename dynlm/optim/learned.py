@@ -136,13 +136,13 @@ class GatingNetwork(Learned):
         out = scalars @ self.output_scalars.to(scalars).t() + embedded(self.output_tensors, shared)
         return fixed, torch.cat([into, out], -1)
 
-    def gates(self, features: Sequence[Tensor], w: Coordinates, network: Slots, expand: bool) -> list[Tensor]:
+    def gates(self, features: Sequence[Tensor], w: Coordinates, network: Slots) -> list[Tensor]:
         """The outputs of the network, each (R, C) or (K,)."""
         input_weight, row_weight, row_to_hidden, output_weight, row_to_output, bias, row_bias, output_bias = network
-        of_row = [h.abs() for h in affine(w.row, row_weight, row_bias, expand)]
-        hidden_bias = affine(of_row, row_to_hidden, bias, expand)
-        hidden = [h.abs() for h in affine([*features, *w.col], input_weight, hidden_bias, expand)]
-        outputs = affine(hidden, output_weight, affine(of_row, row_to_output, output_bias, expand), expand)
+        of_row = [h.abs() for h in affine(w.row, row_weight, row_bias)]
+        hidden_bias = affine(of_row, row_to_hidden, bias)
+        hidden = [h.abs() for h in affine([*features, *w.col], input_weight, hidden_bias)]
+        outputs = affine(hidden, output_weight, affine(of_row, row_to_output, output_bias))
         return [self.gate(x) for x in outputs]
 
 

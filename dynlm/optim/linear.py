@@ -46,6 +46,6 @@ class Linear(Rule):
     def context(self, shared: Shared) -> Tensor:
         return columns(shared, self.weight, self.bias * shared.mean_rms.double())
 
-    def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
+    def step(self, w: Coordinates, slots: Slots, context: Slots) -> tuple[Tensor, Slots]:
         weight, bias = context
         return w.theta + weight * w.grad + bias, slots

@@ -74,7 +74,7 @@ class MLP(Learned):
         varying = [h @ self.tensor_output.to(dtype).t(), h @ self.tensor_settings.to(dtype).t()]
         return assemble(shared, fixed, *varying, self.rms_settings(shared), shared.mean_rms[:, None]), h
 
-    def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
+    def step(self, w: Coordinates, slots: Slots, context: Slots) -> tuple[Tensor, Slots]:
         first_weight, second_weight, second_bias, output_weight, betas, first_bias, numbers = context
         faster, flush, direction_bias, size_bias, lr, eps, decay, typical = numbers.unbind()
         beta, n_means = betas.unbind(), N_MEANS
@@ -87,9 +87,9 @@ class MLP(Learned):
         ratios = [softsign(m * inverse) for m in means]
         features = [squashed, squashed.abs(), softsign(n * inverse), delta, w.rms / f.floor]
         features += [*(softsign(2 * m) for m in means), *ratios, *w.row, *w.col]
-        hidden = [leaky(h) for h in affine(features, first_weight, first_bias, expand)]
-        hidden = [leaky(h) for h in affine(hidden, second_weight, second_bias, expand)]
-        direction, size = map(self.gate, affine(hidden, output_weight, (direction_bias, size_bias), expand))
+        hidden = [leaky(h) for h in affine(features, first_weight, first_bias)]
+        hidden = [leaky(h) for h in affine(hidden, second_weight, second_bias)]
+        direction, size = map(self.gate, affine(hidden, output_weight, (direction_bias, size_bias)))
         step = power(faster) * f.direction + f.share * direction * power(size)
         return w.theta - lr * step - pull(w, decay, flush) * f.delta, (*means, second)
 

@@ -82,7 +82,7 @@ class Recurrent(Learned):
     def step_kernel(self, n_row: int, n_col: int) -> Kernel:
         return recurrent_kernel(self.name, self.config.hidden, self.config.layers, n_row, n_col)
 
-    def step(self, w: Coordinates, slots: Slots, context: Slots, expand: bool = False) -> tuple[Tensor, Slots]:
+    def step(self, w: Coordinates, slots: Slots, context: Slots) -> tuple[Tensor, Slots]:
         *layers, output_weight, numbers = context
         lr, eps, decay, scale, typical = numbers.unbind()
         f = frame(w, eps, typical)

@@ -139,6 +139,6 @@ def trace_step(rule: Rule, n_row: int, n_col: int) -> Traced:
     col = tuple(program.add(Node("col", name=str(k))) for k in range(n_col))
     coordinates: Any = Coordinates
     step: Any = rule.step
-    theta, slots = step(coordinates(*fields[:4], row, col), tuple(fields[4:]), tuple(symbols), expand=True)
+    theta, slots = step(coordinates(*fields[:4], row, col), tuple(fields[4:]), tuple(symbols))
     outputs = (theta.number, *(slot.number for slot in slots))
     return Traced(program, outputs, n_row, n_col, offset)

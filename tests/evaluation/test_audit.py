@@ -156,8 +156,8 @@ def test_a_rate_of_zero_that_still_moves_fails():
     class Drifts(SGD):
         traceable = False
 
-        def step(self, w, slots, context, expand=False):
-            theta, slots = super().step(w, slots, context, expand)
+        def step(self, w, slots, context):
+            theta, slots = super().step(w, slots, context)
             return theta * 1.001, slots
 
     rule = Drifts(0.1)

@@ -57,7 +57,7 @@ def test_fused_step_equals_the_plain_update_where_a_cell_starts(name):
 
 
 @pytest.mark.parametrize("name", [name for name in RULES if make(name, make_priors(torch.float64)).traceable])
-def test_scalar_code_equals_matrix_products(name):
+def test_scalar_code_equals_matrix_products(name, monkeypatch):
     priors = make_priors(torch.float64)
     rule, prior = make(name, priors), priors[0]
     clock = Clock()
@@ -69,7 +69,8 @@ def test_scalar_code_equals_matrix_products(name):
     context_nN, _ = rule.tensor_step(rule.shared([prior], seen.scalars, [clock.step]), rule.init([prior]).tensors)
     context = rule.split(context_nN[0].to(grad))
     theta, new_slots = rule.step(w, slots, context)
-    theta_expanded, slots_expanded = rule.step(w, slots, context, expand=True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    theta_expanded, slots_expanded = rule.step(w, slots, context)
     torch.testing.assert_close(theta_expanded, theta, rtol=1e-12, atol=1e-14)
     for a, b in zip(slots_expanded, new_slots, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
@@ -141,10 +142,12 @@ def test_a_nan_gradient_stays_visible_in_the_compiled_step():
 
 @pytest.mark.slow
 @needs_compiler
-def test_torch_compiles_the_same_step(monkeypatch):
+@pytest.mark.parametrize("name", ["adam", "general"])
+def test_torch_compiles_the_same_step(name, monkeypatch):
     """What a GPU with Triton runs, here by torch's C++ code."""
     monkeypatch.setenv("DYNLM_KERNEL", "torch")
-    rule, priors = make("adam", []), make_priors(torch.float32)
+    priors = make_priors(torch.float32)
+    rule = make(name, priors)
     with torch.no_grad():
         plain, _ = run_plain(rule, priors, 3)
     compiled, _ = run_fused(rule, priors, 3, None)

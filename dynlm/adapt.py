@@ -22,7 +22,7 @@ from dynlm.allocator import keep_freed_memory
 from dynlm.data.segments import article_segments
 from dynlm.models.params import Adapted, adapted_parameters, as_matrix, matched_parameters
 from dynlm.optim.base import Prior, Rule, RuleState, Seen
-from dynlm.optim.kernel import FusedStep
+from dynlm.optim.kernel import InPlaceUpdate
 from dynlm.settings import Count, NotEmpty, NotNegative, Settings
 from dynlm.types import DivergedError, InputError, TokenizedArticle
 
@@ -48,7 +48,7 @@ class ReadConfig(Settings):
     params: Annotated[tuple[str, ...], NotEmpty()] = ("*",)
     """globs on names of the adapted parameters; tied tensors count once"""
     kernel: Literal["auto", "compiled", "eager"] = "auto"
-    """auto compiles the update step where a C++ compiler is present"""
+    """auto compiles the update step where a C compiler is present"""
     trust: NotNegative = 3.0
     """trust region: a tensor's gradient is scaled down to at most this many times its usual norm; 0: as it is"""
 
@@ -106,7 +106,7 @@ class Reader:
             )
         self.parameters = [a.parameter for a in self.adapted]
         self.thetas = [a.matrix_RC for a in self.adapted]
-        self.apply: UpdateStep = FusedStep(rule, {"auto": None, "compiled": True, "eager": False}[config.kernel])
+        self.apply: UpdateStep = InPlaceUpdate(rule, {"auto": None, "compiled": True, "eager": False}[config.kernel])
         self.largest, self.clipped = largest_norms(priors, config.trust), 0
         """updates so far whose gradient left the trust region"""
         self.begin()

@@ -1,8 +1,8 @@
-"""The one door into C: kernels whose sizes, numbers and arrays have names.
+"""The one door into C: kernels whose arguments have names.
 
-A :class:`Kernel` prints its own prototype from these names, so that they cannot be confused between Python and C, and
-before every call it compares each array with what it declares: dtype, shape, contiguity, device. What does not fit is
-one clear error, and C is not called.
+A :class:`Kernel` prints its own prototype from the names of its sizes, numbers and arrays, and a call gives each by its
+name, so that they cannot be confused between Python and C. Before every call each array is compared with what it is
+declared to be: dtype, shape, contiguity, device. What does not fit is one clear error, and C is not called.
 """
 
 from __future__ import annotations
@@ -23,6 +23,18 @@ KINDS = {"double": torch.float64, "int": torch.int32, "bf16": torch.bfloat16}
 MOST_PLANS = 1000  # of sizes that are remembered
 
 
+class Long(NamedTuple):
+    """A whole number, ``long`` in C, of which the shapes of arrays are made."""
+
+    name: str
+
+
+class Double(NamedTuple):
+    """A number in double precision."""
+
+    name: str
+
+
 class Array(NamedTuple):
     """An array that a kernel reads or, as an ``out``, changes in place."""
 
@@ -34,16 +46,39 @@ class Array(NamedTuple):
     out: bool = False
 
 
-class Each(NamedTuple):
-    """The sizes and arrays of one of the n tensors that a kernel works on."""
-
-    sizes: Sequence[int]
-    arrays: Mapping[str, Tensor]
+Argument = Long | Double | Array
+Given = Mapping[str, Tensor | float]
+"""what a call gives, by name"""
 
 
-class _Declared(NamedTuple):
-    sizes: tuple[str, ...]
-    arrays: tuple[Array, ...]
+class _Declared:
+    """Arguments by kind, in the order in which C gets them."""
+
+    def __init__(self, arguments: Sequence[Argument]) -> None:
+        self.names = [argument.name for argument in arguments]
+        self.sizes = [a.name for a in arguments if isinstance(a, Long)]
+        self.numbers = [a.name for a in arguments if isinstance(a, Double)]
+        self.arrays = [a for a in arguments if isinstance(a, Array)]
+        self.plans: dict[tuple[Any, ...], _Plan] = {}
+
+    def lines(self, at: Sequence[str] = ("", "", "")) -> list[str]:
+        """C that declares them; ``at`` is where its sizes, numbers and arrays begin."""
+        lines = [f"const long {name} = sizes[{at[0]}{i}];" for i, name in enumerate(self.sizes)]
+        lines += [f"const double {name} = numbers[{at[1]}{i}];" for i, name in enumerate(self.numbers)]
+        for i, array in enumerate(self.arrays):
+            constant = "" if array.out else "const "
+            lines.append(f"{constant}{array.kind} *restrict {array.name} = arrays[{at[2]}{i}];")
+        return lines
+
+
+class _Values(NamedTuple):
+    """What C gets."""
+
+    sizes: list[int]
+    numbers: list[float]
+    addresses: list[int]
+    kept: list[Tensor]
+    """copies that must outlive the call"""
 
 
 class Kernel:
@@ -51,41 +86,24 @@ class Kernel:
 
     Args:
         name: the function's.
-        body: its C, which finds all that follows declared: whole numbers as ``long``, arrays as pointers.
-        sizes: names of whole numbers.
-        numbers: names of numbers in double precision.
-        arrays: arrays that come once.
-        each_sizes: names of whole numbers that each of n tensors has; ``EACH(k)`` in the body declares those of
-            tensor k.
-        each: arrays that each of them has.
+        body: its C, which finds all that follows declared, arrays as pointers.
+        arguments: those that come once.
+        each: those that each of n tensors has; ``EACH(k)`` in the body declares those of tensor k.
         head: C before the function.
     """
 
     def __init__(
-        self,
-        name: str,
-        body: str,
-        *,
-        sizes: Sequence[str] = (),
-        numbers: Sequence[str] = (),
-        arrays: Sequence[Array] = (),
-        each_sizes: Sequence[str] = (),
-        each: Sequence[Array] = (),
-        head: str = "",
+        self, name: str, body: str, arguments: Sequence[Argument], each: Sequence[Argument] = (), head: str = ""
     ) -> None:
-        self.name, self.numbers = name, tuple(numbers)
-        self.once, self.each = _Declared(tuple(sizes), tuple(arrays)), _Declared(tuple(each_sizes), tuple(each))
-        self._plans: dict[tuple[Any, ...], _Plan] = {}
-        once = [*_declarations(self.once), *(f"const double {x} = numbers[{i}];" for i, x in enumerate(numbers))]
-        of_each = _declarations(
-            self.each, f"{len(sizes)} + {len(each_sizes)} * (k) + ", f"{len(arrays)} + {len(each)} * (k) + "
-        )
+        self.name, self.once, self.each = name, _Declared(arguments), _Declared(each)
+        both = [(getattr(self.once, kind), getattr(self.each, kind)) for kind in ("sizes", "numbers", "arrays")]
+        of_each = self.each.lines([f"{len(once)} + {len(each)} * (k) + " for once, each in both])
         self.source = "\n".join(
             [
                 head,
                 f"#define EACH(k) {' '.join(of_each)}",
                 f"void {name}(long n, const long *sizes, const double *numbers, void *const *arrays) {{",
-                *(f"  {line}" for line in once),
+                *(f"  {line}" for line in self.once.lines()),
                 body,
                 "}",
                 "",
@@ -100,44 +118,35 @@ class Kernel:
         """The part of :meth:`serves` that is this kernel's own; a failure is noted once."""
         return _function(self, dtype) is not None
 
-    def __call__(
-        self,
-        sizes: Sequence[int],
-        arrays: Mapping[str, Tensor],
-        *,
-        numbers: Sequence[float] = (),
-        each: Sequence[Each] = (),
-    ) -> None:
-        """Run on these arrays, of which the ``out`` ones change in place and share their memory with no other.
+    def __call__(self, given: Given, each: Sequence[Given] = ()) -> None:
+        """Run on these arguments; ``out`` arrays change in place and share their memory with no other.
 
         Of an array that is only read, a copy is taken where it is not contiguous or its sign is kept apart.
 
         Raises:
-            InputError: an array is missing, or is not what its declaration says; nothing has run.
+            InputError: an argument is missing, or is not what its declaration says; nothing has run.
         """
-        dtype, n, values = self._dtype(arrays, each), len(each), list(sizes)
-        common, kept = (*sizes, n), list[Tensor]()
-        addresses = self._addresses(self.once, arrays, (dtype, common), kept)
-        for k, (own, of_tensor) in enumerate(each):
-            addresses += self._addresses(self.each, of_tensor, (dtype, common, *own), kept, k)
-            values += own
-        if len(numbers) != len(self.numbers):
-            raise InputError(f"kernel {self.name!r} takes the numbers {self.numbers} and got {len(numbers)}")
-        function = _function(self, dtype)
+        values = _Values([], [], [], [])
+        key: tuple[Any, ...] = (self._dtype(given, each), len(each))
+        self._read(self.once, given, key, values)
+        key += (*values.sizes,)
+        for k, of_tensor in enumerate(each):
+            self._read(self.each, of_tensor, key, values, f" of tensor {k}")
+        function = _function(self, key[0])
         if function is None:
             raise InputError(f"kernel {self.name!r} could not be built: set DYNLM_KERNEL=eager to go on without it")
         function(
-            ctypes.c_long(n),
-            (ctypes.c_long * len(values))(*values),
-            (ctypes.c_double * len(numbers))(*numbers),
-            (ctypes.c_void_p * len(addresses))(*addresses),
+            ctypes.c_long(len(each)),
+            (ctypes.c_long * len(values.sizes))(*values.sizes),
+            (ctypes.c_double * len(values.numbers))(*values.numbers),
+            (ctypes.c_void_p * len(values.addresses))(*values.addresses),
         )
 
-    def _dtype(self, arrays: Mapping[str, Tensor], each: Sequence[Each]) -> torch.dtype:
+    def _dtype(self, given: Given, each: Sequence[Given]) -> torch.dtype:
         """What T is: the dtype of the first array of that type."""
-        for declared, given in ((self.once, arrays), *((self.each, of_tensor.arrays) for of_tensor in each[:1])):
+        for declared, of_one in ((self.once, given), *((self.each, of_tensor) for of_tensor in each[:1])):
             for array in declared.arrays:
-                if array.kind == "T" and isinstance(first := given.get(array.name), Tensor):
+                if array.kind == "T" and isinstance(first := of_one.get(array.name), Tensor):
                     if first.dtype in TYPES:
                         return first.dtype
                     raise InputError(
@@ -145,50 +154,48 @@ class Kernel:
                     )
         raise InputError(f"kernel {self.name!r} got no array of numbers")
 
-    def _addresses(
-        self,
-        declared: _Declared,
-        arrays: Mapping[str, Tensor],
-        key: tuple[Any, ...],
-        kept: list[Tensor],
-        k: int | None = None,
-    ) -> list[int]:
-        """Where the arrays lie, in the order of their declarations, once all of them fit; copies are ``kept``."""
-        plan = self._plans.get(key)
+    def _read(self, declared: _Declared, given: Given, key: tuple[Any, ...], values: _Values, where: str = "") -> None:
+        """Add what is given to ``values``, in the order of the declarations, once all of it fits."""
+        if len(given) != len(declared.names):
+            raise InputError(f"kernel {self.name!r} takes {declared.names}{where} and got {list(given)}")
+        sizes: list[Any] = [given.get(name) for name in declared.sizes]
+        numbers: list[Any] = [given.get(name) for name in declared.numbers]
+        for name, value in zip(declared.sizes + declared.numbers, sizes + numbers, strict=True):
+            if not isinstance(value, int) and (name in declared.sizes or not isinstance(value, float)):
+                expected = "a whole number" if name in declared.sizes else "a number"
+                raise InputError(f"kernel {self.name!r} takes {name}{where} as {expected}, and got {_shown(value)}")
+        values.sizes.extend(sizes)
+        values.numbers.extend(numbers)
+        plan = declared.plans.get((*key, *sizes))
         if plan is None:
-            if len(self._plans) >= MOST_PLANS:
-                self._plans.clear()
-            plan = self._plans[key] = self._plan(declared, *key)
-        where, addresses = "" if k is None else f" of tensor {k}", []
-        if len(arrays) != len(plan):
-            names = [array.name for array in declared.arrays]
-            raise InputError(f"kernel {self.name!r} takes the arrays {names}{where} and got {list(arrays)}")
+            plan = self._plan(declared, *key, *sizes)
         for name, dtype, shape, out in plan:
-            array: Any = arrays.get(name)
+            array: Any = given.get(name)
             try:
                 if array.dtype is dtype and array.shape == shape and array.is_cpu:
                     lies_right = array.is_contiguous() and not array.is_neg()
                     if not lies_right and not out:
                         array = array.contiguous().resolve_neg()
-                        kept.append(array)
+                        values.kept.append(array)
                     address = array.data_ptr()
                     if (lies_right or not out) and (address or not array.numel()):
-                        addresses.append(address)
+                        values.addresses.append(address)
                         continue
             except (AttributeError, RuntimeError):  # no tensor, or one without memory of its own, as while tracing
                 pass
             expected = f"{_name(dtype)} {list(shape)}, contiguous, on the CPU"
             raise InputError(f"kernel {self.name!r} takes {name}{where} as {expected}, and got {_shown(array)}")
-        return addresses
 
-    def _plan(self, declared: _Declared, dtype: torch.dtype, common: tuple[int, ...], *own: int) -> _Plan:
+    def _plan(self, declared: _Declared, dtype: torch.dtype, *sizes: int) -> _Plan:
         """Name, dtype and shape of each array at these sizes, and whether it changes."""
-        names = (*self.once.sizes, "n", *(self.each.sizes if declared is self.each else ()))
-        sizes = dict(zip(names, (*common, *own), strict=True))
-        plan = []
+        names = ("n", *self.once.sizes, *(self.each.sizes if declared is self.each else ()))
+        named, plan = dict(zip(names, sizes, strict=True)), []
         for array in declared.arrays:
-            shape = torch.Size(_extent(text, sizes) for text in array.shape.split(",") if text)
+            shape = torch.Size(_extent(text, named) for text in array.shape.split(",") if text)
             plan.append((array.name, KINDS.get(array.kind, dtype), shape, array.out))
+        if len(declared.plans) >= MOST_PLANS:
+            declared.plans.clear()
+        declared.plans[dtype, *sizes] = plan
         return plan
 
 
@@ -222,14 +229,6 @@ def _extent(text: str, sizes: Mapping[str, int]) -> int:
     """A sum of products of names and whole numbers."""
     products = ([factor.strip() for factor in term.split("*")] for term in text.split("+"))
     return sum(math.prod(int(f) if f.isdigit() else sizes[f] for f in factors) for factors in products)
-
-
-def _declarations(declared: _Declared, size_at: str = "", array_at: str = "") -> list[str]:
-    lines = [f"const long {name} = sizes[{size_at}{i}];" for i, name in enumerate(declared.sizes)]
-    for i, array in enumerate(declared.arrays):
-        constant = "" if array.out else "const "
-        lines.append(f"{constant}{array.kind} *restrict {array.name} = arrays[{array_at}{i}];")
-    return lines
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -16,7 +16,7 @@ from dynlm import compile_cache, compiler, kernels
 from dynlm.compiler import supported, why_not
 from dynlm.optim.base import Prior
 from dynlm.optim.handmade import SGD
-from dynlm.optim.kernel import FusedStep
+from dynlm.optim.kernel import InPlaceUpdate
 from dynlm.types import InputError
 from lab import needs_compiler
 from support.optimizers import moved
@@ -65,7 +65,7 @@ def step_with(name, compiled=None):
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
     priors = [Prior("", draw(*s), draw(*s).abs() + 0.1, 0.8, 1.0) for s in shapes]
     state, thetas = rule.init(priors), [p.theta0.clone() for p in priors]
-    step = FusedStep(rule, compiled)
+    step = InPlaceUpdate(rule, compiled)
     for _ in range(3):
         state.clock.tick(3.0)
         step(thetas, [draw(*s) for s in shapes], state, priors)
@@ -115,7 +115,7 @@ def test_a_compiler_that_does_not_work_is_noted_once_and_torch_takes_over(script
 def test_compiled_insists(script, compile_with, monkeypatch, caplog):
     path = compile_with(script)
     with pytest.raises(InputError, match=f"^read.kernel is 'compiled', but {path} "):
-        FusedStep(SGD(), compiled=True)
+        InPlaceUpdate(SGD(), compiled=True)
     monkeypatch.setenv("DYNLM_KERNEL", "compiled")
     with pytest.raises(InputError, match=f"^DYNLM_KERNEL is 'compiled', but {path} ") as error:
         step_with("sgd")
@@ -227,7 +227,7 @@ def test_who_asks_for_torch_is_not_told_of_it(chosen, monkeypatch, caplog, compi
 def test_an_unknown_kernel_is_one_clear_line(value, monkeypatch):
     monkeypatch.setenv("DYNLM_KERNEL", value)
     with pytest.raises(InputError, match=r"^DYNLM_KERNEL is '.*': set it to one of auto, compiled, eager") as error:
-        FusedStep(SGD())
+        InPlaceUpdate(SGD())
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="DYNLM_KERNEL is"):
         supported(torch.zeros(1))

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import dynlm
-from dynlm.kernels import Array, Each, Kernel
+from dynlm.kernels import Array, Double, Kernel, Long
 from dynlm.labs.general.gru import gru
 from dynlm.meta.replay import Replay
 from dynlm.models.recurrence import lstm_layer
 from dynlm.optim.adjoint import FusedAdjoint
 from dynlm.optim.base import Clock, Coordinates, Prior
-from dynlm.optim.kernel import FusedStep, ReplayWork, Scale
+from dynlm.optim.kernel import InPlaceUpdate, ReplayWork, Scale
 from dynlm.types import InputError
 from lab import needs_compiler
 from support.optimizers import moved
@@ -34,13 +34,13 @@ def priors():
     return [Prior(f"t{i}", draw(*s, seed=i), draw(*s, seed=9 + i).abs() + 0.1, 0.8, 1.0) for i, s in enumerate(SHAPES)]
 
 
-def fused_step(name, scale=None, dtype=torch.float32):
+def fused_step(name, scales=None, dtype=torch.float32):
     def run():
         rule = moved(name)
         state, thetas = rule.init(priors()), [p.theta0.clone() for p in priors()]
         state.slots = [tuple(slot.to(dtype) for slot in of_one) for of_one in state.slots]
         state.clock.tick(3.0)
-        FusedStep(rule)(thetas, [draw(*s, seed=20) for s in SHAPES], state, priors(), scale)
+        InPlaceUpdate(rule)(thetas, [draw(*s, seed=20) for s in SHAPES], state, priors(), scales)
 
     return run
 
@@ -84,7 +84,7 @@ def gru_both_ways():
 
 DOORS = {
     "step": fused_step("adam"),
-    "scaled": fused_step("rms", Scale(0.5, 0.9)),
+    "scaled": fused_step("rms", [Scale(0.5, 0.9), Scale(), Scale(2.0, 0.8)]),
     "half": fused_step("adam", dtype=torch.bfloat16),
     "look": fused_step("gated"),
     "means": fused_step("general"),
@@ -98,12 +98,12 @@ DOORS = {
 
 
 def calls_of(run, monkeypatch):
-    """(kernel, sizes, arrays, options) of every call into C."""
+    """(kernel, what it was given, what of each tensor) of every call into C."""
     calls, call = [], Kernel.__call__
 
-    def record(self, sizes, arrays, **options):
-        calls.append((self, sizes, arrays, options))
-        call(self, sizes, arrays, **options)
+    def record(self, given, each=()):
+        calls.append((self, given, each))
+        call(self, given, each)
 
     with monkeypatch.context() as patch:
         patch.setattr(Kernel, "__call__", record)
@@ -135,6 +135,14 @@ FAULTS = {
 }
 
 
+NO_NUMBERS = {"nothing": None, "text": "3", "tensor": torch.tensor(3)}
+"""what a size or a number cannot be"""
+
+
+def tensors_of(given):
+    return {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+
+
 def faulty(array, tensor):
     """Everything that an array can be instead, but what is the same to C."""
     for name, change in FAULTS.items():
@@ -146,23 +154,22 @@ def faulty(array, tensor):
 
 @pytest.mark.parametrize("door", DOORS)
 def test_every_array_of_every_door_is_checked(door, monkeypatch):
-    for kernel, sizes, arrays, options in calls_of(DOORS[door], monkeypatch):
-        each = options.pop("each", ())
-        groups = [(arrays, ""), *((e.arrays, f" of tensor {k}") for k, e in enumerate(each))]
-        before = {id(t): t.clone() for of_one, _ in groups for t in of_one.values()}
+    for kernel, given, each in calls_of(DOORS[door], monkeypatch):
+        groups = [(given, ""), *((of_tensor, f" of tensor {k}") for k, of_tensor in enumerate(each))]
+        before = {id(t): t.clone() for of_one, _ in groups for t in tensors_of(of_one).values()}
+        declared = {a.name: a for a in (*kernel.once.arrays, *kernel.each.arrays)}
         for number, (of_one, where) in enumerate(groups):
-            for name, tensor in of_one.items():
-                declared = {a.name: a for a in (*kernel.once.arrays, *kernel.each.arrays)}
-                for fault, wrong in faulty(declared[name], tensor):
-                    changed = [{**g, name: wrong} if i == number else g for i, (g, _) in enumerate(groups)]
-                    now = [Each(e.sizes, g) for e, g in zip(each, changed[1:], strict=True)]
+            for name, value in of_one.items():
+                faults = faulty(declared[name], value) if name in declared else NO_NUMBERS.items()
+                for fault, wrong in faults:
+                    first, *others = [{**g, name: wrong} if i == number else g for i, (g, _) in enumerate(groups)]
                     with pytest.raises(InputError, match=f"^kernel '{kernel.name}' takes ") as error:
-                        kernel(sizes, changed[0], each=now, **options)
+                        kernel(first, others)
                     assert "\n" not in str(error.value), fault
                     assert fault in ("float64", "integers") or f"takes {name}{where} as " in str(error.value)
         for of_one, _ in groups:
-            assert all(torch.equal(t, before[id(t)]) for t in of_one.values())  # C never ran
-        kernel(sizes, arrays, each=each, **options)  # as it was, it runs
+            assert all(torch.equal(t, before[id(t)]) for t in tensors_of(of_one).values())  # C never ran
+        kernel(given, each)  # as it was, it runs
 
 
 LAYOUTS = {"scattered": scattered, "negated": lambda t: torch._neg_view(-t) if t.is_floating_point() else t}
@@ -171,55 +178,59 @@ LAYOUTS = {"scattered": scattered, "negated": lambda t: torch._neg_view(-t) if t
 @pytest.mark.parametrize("lay", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("door", DOORS)
 def test_what_is_only_read_may_lie_as_it_likes(door, lay, monkeypatch):
-    for kernel, sizes, arrays, options in calls_of(DOORS[door], monkeypatch):
-        changing = {a.name for a in (*kernel.once.arrays, *kernel.each.arrays) if a.out}
-        each, results = options.pop("each", ()), []
+    for kernel, given, each in calls_of(DOORS[door], monkeypatch):
+        changing, results = {a.name for a in (*kernel.once.arrays, *kernel.each.arrays) if a.out}, []
         for change in (torch.clone, lay):
-            groups = [arrays, *(e.arrays for e in each)]
-            groups = [{n: t.clone() if n in changing else change(t) for n, t in g.items()} for g in groups]
-            kernel(sizes, groups[0], each=[Each(e.sizes, g) for e, g in zip(each, groups[1:], strict=True)], **options)
+            groups = []
+            for of_one in (given, *each):
+                laid = {n: t.clone() if n in changing else change(t) for n, t in tensors_of(of_one).items()}
+                groups.append({**of_one, **laid})
+            kernel(groups[0], groups[1:])
             results.append([g[name] for g in groups for name in g if name in changing])
         assert results[0]
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_an_array_too_few_or_under_another_name_is_refused(monkeypatch):
-    ((kernel, sizes, arrays, _),) = calls_of(DOORS["back"], monkeypatch)
-    for wrong in ({k: v for k, v in arrays.items() if k != "h_to_c"}, {**arrays, "more": arrays["grad"]}):
-        with pytest.raises(InputError, match="takes the arrays"):
-            kernel(sizes, wrong)
-    with pytest.raises(InputError, match="takes h_to_c as"):
-        kernel(sizes, {"other" if k == "h_to_c" else k: v for k, v in arrays.items()})
+@pytest.mark.parametrize("name", ["h_to_c", "H"])
+def test_an_argument_too_few_or_under_another_name_is_refused(name, monkeypatch):
+    ((kernel, given, _),) = calls_of(DOORS["back"], monkeypatch)
+    for wrong in ({k: v for k, v in given.items() if k != name}, {**given, "more": given[name]}):
+        with pytest.raises(InputError, match=re.escape("takes ['steps', 'H', 'grad', ")):
+            kernel(wrong)
+    with pytest.raises(InputError, match=f"takes {name} as"):
+        kernel({"other" if k == name else k: v for k, v in given.items()})
     with pytest.raises(InputError, match="float32 or float64, not float16"):
-        kernel(sizes, {k: v.half() for k, v in arrays.items()})
+        kernel({**given, **{k: v.half() for k, v in tensors_of(given).items()}})
 
 
 def test_sizes_follow_the_arrays(monkeypatch):
-    ((kernel, (steps, width), arrays, _),) = calls_of(DOORS["back"], monkeypatch)
-    for sizes in ((steps + 1, width), (steps, width + 1), (steps - 1, width)):
+    ((kernel, given, _),) = calls_of(DOORS["back"], monkeypatch)
+    for wrong in ({"steps": given["steps"] + 1}, {"H": given["H"] + 1}, {"steps": given["steps"] - 1}):
         with pytest.raises(InputError, match=r"takes \w+ as float32"):
-            kernel(sizes, arrays)
+            kernel({**given, **wrong})
+    with pytest.raises(InputError, match="takes H as a whole number, and got float"):
+        kernel({**given, "H": float(given["H"])})
 
 
 def test_arrays_reach_c_by_name_and_sums_and_products_of_sizes_count():
     kernel = Kernel(
         "add",
-        "for (long k = 0; k < n; k++) { EACH(k) for (long i = 0; i < m; i++) y[i] = factor * x[i] + *bias + m; }",
-        numbers=("factor",),
-        arrays=(Array("bias"),),
-        each_sizes=("m",),
-        each=(Array("x", "m"), Array("y", "m", out=True)),
+        """for (long k = 0; k < n; k++) {
+          EACH(k) for (long i = 0; i < m; i++) y[i] = factor * x[i] + *bias + m + shift;
+        }""",
+        (Double("factor"), Array("bias")),
+        (Double("shift"), Long("m"), Array("x", "m"), Array("y", "m", out=True)),
     )
     for dtype in (torch.float32, torch.float64):
         xs = [torch.arange(3.0, dtype=dtype), torch.ones(2, dtype=dtype)]
         ys = [torch.zeros_like(x) for x in xs]
-        each = [Each((len(x),), {"y": y, "x": x}) for x, y in zip(xs, ys, strict=True)]
-        kernel((), {"bias": torch.tensor(0.5, dtype=dtype)}, numbers=(2.0,), each=each)
-        assert [y.tolist() for y in ys] == [[3.5, 5.5, 7.5], [4.5, 4.5]]
-    shapes = Kernel("f", "", sizes=("S", "D"), arrays=(Array("a", "S + 1, 3 * D"), Array("b", "2 * D + S")))
-    shapes((2, 4), {"a": torch.zeros(3, 12), "b": torch.zeros(10)})
+        each = [{"y": y, "m": len(x), "x": x, "shift": 10 * k} for k, (x, y) in enumerate(zip(xs, ys, strict=True))]
+        kernel({"bias": torch.tensor(0.5, dtype=dtype), "factor": 2.0}, each)
+        assert [y.tolist() for y in ys] == [[3.5, 5.5, 7.5], [14.5, 14.5]]
+    shapes = Kernel("f", "", (Long("S"), Long("D"), Array("a", "S + 1, 3 * D"), Array("b", "2 * D + S")))
+    shapes({"S": 2, "D": 4, "a": torch.zeros(3, 12), "b": torch.zeros(10)})
     with pytest.raises(InputError, match=re.escape("takes b as float32 [10]")):
-        shapes((2, 4), {"a": torch.zeros(3, 12), "b": torch.zeros(9)})
+        shapes({"D": 4, "S": 2, "a": torch.zeros(3, 12), "b": torch.zeros(9)})
 
 
 @pytest.mark.parametrize("name", ["sgd", "rms", "adam", "general", "gated", "lstm"])
@@ -242,7 +253,7 @@ def test_slots_that_are_not_contiguous_are_updated_all_the_same():
         state.slots = [tuple(lay(slot) for slot in of_one) for of_one in state.slots]
         for _ in range(2):
             state.clock.tick(3.0)
-            FusedStep(rule)(thetas, [draw(*s, seed=20) for s in SHAPES], state, priors())
+            InPlaceUpdate(rule)(thetas, [draw(*s, seed=20) for s in SHAPES], state, priors())
         results.append([*thetas, *(slot for of_one in state.slots for slot in of_one)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(b, a)
@@ -250,12 +261,12 @@ def test_slots_that_are_not_contiguous_are_updated_all_the_same():
 
 
 def test_kernels_and_steps_are_copied_and_pickled(monkeypatch):
-    ((kernel, sizes, arrays, _),) = calls_of(DOORS["back"], monkeypatch)
+    ((kernel, given, _),) = calls_of(DOORS["back"], monkeypatch)
     for other in (copy.deepcopy(kernel), pickle.loads(pickle.dumps(kernel))):
-        again = {**arrays, "gates": torch.zeros_like(arrays["gates"])}
-        other(sizes, again)
-        assert torch.equal(again["gates"], arrays["gates"])
-    step, results = FusedStep(moved("gated")), []
+        again = {**given, "gates": torch.zeros_like(given["gates"])}
+        other(again)
+        assert torch.equal(again["gates"], given["gates"])
+    step, results = InPlaceUpdate(moved("gated")), []
     for apply in (step, copy.deepcopy(step)):
         state, thetas = step.rule.init(priors()), [p.theta0.clone() for p in priors()]
         state.clock.tick(3.0)
@@ -269,7 +280,7 @@ def test_a_kernel_is_printed_once_and_not_at_every_segment(name, monkeypatch):
     printed, make = [], Kernel.__init__
     monkeypatch.setattr(Kernel, "__init__", lambda *args, **options: (printed.append(args), make(*args, **options))[1])
     rule = moved(name)
-    step, state, thetas = FusedStep(rule), rule.init(priors()), [p.theta0.clone() for p in priors()]
+    step, state, thetas = InPlaceUpdate(rule), rule.init(priors()), [p.theta0.clone() for p in priors()]
     for _ in range(4):
         state.clock.tick(3.0)
         step(thetas, [draw(*s, seed=20) for s in SHAPES], state, priors())

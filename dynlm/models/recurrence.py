@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dynlm.kernels import Array, Kernel
+from dynlm.kernels import Array, Kernel, Long
 from dynlm.types import InputError
 
 State = tuple[Tensor, Tensor]
@@ -157,8 +157,9 @@ _BACK = Kernel(
     }
   }
   free(grad_c);""",
-    sizes=("steps", "H"),
-    arrays=(
+    (
+        Long("steps"),
+        Long("H"),
         Array("grad", "steps, H"),
         Array("c_to_gates", "steps, 3, H"),
         Array("h_to_gate", "steps, H"),
@@ -174,7 +175,8 @@ def _run_back_in_c(grad_TH: Tensor, factors: Factors, weight_hh: Tensor) -> Tens
     """The same, without a call into torch at every step."""
     n_steps, width = grad_TH.shape
     grad_gates = grad_TH.new_empty(n_steps, 4 * width)
-    _BACK((n_steps, width), {"grad": grad_TH, **factors._asdict(), "weight": weight_hh, "gates": grad_gates})
+    arrays = {"grad": grad_TH, **factors._asdict(), "weight": weight_hh, "gates": grad_gates}
+    _BACK({"steps": n_steps, "H": width, **arrays})
     return grad_gates
 
 

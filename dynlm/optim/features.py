@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dynlm.kernels import Array, Each, Kernel
+from dynlm.kernels import Array, Double, Given, Kernel, Long
 from dynlm.optim.base import Clock, Prior, Seen, Slots
 
 N_ROW, N_COL, N_SCALARS = 2, 1, 4
@@ -131,10 +131,9 @@ _LOOK = Kernel(
       for (long c = 0; c < C; c++) col[c] = activity_of(col[c] / seen, col_level[c], least);
     }
   }""",
-    sizes=("threads",),
-    numbers=("tiny", "decay"),
-    each_sizes=("R", "C", "stride"),
-    each=(
+    (Long("threads"), Double("tiny"), Double("decay")),
+    (
+        *map(Long, ("R", "C", "stride")),
         Array("grad", "R, C"),
         Array("row_level", "R, 1"),
         Array("col_level", "1, C"),
@@ -159,12 +158,15 @@ def _look_in_c(grads: Sequence[Tensor], memory: Sequence[Statistics]) -> tuple[l
     sizes = [n for grad in grads for n in (grad.shape[0], grad.shape[0], grad.shape[1])]
     parts = iter(first.new_empty(sum(sizes)).split(sizes))
     activity_n = first.new_empty(len(grads))
-    rows, cols, each = list[Slots](), list[Slots](), []
+    rows, cols, each = list[Slots](), list[Slots](), list[Given]()
     for grad, m, activity in zip(grads, memory, activity_n.unbind(), strict=True):
         row, row_memory, col = next(parts)[:, None], next(parts)[:, None], next(parts)[None]
         rows.append((row, row_memory))
         cols.append((col,))
-        arrays = {
+        of_tensor = {
+            "R": grad.shape[0],
+            "C": grad.shape[1],
+            "stride": _stride(grad.shape[0]),
             "grad": grad,
             "row_level": m.row_level,
             "col_level": m.col_level,
@@ -175,8 +177,8 @@ def _look_in_c(grads: Sequence[Tensor], memory: Sequence[Statistics]) -> tuple[l
             "col": col,
             "activity": activity,
         }
-        each.append(Each((*grad.shape, _stride(grad.shape[0])), arrays))
-    _LOOK((torch.get_num_threads(),), {}, numbers=(_tiny(first.dtype), MEMORY_DECAY), each=each)
+        each.append(of_tensor)
+    _LOOK({"threads": torch.get_num_threads(), "tiny": _tiny(first.dtype), "decay": MEMORY_DECAY}, each)
     return rows, cols, activity_n
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynlm.kernels import Array, Each, Kernel
+from dynlm.kernels import Array, Given, Kernel, Long
 from dynlm.optim.base import Coordinates, Prior, Rule, RuleState, Seen, Shared, Slots
 from dynlm.optim.features import affine, softsign
 from dynlm.optim.learned import Weights, assemble, power
@@ -186,19 +186,17 @@ _MEANS = Kernel(
     }
     for (int j = 0; j < 6; j++) out[6 * k + j] = sums[j] / ((size + stride - 1) / stride);
   }""",
-    arrays=(Array("out", "n, 6", out=True),),
-    each_sizes=("R", "C", "stride"),
-    each=tuple(Array(name, "R, C") for name in ("theta", "grad", "fast", "slow", "square")),
+    [Array("out", "n, 6", out=True)],
+    [*map(Long, ("R", "C", "stride")), *(Array(name, "R, C") for name in ("theta", "grad", "fast", "slow", "square"))],
 )
 
 
 def _means_in_c(thetas: Sequence[Tensor], grads: Sequence[Tensor], slots: Sequence[Slots]) -> Tensor:
     """The same in one call."""
     out = thetas[0].new_empty(len(thetas), 6)
-    names = ("theta", "grad", "fast", "slow", "square")
-    each = [
-        Each((*t.shape, _stride(t)), dict(zip(names, (t, g, *three), strict=True)))
-        for t, g, three in zip(thetas, grads, slots, strict=True)
-    ]
-    _MEANS((), {"out": out}, each=each)
+    each = list[Given]()
+    for theta, grad, (fast, slow, square) in zip(thetas, grads, slots, strict=True):
+        arrays = {"theta": theta, "grad": grad, "fast": fast, "slow": slow, "square": square}
+        each.append({"R": theta.shape[0], "C": theta.shape[1], "stride": _stride(theta), **arrays})
+    _MEANS({"out": out}, each)
     return out

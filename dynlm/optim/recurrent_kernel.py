@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from dynlm.kernels import Array, Kernel
+from dynlm.kernels import Array, Kernel, Long
 
 BLOCK = 16  # weights that pass through all layers together: a multiple of every tile
 SIGMOID, TANH = -1 / math.log(2), -2 / math.log(2)  # σ(x) = 1 / (1 + e), tanh(x) = (1 − e) / (1 + e), e = 2^(factor x)
@@ -73,8 +73,8 @@ def recurrent_kernel(kind: Literal["lstm", "gru"], hidden: int, layers: int, n_r
     return Kernel(
         "step",
         _step(cell, layers, n_row, n_col),
-        sizes=("R", "C", "threads"),
-        arrays=(
+        (
+            *map(Long, ("R", "C", "threads")),
             Array("context", str(n_context)),
             Array("theta", "R, C", out=True),
             *(Array(name, "R, C") for name in ("theta0", "rms", "grad")),

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from dynlm.kernels import Array, Kernel
+from dynlm.kernels import Array, Double, Kernel, Long
 from dynlm.optim.trace import Node, Traced
 
 COLUMNS = 1024  # coordinates of one row that a thread updates at a time
@@ -75,8 +75,7 @@ def update_kernel(traced: Traced, state: Literal["T", "bf16"] = "T", scaled: boo
     """One update in place of n tensors.
 
     Slots are of type ``state``: T, or bf16 for half the memory, rounded as ``age`` says.
-    ``scaled``: θ ← keep θ + lr (step(θ) − θ) instead of
-    step(θ).
+    ``scaled``: θ ← keep θ + lr (step(θ) − θ) instead of step(θ), with a ``keep`` and an ``lr`` of each tensor.
     """
     slots = traced.slots
     places = {"field": "{0}[i]", "row": "r{0}", "col": "col{0}[c]", "context": "s{0}", "const": "(T){0}"}
@@ -99,9 +98,9 @@ def update_kernel(traced: Traced, state: Literal["T", "bf16"] = "T", scaled: boo
   #pragma omp parallel num_threads(threads)
   for (long k = 0; k < n; k++) {{
     EACH(k)
-    const T *numbers = context + k * {traced.n_context};
+    const T *shared = context + k * {traced.n_context};
     {seed}
-{_lines(f"const T s{k} = numbers[{k}];" for k in range(traced.n_context))}
+{_lines(f"const T s{k} = shared[{k}];" for k in range(traced.n_context))}
 {_lines(of_tensor)}
     #pragma omp for collapse(2) schedule(static) nowait
     for (long r = 0; r < R; r++)
@@ -119,11 +118,10 @@ def update_kernel(traced: Traced, state: Literal["T", "bf16"] = "T", scaled: boo
     return Kernel(
         "step",
         body,
-        sizes=("threads", "age"),
-        numbers=("lr", "keep"),
-        arrays=(Array("context", f"n, {traced.n_context}"),),
-        each_sizes=("R", "C"),
-        each=(
+        (Long("threads"), Long("age"), Array("context", f"n, {traced.n_context}")),
+        (
+            *map(Long, "RC"),
+            *map(Double, ("lr", "keep") if scaled else ()),
             Array("theta", "R, C", out=True),
             *(Array(name, "R, C") for name in ("theta0", "rms", "grad")),
             *(Array(slot, "R, C", state, out=True) for slot in slots),
@@ -168,8 +166,8 @@ def adjoint_kernel(traced: Traced) -> Kernel:
     return Kernel(
         "adjoint",
         body,
-        sizes=("R", "C", "threads"),
-        arrays=(
+        (
+            *map(Long, ("R", "C", "threads")),
             Array("context", str(traced.n_context)),
             Array("context_grad", f"threads, {traced.n_context}", "double", out=True),
             *(Array(name, "R, C") for name in ("theta", "theta0", "rms", "grad", *traced.slots)),
@@ -243,8 +241,8 @@ def replay_kernel(traced: Traced) -> Kernel:
     return Kernel(
         "replay",
         body,
-        sizes=("K", "steps", "threads", "R", "C"),
-        arrays=(
+        (
+            *map(Long, ("K", "steps", "threads", "R", "C")),
             Array("context", f"steps, {n}"),
             Array("context_grad", f"threads, steps, {n}", "double", out=True),
             Array("place", "2, K", "int"),

@@ -1,8 +1,8 @@
 """A rule as a ``torch.optim.Optimizer``: for training loops, schedulers, accelerate and the transformers Trainer.
 
-The rules and the fused step are those of reading and meta-training (dynlm.optim.kernel); this module keeps their state
-by parameter instead of by list of tensors. A step gathers the parameters of one device, computing dtype and number of
-past steps, updates them in one call and hands their state back, so each has the bias corrections of its own age.
+The rules and their update in place are those of reading and meta-training (dynlm.optim.kernel); this module keeps
+their state by parameter instead of by list of tensors. A step gathers the parameters of one device, computing dtype and
+number of past steps, updates them in one call and hands their state back, so each has the bias corrections of its age.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.optim.optimizer import ParamsT
 from dynlm.models.params import as_matrix
 from dynlm.optim.base import Clock, Prior, Rule, RuleState
 from dynlm.optim.hub import resolve
-from dynlm.optim.kernel import FusedStep, Scale
+from dynlm.optim.kernel import InPlaceUpdate, Scale
 from dynlm.optim.sharing import fingerprint
 from dynlm.types import InputError
 
@@ -99,7 +99,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             raise InputError(f"max_grad_norm is {self.max_grad_norm}: give a norm above 0, or None not to clip")
         self._given = _by_key(priors) if priors is not None and self.rule.uses_prior else None
         self._static: dict[Tensor, Prior] = {}
-        self._kernels: dict[torch.device, FusedStep] = {}
+        self._updates: dict[torch.device, InPlaceUpdate] = {}
         self._fits: dict[Tensor, tuple[Any, ...]] = {}
         self._memory_kind = _memory_kind(self.rule)
         self.reference_lr = self.rule.reference_lr
@@ -163,7 +163,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         for a in active:
             if a.theta.data_ptr() != a.parameter.data_ptr():
                 a.parameter.copy_(a.theta.view(a.parameter.shape))
-        if active:  # the fused step writes where autograd does not look: an old graph must notice
+        if active:  # kernels write where autograd does not look: an old graph must notice
             torch.autograd.graph.increment_version([a.parameter for a in active])
         return loss
 
@@ -268,23 +268,18 @@ class LearnedOptimizer(torch.optim.Optimizer):
         tensors = [s["tensor"] for s in states] if rule.tensor_width else [t.new_empty(0) for t in thetas]
         now = Clock(states[0]["step"] + 1, clock.loss, clock.baseline)
         state = RuleState(slots, rule.join_memory(parts, self._memory_kind), torch.stack(tensors), now)
-        scales = [a.scale for a in batch]
-        one = scales[0] if len(set(scales)) == 1 else None
-        old = [theta.clone() for theta in thetas] if one is None else []
-        self._kernel(thetas[0].device)(thetas, [a.grad for a in batch], state, priors, one)
-        # groups of several rates: the rule sees all tensors together, and each is scaled afterwards
-        for theta, before, scale in zip(thetas, old, scales, strict=False):
-            theta.sub_(before).mul_(scale.lr).add_(before, alpha=scale.keep)
+        update = self._update_on(thetas[0].device)
+        update(thetas, [a.grad for a in batch], state, priors, [a.scale for a in batch])
         parts = rule.split_memory(state.memory, len(batch))
         for own, part, tensor in zip(states, parts, state.tensors, strict=True):
             own |= {"step": now.step} | {f"memory{k}": m for k, m in enumerate(part)}
             if rule.tensor_width:
                 own["tensor"] = tensor
 
-    def _kernel(self, device: torch.device) -> FusedStep:
-        if device not in self._kernels:
-            self._kernels[device] = FusedStep(copy.deepcopy(self.rule).to(device))
-        return self._kernels[device]
+    def _update_on(self, device: torch.device) -> InPlaceUpdate:
+        if device not in self._updates:
+            self._updates[device] = InPlaceUpdate(copy.deepcopy(self.rule).to(device))
+        return self._updates[device]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but the state keeps its own precision under half-precision parameters, and is copied.
@@ -329,7 +324,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Compiled functions are not pickled: they are built again when needed."""
         names = ("rule", "reference_lr", "state_dtype", "max_grad_norm", "_given", "_static", "_memory_kind")
-        return super().__getstate__() | {name: getattr(self, name) for name in names} | {"_kernels": {}, "_fits": {}}
+        return super().__getstate__() | {name: getattr(self, name) for name in names} | {"_updates": {}, "_fits": {}}
 
 
 def _computing(p: Tensor) -> torch.dtype:

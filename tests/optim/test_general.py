@@ -5,7 +5,7 @@ import torch
 
 from dynlm.optim.base import Clock, Prior
 from dynlm.optim.general import General, _means, _means_in_c
-from dynlm.optim.kernel import FusedStep
+from dynlm.optim.kernel import InPlaceUpdate
 
 SHAPES = [(5, 7), (1, 30), (60, 40), (1, 1)]
 
@@ -27,7 +27,7 @@ def draw(shapes, scale=1.0, seed=0, dtype=torch.float64):
 def run(rule, thetas, grad_of, steps):
     """In place; ``grad_of(theta, tensor, step)``."""
     priors = [Prior("", t, t, 1.0, 1.0) for t in thetas]
-    state, fused = rule.init(priors), FusedStep(rule)
+    state, fused = rule.init(priors), InPlaceUpdate(rule)
     state.clock = Clock()
     for step in range(steps):
         state.clock.tick(float("nan"))

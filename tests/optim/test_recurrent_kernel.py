@@ -51,7 +51,7 @@ def compiled_step(kind, hidden, layers, threads):
 
     def step(w, slots, context):
         flat = torch.cat([t.reshape(-1) for t in context])
-        kernel((*w.theta.shape, threads), {"context": flat, **arrays_of(w, slots)})
+        kernel({"threads": threads, "context": flat, **arrays_of(w, slots)})
         return w.theta, slots
 
     return step

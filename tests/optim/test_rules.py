@@ -10,7 +10,7 @@ from dynlm.optim import registry
 from dynlm.optim.base import Clock, Coordinates
 from dynlm.optim.gated import Gated
 from dynlm.optim.handmade import RMS, SGD, Adam
-from dynlm.optim.kernel import FusedStep
+from dynlm.optim.kernel import InPlaceUpdate
 from dynlm.optim.library import load_rule, make_rule, start_rule
 from dynlm.optim.sharing import save_rule
 from dynlm.types import InputError
@@ -136,7 +136,7 @@ def test_a_nan_gradient_stays_visible_in_the_compiled_step():
         state.clock.tick(3.0)
         grads = grads_at(priors, 0)
         grads[0][2, 2] = float("nan")
-        FusedStep(rule, compiled)(thetas, grads, state, priors)
+        InPlaceUpdate(rule, compiled)(thetas, grads, state, priors)
         assert thetas[0][2, 2].isnan()
 
 
@@ -158,7 +158,7 @@ def test_torch_compiles_the_same_step(name, monkeypatch):
 def test_compiled_kernel_without_a_compiler_is_an_error(monkeypatch):
     monkeypatch.setenv("DYNLM_KERNEL", "eager")
     with pytest.raises(InputError, match="'compiled', but DYNLM_KERNEL is 'eager'"):
-        FusedStep(SGD(), compiled=True)
+        InPlaceUpdate(SGD(), compiled=True)
 
 
 @pytest.mark.parametrize("kind", RULES)

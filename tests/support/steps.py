@@ -3,7 +3,7 @@
 import torch
 
 from dynlm.optim.base import Prior
-from dynlm.optim.kernel import FusedStep
+from dynlm.optim.kernel import InPlaceUpdate
 
 SHAPES = {"embedding.weight": (17, 5), "bias": (1, 40)}
 
@@ -33,7 +33,7 @@ def run_plain(rule, priors, n_steps):
 
 
 def run_fused(rule, priors, n_steps, compiled):
-    thetas, state, fused = [p.theta0.clone() for p in priors], rule.init(priors), FusedStep(rule, compiled)
+    thetas, state, fused = [p.theta0.clone() for p in priors], rule.init(priors), InPlaceUpdate(rule, compiled)
     for step in range(n_steps):
         state.clock.tick(3.0 + step % 3)
         fused(thetas, grads_at(priors, step), state, priors)

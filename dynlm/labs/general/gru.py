@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dynlm.kernels import Array, Kernel
+from dynlm.kernels import Array, Kernel, Long
 from dynlm.models.recurrence import needs_torch
 
 
@@ -120,8 +120,8 @@ _FORWARD = Kernel(
     }
   }
   free(u);""",
-    sizes=("S", "B", "D"),
-    arrays=(
+    (
+        *map(Long, "SBD"),
         Array("gates", "S, B, 3 * D"),
         Array("recurrent", "D, 3 * D"),  # transposed
         Array("states", "S + 1, B, D", out=True),
@@ -145,8 +145,8 @@ _BACKWARD = Kernel(
     }
   }
   free(grad_h);""",
-    sizes=("S", "B", "D"),
-    arrays=(
+    (
+        *map(Long, "SBD"),
         Array("grad", "S, B, D"),
         Array("recurrent", "3 * D, D"),
         Array("multiples", "S, B, 5 * D"),
@@ -160,14 +160,14 @@ def _forward_in_c(gates_SBG: Tensor, recurrent_GD: Tensor) -> tuple[Tensor, Tens
     width = n_gates // 3
     states = gates_SBG.new_zeros(n_steps + 1, n_batch, width)
     multiples = gates_SBG.new_empty(n_steps, n_batch, 5 * width)
-    arrays = {"gates": gates_SBG, "recurrent": recurrent_GD.t()}
-    _FORWARD((n_steps, n_batch, width), {**arrays, "states": states, "multiples": multiples})
+    arrays = {"gates": gates_SBG, "recurrent": recurrent_GD.t(), "states": states, "multiples": multiples}
+    _FORWARD({"S": n_steps, "B": n_batch, "D": width, **arrays})
     return states, multiples
 
 
 def _backward_in_c(grad_SBD: Tensor, recurrent_GD: Tensor, multiples: Tensor, grads: Tensor) -> None:
     arrays = {"grad": grad_SBD, "recurrent": recurrent_GD, "multiples": multiples, "grads": grads}
-    _BACKWARD(grad_SBD.shape, arrays)
+    _BACKWARD({**dict(zip("SBD", grad_SBD.shape, strict=True)), **arrays})
 
 
 # torch.compile sees one operation each way, of which it knows the shapes; without it they cost more than _GRU

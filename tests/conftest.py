@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from chain import run_chain
 from dynlm.optim.registry import RULES
 from lab import make_lab
 
@@ -72,6 +74,30 @@ coordinates = 500
 methods = ["static", "rms", "gated"]
 max_articles = 1
 """
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """(recipe file, run directory) after the whole chain, on a few articles of Python's own documentation."""
+    from dynlm.data.articles import DataConfig, read_pools
+
+    folder = tmp_path_factory.mktemp("chain")
+    rows = [{"title": a.title, "text": a.text[:3000]} for a in read_pools(DataConfig())["all"][:40]]
+    return run_chain(folder, rows)
+
+
+@pytest.fixture
+def plain_reports(monkeypatch):
+    """Reports without their charts, which take most of the time and have tests of their own."""
+    monkeypatch.setattr("dynlm.report.svg.Drawing.html", lambda drawing: f"<p>{drawing.name}</p>")
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the finished run, to break."""
+    recipe, run = finished
+    shutil.copytree(run, tmp_path / "run")
+    return recipe, tmp_path / "run"
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,6 @@ class Session:
         scorer: makes a scorer of the model, or of its copy.
         priors: of the adapted weights, or a function that measures them when they are first needed.
         config: how articles are read.
-        rules: rules by name that belong to the model, beside those that ``run`` holds.
         run: the run directory that the model belongs to, whose rules are read from there.
     """
 
@@ -85,7 +84,6 @@ class Session:
     ) -> None:
         self.model, self.scorer, self.tokenizer, self.config = model, scorer, tokenizer, config
         self._priors, self.source, self.run, self.stamp = priors, source, run, stamp
-        self.rules: dict[str, Rule] = {}
 
     def __repr__(self) -> str:
         rules = ", ".join(["static", *self.held()])
@@ -106,8 +104,8 @@ class Session:
         return next(self.model.parameters()).device
 
     def held(self) -> list[str]:
-        """Return the names of the rules and caches that there are, without static."""
-        return [*self.rules, *(name for name in (self.run.rules() if self.run else ()) if name not in self.rules)]
+        """Return the names of the rules and caches that the run holds."""
+        return self.run.rules() if self.run else []
 
     def rule(self, name: str = "") -> Rule:
         """Return a rule by name; without one gated, or else rms.
@@ -118,8 +116,6 @@ class Session:
         chosen = name or next((rule for rule in RULES if rule in self.held()), "")
         if chosen in (STATIC, STATELESS):
             return Static()
-        if chosen in self.rules:
-            return self.rules[chosen]
         if chosen not in self.held() or self.run is None:
             raise InputError(self._without(chosen or RULES[-1]))
         path = self.run.rule(chosen)

@@ -19,8 +19,8 @@ def audit_stage(recipe: Recipe) -> Json:
     The methods are those of the run's results.json, else of ``evaluate.methods``, else all that the run holds.
     """
     bench, config = Bench(recipe, any_text=True), recipe.evaluate
-    evaluated = list(load_results(bench.path.results)["methods"]) if bench.path.results.is_file() else []
-    methods = methods_of(bench.path, evaluated or config.methods)
+    evaluated = list(load_results(bench.run.results)["methods"]) if bench.run.results.is_file() else []
+    methods = methods_of(bench.run, evaluated or config.methods)
     texts = bench.texts(config.split, config.max_articles)
     articles = tokenize(bench.tokenizer, texts)
     failed, checks = 0, list[Json]()
@@ -43,6 +43,6 @@ def audit_stage(recipe: Recipe) -> Json:
         for verdict in verdicts(make_reader, articles[0], articles[-1], start_id, vocab_size, quick=recipe.audit.quick):
             tell(name, verdict)
     if failed:
-        raise InputError(f"{failed} checks of {bench.path.path} failed: its figures cannot be trusted")
+        raise InputError(f"{failed} checks of {bench.run.path} failed: its figures cannot be trusted")
     print(f"{len(methods)} methods, every check passed")
     return {"checks": checks}

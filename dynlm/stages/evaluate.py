@@ -23,9 +23,9 @@ from dynlm.types import InputError, TokenizedArticle
 def evaluate(recipe: Recipe) -> runs.Json:
     """All methods over the same tokens of one split; results.json, losses and the report."""
     bench, config = Bench(recipe, any_text=True), recipe.evaluate
-    methods = methods_of(bench.path, config.methods)
+    methods = methods_of(bench.run, config.methods)
     asked = _asked(bench) | {"methods": methods}
-    if (kept := _evaluated(bench.path, asked, recipe)) is not None:
+    if (kept := _evaluated(bench.run, asked, recipe)) is not None:
         return kept
     readers = {name: bench.method(name) for name in methods}
     texts = bench.texts(config.split, config.max_articles)
@@ -36,7 +36,7 @@ def evaluate(recipe: Recipe) -> runs.Json:
         """Keep the scores of one method, or take those that an unfinished evaluation has kept."""
         theta0, rule = model_fingerprint(reader.priors), fingerprint(reader.rule)
         made = {**asked, "methods": [name], "theta0": theta0, "rule": rule, "settings": settings_of(reader)}
-        path = bench.path.parts("evaluate") / f"{Method.parse(name).stem}.safetensors"
+        path = bench.run.parts("evaluate") / f"{Method.parse(name).stem}.safetensors"
         scores = load_part(path, made) if recipe.resume else None
         if scores is not None:
             print(f"{name}: kept as it was read before")
@@ -51,7 +51,7 @@ def evaluate(recipe: Recipe) -> runs.Json:
     read_of["source"], read_of["split"] = recipe.data.source, config.split
     if bench.other is None:
         read_of["fingerprint"] = bench.corpus.fingerprint
-    results.save(bench.path.path)
+    results.save(bench.run.path)
     print(results.table())
     report(recipe)
     return told(results.data)
@@ -71,7 +71,7 @@ def _asked(bench: Bench) -> runs.Json:
     tables = {name: runs.settings_of(getattr(recipe, name)) for name in ("read", "context", "lora", "prior")}
     if bench.other:
         tables["data"] = runs.settings_of(bench.other)
-    return {"made of": {**bench.made.fingerprints}, **tables, "evaluate": {**config, "methods": []}}
+    return {"made of": {**bench.stamp.fingerprints}, **tables, "evaluate": {**config, "methods": []}}
 
 
 def _evaluated(run: runs.Run, asked: runs.Json, recipe: Recipe) -> runs.Json | None:

@@ -29,6 +29,7 @@ from dynlm.optim.sharing import save_rule
 from dynlm.progress import Bar
 from dynlm.session.session import Session, open_run, read_prior
 from dynlm.stages.recipe import Recipe, recipe_of_run, require_same
+from dynlm.stamps import Stamp
 from dynlm.threads import choose_threads
 from dynlm.types import Article, InputError, TokenizedArticle
 
@@ -39,6 +40,9 @@ USUAL = {"sgd": "tune", "rms": "tune", "adam": "tune", "gated": "meta-train"}
 class Bench(Session):
     """The session of a run directory with the settings of a recipe; its corpus and prior come when first used."""
 
+    run: runs.Run
+    stamp: Stamp
+
     def __init__(self, recipe: Recipe, *, any_text: bool = False) -> None:
         """``any_text``: ``recipe.data`` may name another source, whose texts are only read."""
         run = runs.Run(recipe.run)
@@ -46,6 +50,7 @@ class Bench(Session):
         self.other: DataConfig | None = None
         if any_text and recipe.data.source != trained.data.source:
             self.other, recipe = recipe.data, dataclasses.replace(recipe, data=trained.data)
+            print(f"note: {self.other.source} is not what this run was trained on", flush=True)
         require_same(recipe, trained)
         _, stamp = open_run(run)
         if stamp.finished and run.retraining.recipe.exists():
@@ -63,19 +68,18 @@ class Bench(Session):
             run=run,
             stamp=stamp,
         )
-        self.path, self.made = run, stamp
         print(f"threads: {choose_threads(recipe.threads, model.num_parameters())}", flush=True)
 
     @cached_property
     def corpus(self) -> Corpus:
         corpus = load_corpus(self.recipe.data)
         advice = "put back the texts or the split that the run was trained on, or train in another --run"
-        self.made.require("data", corpus.fingerprint, f"data.source {self.recipe.data.source!r}", advice)
+        self.stamp.require("data", corpus.fingerprint, f"data.source {self.recipe.data.source!r}", advice)
         return corpus
 
     def finished(self) -> runs.Json:
         """What a finished rule, cache or start says of itself: the base model that it belongs to."""
-        return {"model": self.made.fingerprints["model"], "finished": True}
+        return {"model": self.stamp.fingerprints["model"], "finished": True}
 
     def texts(self, split: str, limit: int = 0) -> tuple[Article, ...]:
         """The first articles of a split of the corpus, or of another source."""
@@ -100,14 +104,14 @@ class Bench(Session):
             "params": [a.name for a in adapted],
             "segment": self.config.segment,
             "tokens": self.recipe.prior.tokens,
-            "model": self.made.fingerprints["model"],
+            "model": self.stamp.fingerprints["model"],
         }
         if isinstance(self.score, CausalScorer):
             settings["context"] = asdict(self.recipe.context)
-        if self.path.prior.is_file():
-            _, meta = runs.read_tensors(self.path.prior)
+        if self.run.prior.is_file():
+            _, meta = runs.read_tensors(self.run.prior)
             if meta == settings:
-                return make_priors(adapted, read_prior(self.path.prior, adapted)[0])
+                return make_priors(adapted, read_prior(self.run.prior, adapted)[0])
         pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
         for article in tokenize(self.tokenizer, _first_tokens(self.corpus.split("train"), self.recipe.prior.tokens)):
             ids_T = article.ids_T.to(self.device)
@@ -115,7 +119,7 @@ class Bench(Session):
         pieces = pieces[: max(1, self.recipe.prior.tokens // self.config.segment)]
         with Bar(len(pieces), "static RMS of the gradient", "segment") as bar:
             priors = measure_priors(self.model, self.score, bar.over(pieces), self.config.params)
-        runs.write_tensors(self.path.prior, {p.name: p.rms for p in priors}, settings)
+        runs.write_tensors(self.run.prior, {p.name: p.rms for p in priors}, settings)
         return priors
 
 
@@ -134,7 +138,7 @@ def meta_training(recipe: Recipe) -> runs.Json:
     """A learned rule, from the tuned hand-made rule that it starts at, on the meta-training articles."""
     bench, kind = Bench(recipe), recipe.meta.rule
     stage = Method("meta-train", recipe.meta.seed).stem
-    target, checkpoint = bench.path.rule(str(Method(kind, recipe.meta.seed))), bench.path.checkpoint(stage)
+    target, checkpoint = bench.run.rule(str(Method(kind, recipe.meta.seed))), bench.run.checkpoint(stage)
     free(target, recipe, checkpoint)
     articles, held_back = divide_meta_split(bench.articles("meta"), recipe.meta)
     start = bench.rule(RULES[kind].start).settings()
@@ -143,7 +147,7 @@ def meta_training(recipe: Recipe) -> runs.Json:
     trainer = MetaTrainer(reader, articles, bench.tokenizer.start_id, recipe.meta, stamp["model"])
     tokens, kept = sum(map(len, held_back)), is_finished(target)
     if not recipe.resume and checkpoint.exists():
-        with changing(bench.path.path) as new:
+        with changing(bench.run.path) as new:
             new.remove(checkpoint)
 
     def validate() -> float:
@@ -154,9 +158,9 @@ def meta_training(recipe: Recipe) -> runs.Json:
             made = {"progress": progress._asdict(), "config": asdict(recipe.meta), "start": start}
             save_rule(best, new.at(target), {**made, **stamp, "finished": finished})
 
-    progress = meta_train(trainer, validate, bench.path, save_best, recipe.resume, stage)
+    progress = meta_train(trainer, validate, bench.run, save_best, recipe.resume, stage)
     reader.restore()
-    with changing(bench.path.path) as new:
+    with changing(bench.run.path) as new:
         save_best(trainer.best, progress, new, finished=True)
         new.remove(checkpoint)
     print(f"best meta-validation {progress.best:.4f} nats/token; {progress.seconds / 60:.1f} minutes")

@@ -28,7 +28,7 @@ from dynlm.types import InputError, TokenizedArticle
 def learn_start_stage(recipe: Recipe) -> runs.Json:
     """θ0 by ``start.method`` with ``start.rule`` in the inner loop; kept in RUN/starts, read as ``RULE@METHOD``."""
     bench, config = Bench(recipe), recipe.start
-    target, checkpoint = bench.path.start(config.method), bench.path.checkpoint(f"learn-start-{config.method}")
+    target, checkpoint = bench.run.start(config.method), bench.run.checkpoint(f"learn-start-{config.method}")
     rule = bench.rule(config.rule)
     if config.outer.phi_lr and Method.parse(config.rule).rule not in trained():
         raise InputError(f"start.outer.phi_lr trains learned rules, start.rule is {config.rule!r}: set it to 0")
@@ -45,7 +45,7 @@ def learn_start_stage(recipe: Recipe) -> runs.Json:
     tensors = {prior.name: prior.theta0 for prior in reader.priors}
     if config.outer.phi_lr:
         tensors |= {f"rule.{name}": value for name, value in rule.state_dict().items()}
-    with changing(bench.path.path) as new:
+    with changing(bench.run.path) as new:
         runs.write_tensors(new.at(target), tensors, {**found, **made})
         new.remove(checkpoint)
     for restart in learned.restarts:
@@ -74,7 +74,7 @@ class _Learning:
         if resume:
             before = self._load()
         elif self.checkpoint.exists():
-            with changing(self.bench.path.path) as new:
+            with changing(self.bench.run.path) as new:
                 new.remove(self.checkpoint)
         first = before[1]["step"] if before else 0
         with Bar(config.outer.steps, config.method, initial=first) as self.bar:

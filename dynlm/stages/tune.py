@@ -27,13 +27,13 @@ def tune(recipe: Recipe) -> runs.Json:
     del settings["rules"]
     made = {"config": settings, **bench.finished()}
     for kind in recipe.tune.rules:
-        free(bench.path.rule(kind), recipe)
-    kept = [kind for kind in recipe.tune.rules if made_alike(bench.path.rule(kind), made, recipe)]
+        free(bench.run.rule(kind), recipe)
+    kept = [kind for kind in recipe.tune.rules if made_alike(bench.run.rule(kind), made, recipe)]
     articles, _ = divide_meta_split(bench.articles("meta"), recipe.meta)
     for kind in recipe.tune.rules:
         if kind in kept:
             print(f"{kind}: kept as it was tuned before")
-            figures[kind] = _figures(bench.path.rule(kind))
+            figures[kind] = _figures(bench.run.rule(kind))
             continue
         tune_one = _tune_cache if Method.parse(kind).cache else _tune_rule
         try:
@@ -57,12 +57,12 @@ def _tune_rule(bench: Bench, kind: str, articles: list[TokenizedArticle], made: 
     with Bar(total=config.trials, desc=f"tune {kind}", unit="trial") as bar:
         tuned = tune_rule(kind, bench.reader, articles, bench.tokenizer.start_id, config, bar.update)
     found = {"nats_per_token": tuned.nats_per_token, "trials": tuned.trials}
-    save_rule(tuned.rule, bench.path.rule(kind), {**found, **made})
+    save_rule(tuned.rule, bench.run.rule(kind), {**found, **made})
     numbers = ", ".join(f"{name} {value:.3g}" for name, value in tuned.rule.settings().items())
     print(f"{kind}: {tuned.nats_per_token:.4f} nats/token with {numbers}; static {tuned.static:.4f}")
     if tuned.at_bound:
         print(f"{kind}: {', '.join(tuned.at_bound)} at the edge of the searched range; more trials may help")
-    return _figures(bench.path.rule(kind))
+    return _figures(bench.run.rule(kind))
 
 
 def _tune_cache(bench: Bench, name: str, articles: list[TokenizedArticle], made: runs.Json) -> runs.Json:
@@ -71,9 +71,9 @@ def _tune_cache(bench: Bench, name: str, articles: list[TokenizedArticle], made:
     with Bar(desc=f"tune {name}", unit="trial") as bar:
         tuned = tune_cache(bench.method(beside), config.excerpts(articles), bench.tokenizer.start_id, bar.update)
     found = {"nats_per_token": tuned.nats_per_token, "trials": tuned.trials}
-    save_cache(tuned.cache, bench.path.rule(name), {**found, **made})
+    save_cache(tuned.cache, bench.run.rule(name), {**found, **made})
     numbers = ", ".join(f"{key} {value:.4g}" for key, value in asdict(tuned.cache).items())
     print(f"{name}: {tuned.nats_per_token:.4f} nats/token with {numbers}, {tuned.nats_without:.4f} without the cache")
     if tuned.at_bound:
         print(f"{name}: {', '.join(tuned.at_bound)} at the edge of the searched grid")
-    return _figures(bench.path.rule(name))
+    return _figures(bench.run.rule(name))

@@ -34,7 +34,7 @@ class Scorer(Protocol):
     """A base model as the inner loop sees it: losses of one segment under its present weights."""
 
     def __call__(self, inputs_S: Tensor, targets_S: Tensor, hidden: Any) -> tuple[Tensor, Any]:
-        """(losses_S in nats, hidden state after the segment)."""
+        """Return (losses_S in nats, hidden state after the segment)."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Reader:
         self.hidden: Any = None
 
     def snapshot(self) -> Snapshot:
-        """A copy of the position, to read something else in between."""
+        """Return a copy of the position, to read something else in between."""
         return Snapshot([theta.clone() for theta in self.thetas], copy.deepcopy(self.state), self.hidden)
 
     def resume(self, snapshot: Snapshot) -> None:
@@ -171,7 +171,7 @@ class Reader:
         return Scored(losses_S.detach(), value, mean if learns else None)
 
     def learn(self, scored: Scored) -> Step:
-        """The second half: the update by the gradient of a segment's mean loss, where there is to be one."""
+        """Update by the gradient of a segment's mean loss, where that is to be: the second half of :meth:`segment`."""
         if scored.mean is None:
             return Step(scored.losses_S, [], None)
         grads = self.gradient(scored.mean)

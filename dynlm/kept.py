@@ -96,14 +96,14 @@ def made_alike(path: Path, settings: Mapping[str, object], call: Call) -> bool:
 
 
 def told(path: Path) -> Json:
-    """What a rule, cache or start says of how it was made."""
+    """Return what a rule, cache or start says of how it was made."""
     made = read_tensors(path)[1]
     inner = made.get("made", made)
     return inner if isinstance(inner, dict) else {}
 
 
 def is_finished(path: Path) -> bool:
-    """Whether a rule that can be read is there, and says of itself no other than that it is finished."""
+    """Return whether a rule that can be read is there, and says of itself no other than that it is finished."""
     try:
         return path.exists() and told(path).get("finished", True) is True
     except InputError:

@@ -61,7 +61,7 @@ class DynamicLM(TemplateLM):  # type: ignore[misc]
         return self.start_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The tokens of a text as it stands, without special ones."""
+        """Return the tokens of a text as it stands, without special ones."""
         return cast(list[int], self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"])
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -89,7 +89,7 @@ class DynamicLM(TemplateLM):  # type: ignore[misc]
         return self.reader.read(_article(ids[1:]), ids[0]).double()
 
     def _continued(self, before: list[int], after: list[int]) -> tuple[float, bool]:
-        """The log-likelihood of a continuation, and whether each of its tokens was the likeliest."""
+        """Return the log-likelihood of a continuation, and whether each of its tokens was the likeliest."""
         if not after:
             return 0.0, True
         likeliest: list[Tensor] = []

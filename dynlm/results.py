@@ -250,7 +250,7 @@ def save_results(results: Results, path: Path) -> None:
 
 
 def load_results(path: Path) -> Results:
-    """The counterpart of :func:`save_results`.
+    """Return the counterpart of :func:`save_results`.
 
     Raises:
         InputError: no file, one of another schema, one that lacks something or holds what it must not.

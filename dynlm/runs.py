@@ -70,7 +70,7 @@ class Run:
         return _kept(self.path / "rules" / f"{method.stem}{SUFFIX}", str(method))
 
     def rules(self) -> list[str]:
-        """Names of the rules and caches that the run holds."""
+        """Return names of the rules and caches that the run holds."""
         files = [p for p in self.path.glob("rules/*") if p.is_file() and (p.suffix == SUFFIX or is_tensors(p))]
         return sorted({str(method) for path in files if (method := Method.find(path.name))})
 
@@ -84,7 +84,7 @@ class Run:
         return _kept(self.path / "checkpoints" / f"{stage}{SUFFIX}", f"{stage.replace('-seed', '#')}{SUFFIX}")
 
     def parts(self, stage: str) -> Path:
-        """The folder of what an unfinished stage has finished."""
+        """Return the folder of what an unfinished stage has finished."""
         return self.path / "checkpoints" / stage
 
     @property
@@ -105,7 +105,7 @@ class Run:
         return [path for path in found if path.exists()]
 
     def reported(self) -> list[Path]:
-        """The report and its figures."""
+        """Return the report and its figures."""
         figures = [path for path in self.figures.glob("*") if FIGURE.fullmatch(path.name)]
         return [path for path in (self.report, *figures) if path.exists()]
 
@@ -123,13 +123,13 @@ def _kept(path: Path, old: str) -> Path:
 
 
 def settings_of(config: Any) -> Json:
-    """A configuration as JSON gives it back: tuples are lists."""
+    """Return a configuration as JSON gives it back: tuples are lists."""
     settings: Json = json.loads(json.dumps(asdict(config)))
     return settings
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The state of an optimizer for a checkpoint: ``optimizer.PARAMETER.NAME``."""
+    """Return the state of an optimizer for a checkpoint: ``optimizer.PARAMETER.NAME``."""
     slots = optimizer.state_dict()["state"].items()
     return {f"optimizer.{index}.{name}": value for index, of_one in slots for name, value in of_one.items()}
 
@@ -191,7 +191,7 @@ Position = TypeVar("Position")
 
 
 def progress_of(kind: type[Position], meta: Json, steps: int) -> Position:
-    """Where the work of a checkpoint stands.
+    """Return where the work of a checkpoint stands.
 
     Raises:
         InputError: no such record, or one of more than ``steps`` steps.
@@ -203,7 +203,7 @@ def progress_of(kind: type[Position], meta: Json, steps: int) -> Position:
 
 
 def step_of(meta: Json, steps: int) -> int:
-    """The step of a checkpoint, of ``steps``."""
+    """Return the step of a checkpoint, of ``steps``."""
     step: int = check(Whole, meta.get("step"), "step")
     if step > steps:
         raise InputError(f"it is at step {step:,} of {steps:,}")
@@ -211,7 +211,7 @@ def step_of(meta: Json, steps: int) -> int:
 
 
 def log_of(meta: Json) -> list[Json]:
-    """The records of a checkpoint's log, each of a step."""
+    """Return the records of a checkpoint's log, each of a step."""
     return cast(list[Json], check(list[Record], meta.get("log"), "log"))
 
 

@@ -188,7 +188,7 @@ def _run(name: str, arguments: list[str]) -> None:
 
 
 def stage(command: str) -> Any:
-    """The function of a command: takes its settings, and returns its figures where it has some."""
+    """Return the function of a command: takes its settings, and returns its figures where it has some."""
     module, _, name = COMMANDS[command].function.rpartition(".")
     function, table = getattr(import_module(f"dynlm.{module}"), name), COMMANDS[command].table
     return (lambda recipe: function(recipe, getattr(recipe, table))) if table else function
@@ -215,7 +215,7 @@ def parse(command: str, arguments: Sequence[str]) -> Recipe:
 
 
 def _flags(command: str, flags: Sequence[str], default: Recipe) -> Recipe:
-    """The recipe with the flags in it."""
+    """Return the recipe with the flags in it."""
     import tyro
 
     from dynlm.stages.recipe import Recipe

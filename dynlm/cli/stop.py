@@ -52,7 +52,7 @@ class Stop:
             raise Stopped
 
     def waiting(self, chunks: Iterable[str]) -> Iterator[str]:
-        """The chunks; what interrupts the wait for one is :class:`Stopped`."""
+        """Yield the chunks; what interrupts the wait for one is :class:`Stopped`."""
         source = iter(chunks)
         while True:
             try:

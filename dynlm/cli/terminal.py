@@ -80,7 +80,7 @@ def color_depth(choice: Color, is_terminal: bool, environment: Mapping[str, str]
 
 
 def palette(theme: Theme, environment: Mapping[str, str] = os.environ) -> Palette:
-    """The palette for a background. ``auto`` asks ``COLORFGBG``, which some terminals set; without it, dark."""
+    """Return the palette for a background. ``auto`` asks ``COLORFGBG``, which some terminals set; without it, dark."""
     if theme == "auto":
         background = environment.get("COLORFGBG", "").rpartition(";")[2]
         theme = "light" if background.isdecimal() and int(background) in LIGHT_BACKGROUNDS else "dark"

@@ -136,7 +136,7 @@ def _split_one_pool(pool: list[Article], config: DataConfig) -> Corpus:
 
 
 def _by_hash(articles: Iterable[Article], seed: int) -> list[Article]:
-    """A shuffle that depends on ids only, so that adding an article moves no other between splits' order."""
+    """Return a shuffle that depends on ids only, so that adding an article moves no other between splits' order."""
     return sorted(articles, key=lambda article: hashlib.sha256(f"{seed}:{article.id}".encode()).digest())
 
 
@@ -179,7 +179,7 @@ def _read_wikitext(path: Path) -> list[Article]:
 
 
 def _read_text(path: Path) -> str:
-    """The text of a file, byte for byte."""
+    """Return the text of a file, byte for byte."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             text = file.read()

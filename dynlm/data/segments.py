@@ -10,7 +10,7 @@ from dynlm.types import InputError, TokenizedArticle
 
 
 def article_segments(ids_T: torch.Tensor, start_id: int, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(inputs_S, targets_S) of one article: every token is a target exactly once, in order.
+    """Yield (inputs_S, targets_S) of one article: every token is a target exactly once, in order.
 
     ``start_id`` is the input that predicts the first token. The last segment may be shorter.
     """

@@ -128,7 +128,7 @@ class Spacer:
             self.begins, self.after_blank = line.endswith("\n"), line[-1:].isspace()
 
     def _pieces(self, line: str) -> Iterator[tuple[str, Iterable[int]]]:
-        """(spaced piece, for each of its characters the place in ``line`` where what it stands for ends)."""
+        """Yield (spaced piece, for each of its characters the place in ``line`` where what it stands for ends)."""
         for match in PARTS.finditer(line):
             piece, start, end = match[0], match.start(), match.end()
             if piece == "\n":

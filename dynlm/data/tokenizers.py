@@ -58,7 +58,7 @@ class Tokenizer(Protocol):
     def save(self, folder: Path) -> None: ...
 
     def pretrained(self) -> PreTrainedTokenizerBase:
-        """The same tokens for transformers, to be saved beside a model."""
+        """Return the same tokens for transformers, to be saved beside a model."""
 
 
 class WordTokenizer:
@@ -75,7 +75,7 @@ class WordTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str]) -> WordTokenizer:
-        """All words, by falling frequency. ``<unk>`` is an entry where the text holds it (WikiText does)."""
+        """Return all words, by falling frequency. ``<unk>`` is an entry where the text holds it (WikiText does)."""
         counts = Counter(word for text in texts for word in text.split())
         counts.pop(cls.EOS, None)
         return cls([cls.EOS, *(word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])))])
@@ -270,7 +270,7 @@ def as_tokenizer(tokenizer: object) -> Tokenizer:
 
 
 def _lines(text: str) -> list[str]:
-    """The lines of a text that ends with a newline."""
+    """Return the lines of a text that ends with a newline."""
     return text.removesuffix("\n").split("\n")
 
 
@@ -292,7 +292,7 @@ class Record(TypedDict):
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The counterpart of ``Tokenizer.save``."""
+    """Return the counterpart of ``Tokenizer.save``."""
     path = folder / "tokenizer.json"
     record: Record = check(Record, read_json(path), str(path))
     kind, words = record["kind"], record.get("words", [])

@@ -107,7 +107,7 @@ def _window(reader: Reader) -> int:
 
 
 def first_leak(reader: Reader, article: TokenizedArticle, start_id: int, position: int, vocab_size: int) -> int | None:
-    """The first position before ``position`` whose score moves when the tokens from ``position`` on change.
+    """Return the first position before ``position`` whose score moves when the tokens from ``position`` on change.
 
     Tokens at and after ``position`` are replaced by others, the article is read again from the same start, and the
     scores before it are compared bit for bit. None: causal as far as this perturbation can tell.
@@ -319,7 +319,7 @@ def _same(saved: dict[str, Tensor], model: nn.Module) -> bool:
 
 
 def _rates(rule: Rule) -> Iterator[tuple[Tensor, float]]:
-    """The parameter that holds the learning rate, and the value that makes it zero.
+    """Yield the parameter that holds the learning rate, and the value that makes it zero.
 
     2^-120 stands for zero where the logarithm is kept: no weight of float32 moves by it, and rules that divide by their
     rate still can.

@@ -35,7 +35,7 @@ class Reading(NamedTuple):
 
 
 def break_down(scores: Mapping[str, Scores], reading: Reading) -> Breakdowns:
-    """All breakdowns; ``scores`` must hold ``static``."""
+    """Return all breakdowns; ``scores`` must hold ``static``."""
     texts = [find_words(reading.tokenizer, article.ids_T) for article in reading.articles]
     result = Breakdowns()
     classes: dict[ClassName, tuple[list[Tensor], Sequence[str]]] = {
@@ -68,7 +68,7 @@ def gains(scores: Mapping[str, Scores], classes: Sequence[Tensor], labels: Seque
 
 
 def _by_class(scores: Mapping[str, Scores], classes: Sequence[Tensor], n: int) -> dict[int, ClassOfTokens]:
-    """The figures of each of ``n`` classes that has tokens."""
+    """Return the figures of each of ``n`` classes that has tokens."""
     sizes_AC = _sums([torch.ones(c.shape, dtype=torch.float64) for c in classes], classes, n)
     sums = {name: _sums(score.losses, classes, n) for name, score in scores.items()}
     found: dict[int, ClassOfTokens] = {}
@@ -85,7 +85,7 @@ def _by_class(scores: Mapping[str, Scores], classes: Sequence[Tensor], n: int) -
 
 
 def _sums(values: Sequence[Tensor], classes: Sequence[Tensor], n: int) -> Tensor:
-    """(articles, n) sums of per-token values by class."""
+    """Return (articles, n) sums of per-token values by class."""
     sums_AC = torch.zeros(len(values), n + 1, dtype=torch.float64)
     for sums_C, value_T, class_T in zip(sums_AC, values, classes, strict=True):
         sums_C.index_add_(0, torch.where(class_T < 0, n, class_T), value_T.double())
@@ -142,7 +142,7 @@ def recovery(losses_T: Tensor, segment: int) -> int:
 
 
 def _interference(scores: Mapping[str, Scores], reading: Reading) -> Interference:
-    """What the end of the stream has done to its beginning."""
+    """Return what the end of the stream has done to its beginning."""
     static_T, segment = scores["static"].losses[0].double(), reading.segment
     methods: dict[str, Again] = {}
     for name, score in scores.items():

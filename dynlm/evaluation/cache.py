@@ -137,7 +137,7 @@ def save_cache(cache: CacheConfig, path: Path, made: runs.Json) -> None:
 
 
 def load_cache(path: Path) -> CacheConfig:
-    """The counterpart of :func:`save_cache`."""
+    """Return the counterpart of :func:`save_cache`."""
     tensors, meta = runs.read_tensors(path)
     if meta.get("kind") != CACHE:
         raise InputError(f"{path} holds no settings of a cache: tune it again")

@@ -77,7 +77,7 @@ def record(reader: Reader, articles: Sequence[TokenizedArticle], start_id: int) 
 def tune_cache(
     reader: Reader, articles: Sequence[TokenizedArticle], start_id: int, progress: Callable[[], object] | None = None
 ) -> TunedCache:
-    """(λ, θ_c, window) with the fewest nats a token of reading ``articles`` with the reader's rule.
+    """Return (λ, θ_c, window) with the fewest nats a token of reading ``articles`` with the reader's rule.
 
     Ties go to the smaller window. Repeatable; no randomness.
     """

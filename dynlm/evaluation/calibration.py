@@ -33,7 +33,7 @@ class Calibration:
         self._articles[-1].index_add_(0, bin_S, torch.stack([torch.ones_like(prob_S), prob_S, correct_S], 1))
 
     def summary(self) -> results.Calibration:
-        """The error, its interval over articles, and the bins that are not empty."""
+        """Return the error, its interval over articles, and the bins that are not empty."""
         sums_AB3 = torch.stack(self._articles)
         n = len(sums_AB3)
         draws = torch.randint(n, (N_BOOTSTRAP, n), generator=torch.Generator().manual_seed(0))

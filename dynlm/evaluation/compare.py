@@ -39,7 +39,7 @@ def describe(name: str, rule: Rule, settings: Mapping[str, float]) -> Descriptio
 def summarize(
     scores: Mapping[str, Scores], described: Mapping[str, Description], counts: Counts, *, lossless: bool = True
 ) -> Summary:
-    """The figures of every method that ``scores`` holds; ``static`` must be among them, the baseline.
+    """Return the figures of every method that ``scores`` holds; ``static`` must be among them, the baseline.
 
     ``lossless``: the tokens spell the text, so that bits per byte mean something.
     """
@@ -79,7 +79,7 @@ def _spread(values: Sequence[float]) -> Spread:
 
 
 def _comparisons(scores: Mapping[str, Scores], methods: Mapping[str, MethodResult], counts: Counts) -> list[Comparison]:
-    """Each method against the next worse one, paired over articles; p-values also as Holm corrects them."""
+    """Compare each method with the next worse one, paired over articles; p-values also as Holm corrects them."""
     pairs = list(pairwise(sorted(methods, key=lambda name: methods[name]["nats"])))
     p_values = [sign_flip_p(scores[b].nats_per_article - scores[a].nats_per_article) for a, b in pairs]
     rows: list[Comparison] = []

@@ -120,7 +120,7 @@ class GateRecorder:
             self.segments.append(len(self.values) - before)
 
     def gates(self) -> Gates | None:
-        """All that was recorded; None where no update was."""
+        """Return all that was recorded; None where no update was."""
         if not self.values:
             return None
         weights = [prior.theta0.numel() for prior in self.reader.priors]
@@ -173,7 +173,7 @@ def held_gates(rule: Rule) -> Iterator[None]:
 
 
 def step_gates(rule: Rule, w: Coordinates, slots: Slots, context_N: Tensor) -> Tensor:
-    """(3,) COPY, UPDATE and FLUSH of one step, means over the coordinates (K,) given."""
+    """Return (3,) COPY, UPDATE and FLUSH of one step, means over the coordinates (K,) given."""
     theta, grad, theta0 = (x.detach().requires_grad_() for x in (w.theta, w.grad, w.theta0))
     with torch.enable_grad(), held_gates(rule):
         new_theta, _ = rule.flat_step(w._replace(theta=theta, grad=grad, theta0=theta0), slots, context_N)

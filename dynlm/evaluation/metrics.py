@@ -44,7 +44,7 @@ def count(articles: Sequence[TokenizedArticle]) -> Counts:
 
 
 def perplexities(nats: float, counts: Counts, lossless: bool = True) -> Perplexities:
-    """The total in nats as token perplexity, word perplexity and bits per byte, as JSON holds them.
+    """Return the total in nats as token perplexity, word perplexity and bits per byte, as JSON holds them.
 
     A perplexity beyond all numbers is None, and so are bits per byte where the tokens do not spell the text
     (``lossless``): the bytes that were lost were not scored.

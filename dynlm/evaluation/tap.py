@@ -62,11 +62,11 @@ class Tap:
         self._logits.clear()
 
     def states(self, size: int) -> Tensor:
-        """(S, D) hidden states that the last ``size`` scores were read out from."""
+        """Return (S, D) hidden states that the last ``size`` scores were read out from."""
         return _last(self._states, size, "hidden states before an output layer (get_output_embeddings)")
 
     def logits(self, size: int) -> Tensor:
-        """(S, V) logits of the last ``size`` positions."""
+        """Return (S, V) logits of the last ``size`` positions."""
         return _last(self._logits, size, "logits")
 
 
@@ -95,7 +95,7 @@ class TappedReader(Reader):
 
     @classmethod
     def of(cls, reader: Reader) -> Self:
-        """The same reading, tapped; ``reader`` itself must not be used meanwhile."""
+        """Return the same reading, tapped; ``reader`` itself must not be used meanwhile."""
         return cls(reader.model, reader.score, reader.rule, reader.priors, reader.config)
 
     def segment(self, inputs_S: Tensor, targets_S: Tensor, last: bool = False) -> Step:
@@ -107,7 +107,7 @@ class TappedReader(Reader):
             return self.tapped(step, targets_S, tap)
 
     def tapped(self, step: Step, targets_S: Tensor, tap: Tap) -> Step:
-        """What becomes of a segment's scores; here they stay as they are."""
+        """Return what becomes of a segment's scores; here they stay as they are."""
         self.show(lambda: tap.logits(targets_S.numel()).log_softmax(1), targets_S)
         return step
 

@@ -38,7 +38,7 @@ class Words(NamedTuple):
 
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """The text of each token, its leading space included."""
+    """Return the text of each token, its leading space included."""
     distinct = list(dict.fromkeys(ids))
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         return _look_up(dict(zip(distinct, tokenizer.pieces(distinct), strict=True)), ids)
@@ -53,7 +53,7 @@ def _look_up(texts: dict[int, str], ids: Sequence[int]) -> list[str]:
 
 
 def find_words(tokenizer: Tokenizer, ids_T: Tensor) -> Words:
-    """The words of an article."""
+    """Return the words of an article."""
     ids = ids_T.tolist()
     word_T: list[int] = []
     words: list[str] = []

@@ -69,7 +69,7 @@ class MetaConfig(Settings):
 def divide_meta_split(
     articles: Sequence[TokenizedArticle], config: MetaConfig
 ) -> tuple[list[TokenizedArticle], list[TokenizedArticle]]:
-    """(articles that rules are tuned and trained on, articles that choose φ)."""
+    """Return (articles that rules are tuned and trained on, articles that choose φ)."""
     if len(articles) < 2:
         raise InputError(f"the meta split has {len(articles)} articles, needs at least 2: raise data.meta_articles")
     n_valid = min(config.validation_articles, len(articles) // 2)

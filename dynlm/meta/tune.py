@@ -49,7 +49,7 @@ class TuneConfig(Settings):
                 raise InputError(f"rules names {name!r}: choose from {', '.join(tuned())}, cache and METHOD+cache")
 
     def excerpts(self, articles: Sequence[TokenizedArticle]) -> list[TokenizedArticle]:
-        """What is read in a trial."""
+        """Return what is read in a trial."""
         most = self.max_tokens or None
         return [dataclasses.replace(article, ids_T=article.ids_T[:most]) for article in articles[: self.articles]]
 
@@ -61,7 +61,7 @@ TINY = 1e-6
 
 
 def search_space(kind: str, priors: Sequence[Prior]) -> dict[str, Range]:
-    """What is searched for a hand-made rule on the model that ``priors`` belong to, in the rule's own units."""
+    """Return what is searched for a hand-made rule on the model that ``priors`` belong to, in the rule's own units."""
     rms, space = 1 / priors[0].relative_rms, RULES[kind].space
     eps = rms * (space["eps"].start if "eps" in space else TINY)
     squares = [prior.rms.double().square() for prior in priors]

@@ -133,7 +133,7 @@ class CausalScorer:
         return ids_T, freeze(cache)
 
     def _forward(self, ids_T: Tensor, size: int, cache: Any = None) -> Tensor:
-        """(size, V) logits of the last tokens; ``cache`` moves on behind them."""
+        """Return (size, V) logits of the last tokens; ``cache`` moves on behind them."""
         arguments: dict[str, Any] = {}
         if "use_cache" in self.accepted:
             arguments["use_cache"] = cache is not None
@@ -201,7 +201,7 @@ def _differ(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def scorer_for(model: PreTrainedModel, config: ContextConfig | None = None) -> LSTMScorer | CausalScorer:
-    """The scorer that fits a model: our LSTM carries its own state, and any other model what ``config`` says."""
+    """Return the scorer that fits a model: our LSTM carries its own state, and any other model what ``config`` says."""
     return LSTMScorer(model) if isinstance(model, LSTMForCausalLM) else CausalScorer(model, config)
 
 

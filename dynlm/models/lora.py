@@ -68,7 +68,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings | None = None) -> tu
 
 
 def linear_layers(model: PreTrainedModel, globs: tuple[str, ...]) -> list[str]:
-    """Names of the linear layers that match any glob, the output head left out."""
+    """Return names of the linear layers that match any glob, the output head left out."""
     head = model.get_output_embeddings()
     names = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head

@@ -75,7 +75,7 @@ class ModelConfig(Settings):
     def build(
         self, vocab_size: int, start_id: int, seed: int, *, eos_id: int | None = None, pad_id: int | None = None
     ) -> LSTMForCausalLM:
-        """A fresh model with weights drawn from ``seed``."""
+        """Return a fresh model with weights drawn from ``seed``."""
         settings = {name: value for name, value in asdict(self).items() if name not in ("layers", "pretrained")}
         torch.manual_seed(seed)
         return LSTMForCausalLM(
@@ -191,7 +191,7 @@ class LSTMPreTrainedModel(PreTrainedModel):
         return embed(input_ids[0], weight, link)[None] if link else F.embedding(input_ids, weight)
 
     def _run(self, embedded: Tensor, hidden: Hidden | None, padding: Padding | None) -> tuple[list[Tensor], Hidden]:
-        """The embedding and each layer's output, (B, T, width) each, and the hidden state after the text."""
+        """Return the embedding and each layer's output, (B, T, width) each, and the hidden state after the text."""
         config, batch = self.config, embedded.shape[0]
         if hidden is None:
             hidden = self.initial_hidden(batch)

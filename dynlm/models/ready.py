@@ -51,7 +51,7 @@ def with_lora(model: PreTrainedModel, lora: LoraSettings, params: tuple[str, ...
 
 
 def load_ready_tokenizer(source: str, config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer that belongs to a ready model: that of ``config.name``, or else of the model's own source.
+    """Return the tokenizer that belongs to a ready model: that of ``config.name``, or else of the model's own source.
 
     Raises:
         InputError: none there, or settings that would train another one.

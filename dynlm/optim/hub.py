@@ -56,12 +56,12 @@ def resolve(rule: str | Path | Rule) -> Rule:
 
 
 def shipped() -> list[str]:
-    """Names of the rules that come with the package."""
+    """Return names of the rules that come with the package."""
     return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
 
 
 def _download(repo_id: str) -> Path:
-    """The rule's file in the hub's cache, downloaded where it is missing."""
+    """Return the rule's file in the hub's cache, downloaded where it is missing."""
     import huggingface_hub
 
     try:

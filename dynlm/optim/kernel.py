@@ -61,7 +61,7 @@ class Work(NamedTuple):
     """of each tensor; None where the rule's step is taken as it is"""
 
     def in_c(self) -> bool:
-        """Whether all that changes in place lies as kernels take it, and a compiler is there."""
+        """Return whether all that changes in place lies as kernels take it, and a compiler is there."""
         changing = [t for w, slots in zip(self.ws, self.slots, strict=True) for t in (w.theta, *slots)]
         return supported(*(w.theta for w in self.ws)) and all(t.is_contiguous() for t in changing)
 
@@ -74,7 +74,7 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def serves(self, work: Work) -> bool:
-        """Whether this backend can do it."""
+        """Return whether this backend can do it."""
 
     def run(self, work: Work) -> None:
         """Do it, one tensor at a time."""
@@ -223,7 +223,7 @@ class InPlaceUpdate:
 
 
 def arrays_of(w: Coordinates, slots: Slots) -> dict[str, Tensor | float]:
-    """A tensor's sizes and arrays by the names that kernels give them."""
+    """Return a tensor's sizes and arrays by the names that kernels give them."""
     rows, columns = w.theta.shape
     own = {"theta": w.theta, "theta0": w.theta0, "rms": w.rms, "grad": w.grad}
     features = numbered("row", w.row) | numbered("col", w.col)
@@ -267,5 +267,5 @@ class FusedReplay:
         return result.sum(0)
 
     def serves(self, theta: Tensor, n_row: int, n_col: int) -> bool:
-        """Whether the kernel exists for these weights and numbers of features."""
+        """Return whether the kernel exists for these weights and numbers of features."""
         return self.kernels.rule.traceable and self.kernels(n_row, n_col).serves(theta)

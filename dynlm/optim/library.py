@@ -16,14 +16,14 @@ from dynlm.types import InputError
 
 
 def make_rule(name: str, **settings: Any) -> Rule:
-    """A fresh rule; ``settings`` are arguments of its class, or fields of its configuration where it has one."""
+    """Return a fresh rule; ``settings`` are arguments of its class, or fields of its configuration where it has one."""
     make: Any = row_of(name).rule
     rule: Rule = make(make.config_class(**settings)) if make.config_class else make(**settings)
     return rule
 
 
 def start_rule(name: str, settings: dict[str, float], priors: Sequence[Prior], seed: int = 0, hidden: int = 0) -> Rule:
-    """A learned cell at the rule that its row says it starts at, with these tuned settings; 0: its own size."""
+    """Return a learned cell at the rule that its row says it starts at, with these tuned settings; 0: its own size."""
     if not row_of(name).start:
         raise InputError(f"{name!r} is not a learned rule: choose one of {', '.join(trained())}")
     make: Any = RULES[name].rule
@@ -33,7 +33,7 @@ def start_rule(name: str, settings: dict[str, float], priors: Sequence[Prior], s
 
 
 def load_rule(path: str | Path) -> tuple[Rule, runs.Json]:
-    """(rule, how it was made).
+    """Return (rule, how it was made).
 
     Raises:
         InputError: a file that holds no whole rule, settings or numbers that no rule has.

@@ -40,7 +40,7 @@ class Linear(Rule):
 
     @classmethod
     def started_at(cls, settings: dict[str, float], priors: Sequence[Prior], seed: int = 0) -> Self:
-        """The rule that starts at tuned SGD (without its decay, which this cell has not)."""
+        """Return the rule that starts at tuned SGD (without its decay, which this cell has not)."""
         return cls(LinearConfig(weight=-settings["lr"]))
 
     def context(self, shared: Shared) -> Tensor:

@@ -22,7 +22,7 @@ REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def rule_config(rule: Rule) -> dict[str, Any]:
-    """The configuration of a rule, where it has one."""
+    """Return the configuration of a rule, where it has one."""
     return asdict(rule.config) if rule.config else {}
 
 
@@ -65,7 +65,7 @@ def push_to_hub(rule: Rule, repo_id: str, made: runs.Json | None = None, license
 
 
 def model_card(rule: Rule, made: runs.Json, license: str) -> str:
-    """A short ``README.md`` for the hub: license, what the rule is, how it was made, how to use it."""
+    """Return a short ``README.md`` for the hub: license, what the rule is, how it was made, how to use it."""
     how = [f"- {key}: {value}" for key, value in made.items()] or ["- not recorded"]
     lines = [
         "---",

@@ -143,7 +143,7 @@ def after_switch(gate: Gates, count: int) -> dict[str, Floats]:
 
 
 def calibration(breakdown: Mapping[str, Calibration], names: Sequence[str]) -> Drawing:
-    """How far the share of correct top tokens is from their probability, by probability and in all."""
+    """Return how far the share of correct top tokens is from their probability, by probability and in all."""
     of = {**looks(names), "static": (INK, ".")}
     known = [name for name in of if name in breakdown]
 
@@ -202,7 +202,7 @@ def called(tensor: str) -> str:
 
 
 def numbers(breakdowns: Breakdowns, names: Sequence[str]) -> list[Json]:
-    """The rows behind the word figures: class, tokens, and each method's gain with its interval."""
+    """Return the rows behind the word figures: class, tokens, and each method's gain with its interval."""
     return [
         {"group": title, "bin": row["bin"], "tokens": row["tokens"], "gains": [row["gain"].get(name) for name in names]}
         for key, title in CLASSES.items()

@@ -59,7 +59,7 @@ class Evaluation:
         return sorted(ranked, key=self._adapts)
 
     def _adapts(self, name: str) -> bool:
-        """Whether a method differs from its baseline by more than what it forgets."""
+        """Return whether a method differs from its baseline by more than what it forgets."""
         method = self.results["methods"][name]
         return method["kind"] != "baseline" or method["start"] is not None
 
@@ -92,14 +92,14 @@ class Evaluation:
         return self.results["methods"][name]["kind"]
 
     def best(self, kind: str, cached: bool = True) -> str | None:
-        """The method of this kind with the lowest loss, if there is one; ``cached=False`` leaves out caches."""
+        """Return the method of this kind with the lowest loss, if there is one; ``cached=False`` leaves out caches."""
         methods = self.results["methods"]
         fits = (n for n in reversed(self.names) if self.kind(n) == kind and (cached or not methods[n]["cache"]))
         return next(fits, None)
 
 
 def load_evaluation(run: Run, vocab_size: int | None = None) -> Evaluation:
-    """The evaluation of ``run``; :class:`InputError` where it is missing, of another schema, or inconsistent."""
+    """Return the evaluation of ``run``; :class:`InputError` where it is missing, of another schema, or inconsistent."""
     results = load_results(run.require(run.results, "evaluate"))
     tensors, _ = read_tensors(run.require(run.losses, "evaluate"))
     losses = {name: _losses(run.losses, tensors, results, name) for name in results["methods"]}
@@ -119,7 +119,7 @@ def load_evaluation(run: Run, vocab_size: int | None = None) -> Evaluation:
 
 
 def _tokens(path: Path, tensors: dict[str, torch.Tensor], key: str, tokens: int) -> torch.Tensor:
-    """The tensor ``key``, one value a token, or an error."""
+    """Return the tensor ``key``, one value a token, or an error."""
     if key not in tensors:
         raise InputError(f"{path} has no {key!r}, which results.json needs: {AGAIN}")
     if tensors[key].shape != (tokens,):
@@ -131,7 +131,7 @@ def _tokens(path: Path, tensors: dict[str, torch.Tensor], key: str, tokens: int)
 
 
 def _losses(path: Path, tensors: dict[str, torch.Tensor], results: Results, name: str) -> Floats:
-    """(T,) nats. The sum must be that of results.json, else figures and table would tell of two evaluations."""
+    """Return (T,) nats. The sum must be that of results.json, else figures and table would tell of two evaluations."""
     losses: Floats = _tokens(path, tensors, f"losses/{name}", results["tokens"]).numpy().astype(np.float64)
     nats = results["methods"][name]["nats"]
     if not np.isclose(losses.sum(), nats, rtol=1e-3):

@@ -45,7 +45,7 @@ def write_report(
 
 
 def render(evaluation: Evaluation, drawings: dict[str, Drawing], maps: Json | None) -> str:
-    """The page as text."""
+    """Return the page as text."""
     results, names, shown = evaluation.results, evaluation.names, evaluation.shown
     return page.render(
         "template.html.j2",
@@ -70,7 +70,7 @@ def render(evaluation: Evaluation, drawings: dict[str, Drawing], maps: Json | No
 
 
 def draw(evaluation: Evaluation) -> dict[str, Drawing]:
-    """The figures that this evaluation has data for, by name."""
+    """Return the figures that this evaluation has data for, by name."""
     shown, breakdowns, methods = evaluation.shown, evaluation.breakdowns, evaluation.results["methods"]
     if not shown:
         return {}
@@ -124,7 +124,7 @@ def _per_article(evaluation: Evaluation) -> dict[str, Floats]:
 
 
 def _headline(evaluation: Evaluation) -> Json:
-    """The best method of each kind (or None), and by how much the learned one is below the hand-made one."""
+    """Return the best method of each kind (or None), and by how much the learned one is below the hand-made one."""
     hand_made, learned = evaluation.best("hand-made"), evaluation.best("learned")
     both = hand_made is not None and learned is not None
     return {
@@ -135,7 +135,7 @@ def _headline(evaluation: Evaluation) -> Json:
 
 
 def _captions(evaluation: Evaluation) -> Json:
-    """What the captions say. Needs at least one method beside the baselines."""
+    """Return what the captions say. Needs at least one method beside the baselines."""
     titles, article_T = evaluation.titles, evaluation.article_T
     means = _per_article(evaluation)
     read = np.unique(article_T)
@@ -186,7 +186,7 @@ def _says(ci95: Interval) -> str:
 
 
 def _classified(evaluation: Evaluation) -> float:
-    """The share of the tokens that belong to a word; the others are ends of lines."""
+    """Return the share of the tokens that belong to a word; the others are ends of lines."""
     words = evaluation.breakdowns.get("occurrence", [])
     return float(sum(row["tokens"] for row in words) / evaluation.results["tokens"])
 

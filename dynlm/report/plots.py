@@ -26,7 +26,7 @@ POINTS = 600  # points drawn a line along the stream: finer than a screen shows
 
 
 def headline(methods: Mapping[str, MethodResult], shown: Sequence[str]) -> Drawing:
-    """The gain of every method with its interval; ``methods`` as in results.json, the best last."""
+    """Return the gain of every method with its interval; ``methods`` as in results.json, the best last."""
 
     def paint(figure: Figure, narrow: bool) -> None:
         axes = figure.add_subplot()
@@ -76,7 +76,7 @@ def by_position(bins: Mapping[str, Sequence[Stretch]], tenths: Sequence[Row]) ->
 
 
 def per_article(gains: Mapping[str, Floats]) -> Drawing:
-    """Each article's mean gain, (A,) a method, all in one order: the last method's, rising."""
+    """Return each article's mean gain, (A,) a method, all in one order: the last method's, rising."""
     order = np.argsort(list(gains.values())[-1], kind="stable")
 
     def paint(figure: Figure, narrow: bool) -> None:
@@ -99,7 +99,7 @@ def per_article(gains: Mapping[str, Floats]) -> Drawing:
 
 
 def stream(memories: Mapping[str, Mapping[str, Floats]], article_T: Ints, names: Sequence[str]) -> Drawing:
-    """What each level of memory takes off the loss along the first articles, one panel a level.
+    """Return what each level of memory takes off the loss along the first articles, one panel a level.
 
     ``memories``: for each panel's title the differences of instantaneous losses, (T,) nats; ``names`` are all methods
     of the page, which gives them their looks. Curves of no method ("" as name) have the ink's colour.
@@ -209,7 +209,7 @@ def add_legend(figure: Figure, handles: Sequence[Line2D], labels: Sequence[str],
 
 
 def article_spans(article_T: Ints) -> list[tuple[int, int]]:
-    """(start, stop) in tokens of each article, in reading order."""
+    """Return (start, stop) in tokens of each article, in reading order."""
     cuts = (np.flatnonzero(np.diff(article_T)) + 1).tolist()
     return list(zip([0, *cuts], [*cuts, len(article_T)], strict=True))
 
@@ -221,7 +221,7 @@ def smoothing_window(article_T: Ints) -> int:
 
 
 def smoothed(values_T: Floats, spans: Sequence[tuple[int, int]], window: int) -> tuple[list[float], list[float]]:
-    """A running mean along the articles as a line (places, values) of a bounded number of points.
+    """Return a running mean along the articles as a line (places, values) of a bounded number of points.
 
     NaN lifts the pen between articles: no average mixes two of them.
     """
@@ -244,13 +244,13 @@ def moving_average(values_T: Floats, window: int) -> Floats:
 
 
 def short(name: str) -> str:
-    """A method's name as a short label; what XML cannot hold becomes a dot."""
+    """Return a method's name as a short label; what XML cannot hold becomes a dot."""
     printable = "".join(character if character.isprintable() else "·" for character in name)
     return printable if len(printable) <= 28 else printable[:27] + "…"
 
 
 def spoken(names: Sequence[str] | Mapping[str, object]) -> str:
-    """Names for those who do not see the figure."""
+    """Return names for those who do not see the figure."""
     return ", ".join(map(short, names))
 
 

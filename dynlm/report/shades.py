@@ -51,7 +51,7 @@ def shade(gain: float) -> int:
 
 
 def label(level: int) -> str:
-    """What a shade means, in nats."""
+    """Return what a shade means, in nats."""
     size = abs(level)
     if not size:
         return f"within {THRESHOLDS[0]:g}"
@@ -60,7 +60,7 @@ def label(level: int) -> str:
 
 
 def least(level: int) -> str:
-    """What a shade other than none means, in a few characters: all shades fit on one line of a terminal."""
+    """Return what a shade other than none means, in a few characters: all shades fit on one line of a terminal."""
     rest = " or more" if level == len(THRESHOLDS) else " or less" if level == -len(THRESHOLDS) else ""
     return f"{_bound(level)}{rest}"
 
@@ -74,7 +74,7 @@ def _sign(level: int) -> str:
 
 
 def cube(code: int) -> Rgb:
-    """The RGB of a code of the colour cube, 16 to 231, which no theme of a terminal changes."""
+    """Return the RGB of a code of the colour cube, 16 to 231, which no theme of a terminal changes."""
     steps = (0, 95, 135, 175, 215, 255)
     red, rest = divmod(code - 16, 36)
     return steps[red], steps[rest // 6], steps[rest % 6]

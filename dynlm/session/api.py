@@ -215,7 +215,7 @@ def _own_methods(source: object, session: Session) -> list[str | Rule]:
 
 
 def _free_name(name: str, taken: Iterable[str]) -> str:
-    """The name of a rule, with a number where another one has it."""
+    """Return the name of a rule, with a number where another one has it."""
     count = sum(other.partition("-")[0] == name for other in taken)
     return f"{name}-{count + 1}" if count else name
 

@@ -63,7 +63,7 @@ class Memory(NamedTuple):
 
 
 def load_memory(path: Path, adapted: Reader, belongs: runs.Json) -> Memory:
-    """What :func:`save_memory` wrote.
+    """Return what :func:`save_memory` wrote.
 
     Raises:
         InputError: not a memory, or one of another model or rule.
@@ -86,7 +86,7 @@ def load_memory(path: Path, adapted: Reader, belongs: runs.Json) -> Memory:
 
 
 def _unpacked(tensors: dict[str, Tensor], meta: runs.Json, adapted: Reader) -> tuple[Snapshot, Any]:
-    """(position, hidden state of the static reader), of the reader's own shapes and finite."""
+    """Return (position, hidden state of the static reader), of the reader's own shapes and finite."""
     deltas = {f"delta.{prior.name}": prior.theta0 for prior in adapted.priors}
     runs.require_layout("it", {name: tensors[name] for name in deltas}, deltas, advice="")
     rest = {name: tensor for name, tensor in tensors.items() if name not in deltas}
@@ -103,7 +103,7 @@ def _unpacked(tensors: dict[str, Tensor], meta: runs.Json, adapted: Reader) -> t
 
 
 def _slots(state: RuleState) -> dict[str, Tensor]:
-    """The tensors of a rule's state whose shapes the model gives."""
+    """Return the tensors of a rule's state whose shapes the model gives."""
     slots = {f"slot {i} {k}": s for i, part in enumerate(state.slots) for k, s in enumerate(part)}
     return slots | {"tensors": state.tensors}
 
@@ -122,6 +122,6 @@ def _try(position: Snapshot, static_hidden: Any, adapted: Reader) -> None:
 
 
 def copied(snapshot: Snapshot) -> Snapshot:
-    """A position that may be resumed while the given one is kept."""
+    """Return a position that may be resumed while the given one is kept."""
     thetas = [theta.clone() for theta in snapshot.thetas]
     return Snapshot(thetas, copy.deepcopy(snapshot.state), snapshot.hidden)

@@ -271,7 +271,7 @@ class Reader:
             self.forget()
 
     def _belongs(self) -> dict[str, Any]:
-        """What a saved memory must agree with."""
+        """Return what a saved memory must agree with."""
         return self.session.fingerprints(self.rule) | {"carry": self.session.carry}
 
     def _tokens(self) -> Callable[[str], tuple[list[int], list[str]]]:
@@ -340,12 +340,12 @@ class Reader:
 
 
 def _is_run(source: str | Path) -> bool:
-    """Whether ``source`` is a run directory or the name of a shipped model."""
+    """Return whether ``source`` is a run directory or the name of a shipped model."""
     return not str(source) or (Path(source) / "recipe.json").is_file() or str(source) in shipped_models()
 
 
 def _loaded(rule: str | Rule, session: Session) -> str | Rule:
-    """The rule itself where its name is none of the session's: a file, a folder, or a name of the hub."""
+    """Return the rule itself where its name is none of the session's: a file, a folder, or a name of the hub."""
     if isinstance(rule, Rule) or rule in ("", "static", *session.held()):
         return rule
     if not Path(rule).exists() and "/" not in rule:

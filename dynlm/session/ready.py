@@ -124,7 +124,7 @@ def _prior_articles(names: Sequence[str]) -> Iterator[Article]:
 
 
 def _pieces(articles: Iterator[Article], tokenizer: Tokenizer, segment: int, device: torch.device) -> Iterator[Piece]:
-    """The first segments of the articles, ``PRIOR_TOKENS`` in all."""
+    """Return the first segments of the articles, ``PRIOR_TOKENS`` in all."""
     encoded = (torch.tensor(tokenizer.encode(article.text), device=device) for article in articles)
     pieces = (piece for ids_T in encoded for piece in article_segments(ids_T, tokenizer.start_id, segment))
     return itertools.islice(pieces, PRIOR_TOKENS // segment)

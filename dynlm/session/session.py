@@ -124,7 +124,7 @@ class Session:
         return rule
 
     def _without(self, rule: str) -> str:
-        """What is wrong where a rule is missing, and what to do."""
+        """Return what is wrong where a rule is missing, and what to do."""
         make = f"run `dynlm {made_by(Method.parse(rule).rule)}` with this run directory first"
         advice = f"{self.run.rule(rule)} does not exist: {make}" if self.run else "tune one with dynlm.tune"
         held = f" (it holds {', '.join(self.held())})" if self.held() else ""
@@ -161,7 +161,7 @@ class Session:
         return self.run.require(getattr(self.run, kind)(name), command)
 
     def _started(self, rule: Rule, start: str) -> list[Prior]:
-        """The priors of a learned start; ``rule`` becomes what was learned together with it."""
+        """Return the priors of a learned start; ``rule`` becomes what was learned together with it."""
         path = self._file("start", start, "learn-start")
         tensors, made = read_tensors(path)
         self._require_own(path, made)
@@ -284,7 +284,7 @@ def read_prior(path: Path, adapted: Sequence[Adapted]) -> tuple[list[Tensor], Js
 
 
 def _known(run: Run) -> tuple[Spacing, float | None]:
-    """(spacing, home) of a kit, from its own file or from what training wrote down."""
+    """Return (spacing, home) of a kit, from its own file or from what training wrote down."""
     path = run.path / KIT
     told = check(Known, read_json(path), str(path)) if path.is_file() else {}
     return told.get("spacing", "none"), told.get("home", best_validation(run))
@@ -303,7 +303,7 @@ def best_validation(run: Run) -> float | None:
 def _load_model(
     run: Run, settings: Json, light: bool
 ) -> tuple[nn.Module, Callable[[Any], Scorer], tuple[str, ...], str]:
-    """A run's model, what makes it a scorer, the globs of what is adapted, and what it carries."""
+    """Return a run's model, what makes it a scorer, the globs of what is adapted, and what it carries."""
     folder = run.require(run.model, "train")
     params = build(ReadConfig, settings.get("read", {}), f"{run.recipe}: read").params
     recurrent = is_light(folder)

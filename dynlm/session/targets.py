@@ -62,7 +62,7 @@ class Target:
                 shutil.copymode(self.path, temporary)
 
     def megabytes(self) -> str:
-        """The size of what was written."""
+        """Return the size of what was written."""
         return f"{self.path.stat().st_size / 1e6:.1f} MB"
 
 
@@ -101,13 +101,13 @@ def require_apart(targets: Sequence[Target]) -> None:
 
 
 def is_page(path: Path) -> bool:
-    """Whether a file is a page of ``dynlm read``."""
+    """Return whether a file is a page of ``dynlm read``."""
     head = _head(path)
     return head.startswith(b"<!DOCTYPE html>") and PAGE in head
 
 
 def is_memory(path: Path) -> bool:
-    """Whether a file is a memory: safetensors, whose header follows its length, with that kind."""
+    """Return whether a file is a memory: safetensors, whose header follows its length, with that kind."""
     head = _head(path)
     return head.startswith(b'{"__metadata__"', 8) and KIND.encode() in head
 

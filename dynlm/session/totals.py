@@ -85,7 +85,7 @@ class Totals:
         return figures | {"gain_nats_per_token": self.gain}
 
     def told(self, rule: str) -> list[str]:
-        """The totals for a person."""
+        """Return the totals for a person."""
         speed = three(self.tokens / max(self.seconds, 1e-9))
         counts = f"{self.words:,} words in {self.lines:,} line{'s' * (self.lines != 1)} ({self.bytes:,} bytes)"
         lines = [f"{counts}, {self.tokens:,} tokens, {self.seconds:.1f} s ({speed} tokens/s)"]
@@ -124,7 +124,7 @@ COUNTS = ("articles", "tokens", "restarts", "updates", "clipped", "unknown_bytes
 
 
 def word_lines(rows: Sequence[Json], mean: Json | None, rule: str) -> list[str]:
-    """The table of words that came again, aligned; nothing where there are none."""
+    """Return the table of words that came again, aligned; nothing where there are none."""
     if not rows:
         return []
     shown = [(_cut(row["word"]), f"{row['times']:,}", row) for row in rows]

@@ -21,7 +21,7 @@ from dynlm.types import InputError, TokenizedArticle
 
 
 def evaluate(recipe: Recipe) -> runs.Json:
-    """All methods over the same tokens of one split; results.json, losses and the report."""
+    """Return all methods over the same tokens of one split; results.json, losses and the report."""
     bench, config = Bench(recipe, any_text=True), recipe.evaluate
     methods = methods_of(bench.run, config.methods)
     asked = _asked(bench) | {"methods": methods}
@@ -66,7 +66,7 @@ def report(recipe: Recipe) -> None:
 
 
 def _asked(bench: Bench) -> runs.Json:
-    """All that an evaluation depends on, as JSON, but the methods."""
+    """Return all that an evaluation depends on, as JSON, but the methods."""
     recipe, config = bench.recipe, runs.settings_of(bench.recipe.evaluate)
     tables = {name: runs.settings_of(getattr(recipe, name)) for name in ("read", "context", "lora", "prior")}
     if bench.other:
@@ -75,7 +75,7 @@ def _asked(bench: Bench) -> runs.Json:
 
 
 def _evaluated(run: runs.Run, asked: runs.Json, recipe: Recipe) -> runs.Json | None:
-    """The figures of a finished evaluation that ``--resume`` keeps; None where there is something to read.
+    """Return the figures of a finished evaluation that ``--resume`` keeps; None where there is something to read.
 
     Raises:
         InputError: an evaluation that must not be replaced.

@@ -130,7 +130,7 @@ MADE_WITH = (*FIXED_BY_TRAINING, "read", "context")
 
 
 def load_recipe(path: Path) -> Recipe:
-    """A recipe from a TOML file, which holds only what differs from the defaults.
+    """Return a recipe from a TOML file, which holds only what differs from the defaults.
 
     Raises:
         InputError: a missing file, text that is not TOML, an unknown key (with the nearest known one), a wrong type.
@@ -172,7 +172,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def recipe_of_run(path: Path) -> Recipe:
-    """The settings that a run directory was made with.
+    """Return the settings that a run directory was made with.
 
     Raises:
         InputError: a file that this version of dynlm did not write, or one that lacks what the model was made with.

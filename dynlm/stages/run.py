@@ -78,16 +78,16 @@ class Bench(Session):
         return corpus
 
     def finished(self) -> runs.Json:
-        """What a finished rule, cache or start says of itself: the base model that it belongs to."""
+        """Return what a finished rule, cache or start says of itself: the base model that it belongs to."""
         return {"model": self.stamp.fingerprints["model"], "finished": True}
 
     def texts(self, split: str, limit: int = 0) -> tuple[Article, ...]:
-        """The first articles of a split of the corpus, or of another source."""
+        """Return the first articles of a split of the corpus, or of another source."""
         found = load_texts(self.other, split) if self.other else self.corpus.split(split)
         return found[: limit or None]
 
     def train_texts(self) -> Iterator[str]:
-        """The text that the model was trained on; nothing where another source is read and it is not at hand."""
+        """Yield the text that the model was trained on; nothing where another source is read and it is not at hand."""
         try:
             yield from (article.text for article in self.corpus.train)
         except InputError:
@@ -135,7 +135,7 @@ def _first_tokens(articles: tuple[Article, ...], tokens: int) -> list[Article]:
 
 
 def meta_training(recipe: Recipe) -> runs.Json:
-    """A learned rule, from the tuned hand-made rule that it starts at, on the meta-training articles."""
+    """Return a learned rule, from the tuned hand-made rule that it starts at, on the meta-training articles."""
     bench, kind = Bench(recipe), recipe.meta.rule
     stage = Method("meta-train", recipe.meta.seed).stem
     target, checkpoint = bench.run.rule(str(Method(kind, recipe.meta.seed))), bench.run.checkpoint(stage)

@@ -55,7 +55,7 @@ def learn_start_stage(recipe: Recipe) -> runs.Json:
 
 
 def _told(target: Path) -> runs.Json:
-    """What ``--json`` shows of a start."""
+    """Return what ``--json`` shows of a start."""
     made = told(target)
     return {"meta_validation_nats_per_token": made["best"], "best_step": made["best_step"], "start": str(target)}
 

@@ -47,7 +47,7 @@ def train(recipe: Recipe, demo: bool = False) -> runs.Json | None:
 
 
 def _tokenizer_of(work: runs.Run, corpus: Corpus) -> Tokenizer:
-    """The tokenizer of unfinished training, which goes on with the same texts."""
+    """Return the tokenizer of unfinished training, which goes on with the same texts."""
     stamp = read_stamped(work.recipe)[1]
     stamp.require("data", corpus.fingerprint, "data.source", "resume with the same texts, or use --overwrite")
     found = fingerprint_files(work.require(work.tokenizer, "train"))

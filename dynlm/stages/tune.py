@@ -46,7 +46,7 @@ def tune(recipe: Recipe) -> runs.Json:
 
 
 def _figures(path: Path) -> runs.Json:
-    """What ``--json`` shows of a tuned rule or cache."""
+    """Return what ``--json`` shows of a tuned rule or cache."""
     settings = asdict(load_cache(path)) if Method.parse(path.name).cache else load_rule(path)[0].settings()
     return {"nats_per_token": told(path)["nats_per_token"], "settings": settings}
 

@@ -114,13 +114,13 @@ def stack_glyphs(drawn: list[Tensor]) -> Tensor:
 
 
 def _warp(images: Tensor, matrices: Tensor, shifts: Tensor, side: int) -> Tensor:
-    """(B, side, side): ``images`` (B, 1, h, w) at matrix (B, 2, 2) · place + shift (B, 2), places −1 to 1."""
+    """Return (B, side, side): ``images`` (B, 1, h, w) at matrix (B, 2, 2) · place + shift (B, 2), places −1 to 1."""
     grid = F.affine_grid(torch.cat([matrices, shifts[:, :, None]], 2), [len(images), 1, side, side], False)
     return F.grid_sample(images, grid, align_corners=False)[:, 0]
 
 
 def _distinct(glyphs: dict[int, Tensor]) -> list[int]:
-    """The code points whose mean image, a little blurred, is like no earlier one's."""
+    """Return the code points whose mean image, a little blurred, is like no earlier one's."""
     codes = list(glyphs)
     means = torch.stack(
         [F.avg_pool2d(glyphs[code].mean(0, keepdim=True), CANVAS // 8, CANVAS // 16) for code in codes]

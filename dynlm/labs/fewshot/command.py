@@ -22,7 +22,7 @@ from dynlm.types import InputError
 
 
 def few_shot(call: Call, config: FewShotConfig) -> runs.Json:
-    """Every method over the same tasks: few-shot.json, and the learned starts beside it.
+    """Return every method over the same tasks: few-shot.json, and the learned starts beside it.
 
     With ``resume``, methods that an earlier command finished under the same settings are taken over. An earlier
     comparison stays until all methods are finished.
@@ -58,7 +58,7 @@ def few_shot(call: Call, config: FewShotConfig) -> runs.Json:
 
 
 def own_settings(settings: Mapping[str, object], name: str) -> runs.Json:
-    """What the result of one method depends on, as JSON has it: without the settings of the others."""
+    """Return what the result of one method depends on, as JSON has it: without the settings of the others."""
     others = {"methods"}
     for prefix, method in (("reptile", "reptile"), ("proximal", "imaml")):
         if METHODS[name] != method:
@@ -92,12 +92,12 @@ class Made(TypedDict):
 
 
 def _part(run: runs.Run, name: str) -> Path:
-    """Where a method of an unfinished comparison is kept."""
+    """Return where a method of an unfinished comparison is kept."""
     return run.parts("few-shot") / f"{name}.safetensors"
 
 
 def _finished(run: runs.Run, name: str, call: Call, config: FewShotConfig) -> runs.Json | None:
-    """The result of a method that was finished under these settings, in this comparison or in an earlier one.
+    """Return the result of a method that was finished under these settings, in this comparison or in an earlier one.
 
     Raises:
         InputError: an earlier comparison has it under other settings, and ``overwrite`` does not allow to replace it.
@@ -125,7 +125,7 @@ def _run_method(call: Call, config: FewShotConfig, name: str, splits: TaskSplits
 
 
 def table(results: runs.Json, kind: str) -> str:
-    """The results as text: squared errors, or accuracies in %."""
+    """Return the results as text: squared errors, or accuracies in %."""
     show: Callable[[float], str] = (
         (lambda error: f"{error:8.4f}") if kind == "sinusoid" else (lambda error: f"{100 * (1 - error):6.2f} %")
     )

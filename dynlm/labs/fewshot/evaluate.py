@@ -53,7 +53,7 @@ def adapted(reader: Reader, tasks: Sequence[FewShotTask], steps: int, measure: M
 
 
 def mean_over_tasks(values: Sequence[float]) -> Mean:
-    """The mean with its percentile bootstrap interval."""
+    """Return the mean with its percentile bootstrap interval."""
     sums = torch.tensor(values, dtype=torch.float64)
     return Mean(float(sums.mean()), bootstrap_ratio(sums, torch.ones_like(sums)))
 
@@ -67,7 +67,7 @@ class TunedRate(NamedTuple):
 
 
 def tune_rate(rates: Sequence[float], mean_at: Callable[[float], float]) -> TunedRate:
-    """The rate where ``mean_at`` is smallest; a rate at which reading diverges does not count.
+    """Return the rate where ``mean_at`` is smallest; a rate at which reading diverges does not count.
 
     Raises:
         InputError: no rate is left.

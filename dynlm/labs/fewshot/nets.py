@@ -105,17 +105,17 @@ class NetScorer:
 
 
 def squared_error(outputs_BD: Tensor, targets_BD: Tensor) -> Tensor:
-    """(B,): mean over the outputs of the squared error."""
+    """Return (B,): mean over the outputs of the squared error."""
     return (outputs_BD - targets_BD).square().mean(1)
 
 
 def cross_entropy(scores_BD: Tensor, labels_B: Tensor) -> Tensor:
-    """(B,) in nats."""
+    """Return (B,) in nats."""
     return F.cross_entropy(scores_BD, labels_B, reduction="none")
 
 
 def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A network whose random start depends on ``seed`` alone."""
+    """Return a network whose random start depends on ``seed`` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()

@@ -38,7 +38,7 @@ class TaskSource(Protocol):
     """A distribution of tasks."""
 
     def sample(self, generator: torch.Generator) -> FewShotTask:
-        """The next task; the generator alone decides which."""
+        """Return the next task; the generator alone decides which."""
 
 
 class Sinusoids:
@@ -116,7 +116,7 @@ class TaskSplits(NamedTuple):
 
 
 def load_tasks(config: TasksConfig) -> TaskSplits:
-    """The three sources of tasks. Characters are divided 60 : 15 : 25."""
+    """Return the three sources of tasks. Characters are divided 60 : 15 : 25."""
     if config.kind == "sinusoid":
         source = Sinusoids(config.shots, config.queries)
         return TaskSplits(source, source, source)

@@ -139,7 +139,7 @@ class Trial:
         }
 
     def train(self, outer: OuterConfig) -> tuple[float, int]:
-        """(validation loss, step) of the start that was kept: after as many updates as in training."""
+        """Return (validation loss, step) of the start that was kept: after as many updates as in training."""
         generator = torch.Generator().manual_seed(self.config.seed + 1)
         valid = tasks_of(self.splits.valid, self.config.valid_tasks, self.config.seed + 4)
         reader, copies = self.reader, outer.tasks if outer.stacked else 1
@@ -172,7 +172,7 @@ class Trial:
         return Reader(net, StackedScorer(net, squared_error), self.reader.rule, priors, self.reader.config)
 
     def task(self, task: FewShotTask, generator: torch.Generator) -> Task:
-        """What the method's inner loop reads of a training task."""
+        """Return what the method's inner loop reads of a training task."""
         config = self.config
         if self.method == "reptile":  # knows no query: learns from all of the task
             pieces = task.minibatches(self.inner_steps, config.reptile_batch, generator)
@@ -180,7 +180,7 @@ class Trial:
         return Task.few_shot(*task, self.inner_steps)
 
     def mean(self, tasks: list[FewShotTask], lr: float) -> float:
-        """The measure on ``tasks`` after plain SGD at another rate."""
+        """Return the measure on ``tasks`` after plain SGD at another rate."""
         self.reader.rule.load_state_dict(SGD(lr).state_dict())
         return mean_over_tasks(adapted(self.reader, tasks, self.config.test_steps, self.measure)).value
 
@@ -197,6 +197,6 @@ def stack_tasks(tasks: list[FewShotTask], copies: int) -> list[FewShotTask]:
 
 
 def tasks_of(source: TaskSource, number: int, seed: int) -> list[FewShotTask]:
-    """A fixed list of tasks."""
+    """Return a fixed list of tasks."""
     generator = torch.Generator().manual_seed(seed)
     return [source.sample(generator) for _ in range(number)]

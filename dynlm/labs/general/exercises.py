@@ -37,7 +37,7 @@ HELD_OUT_SHARE = 0.15
 
 
 def generator_of(*seeds: int) -> Generator:
-    """A generator of its own for each combination of seeds."""
+    """Return a generator of its own for each combination of seeds."""
     mixed = 0
     for seed in seeds:
         mixed = (mixed * 0x9E3779B97F4A7C15 + seed + 1) % 2**63
@@ -92,7 +92,7 @@ def glyph_classes(symbols: str, side: int, noise: GlyphNoise, reconstruct: bool 
 
 
 def confuse(labels: Tensor, n_classes: int, share: float, generator: Generator) -> Tensor:
-    """A ``share`` of labels drawn anew; the generator advances by the same amount whatever the share is."""
+    """Return a ``share`` of labels drawn anew; the generator advances by the same amount whatever the share is."""
     others = torch.randint(n_classes, labels.shape, generator=generator)
     wrong = torch.rand(labels.shape, generator=generator) < share
     return torch.where(wrong, others, labels)
@@ -108,7 +108,7 @@ class Corpus(NamedTuple):
 
 @cache
 def documentation(symbols: int = 64) -> Corpus:
-    """The topics of Python's language reference as the most frequent characters, and one id for all others.
+    """Return the topics of Python's language reference as the most frequent characters, and one id for all others.
 
     Every tenth topic is held out. The modules' documentation and source are not in it: see the two corpora below.
     """
@@ -213,7 +213,7 @@ def _words(text: str) -> list[str]:
 
 
 def _encode(train: Sequence[str], valid: Sequence[str], split: Callable[[str], list[str]], vocabulary: int) -> Corpus:
-    """The ``vocabulary`` − 1 most frequent tokens of the training text, and id 0 for all others."""
+    """Return the ``vocabulary`` − 1 most frequent tokens of the training text, and id 0 for all others."""
     tokens = [[token for text in texts for token in split(text)] for texts in (train, valid)]
     counts = sorted(Counter(tokens[0]).items(), key=lambda item: (-item[1], item[0]))
     ids = {token: i for i, (token, _) in enumerate(counts[: vocabulary - 1], 1)}
@@ -237,7 +237,7 @@ Transduction = Literal["copy", "reverse", "sort", "add"]
 
 
 def transductions(kind: Transduction, symbols: int, length: int) -> Draw:
-    """A random sequence, a separator (id ``symbols``), then its image: targets are the last ``length`` tokens.
+    """Return a random sequence, a separator (id ``symbols``), then its image: targets are the last ``length`` tokens.
 
     ``add``: two sequences, then their sum a place modulo ``symbols``. Inputs (n, 2 · length) or (n, 3 · length).
     """

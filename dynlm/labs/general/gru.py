@@ -68,7 +68,7 @@ def in_c(like: Tensor) -> bool:
 
 
 def _forward(gates_SBG: Tensor, recurrent_GD: Tensor) -> tuple[Tensor, Tensor]:
-    """(states from h = 0 on (S + 1, B, D), multiples (S, B, 5 D) of ∂h: in ∂ of x_n, of U h, of h).
+    """Return (states from h = 0 on (S + 1, B, D), multiples (S, B, 5 D) of ∂h: in ∂ of x_n, of U h, of h).
 
     The plain form, through which autograd differentiates as often as it likes.
     """

@@ -132,13 +132,13 @@ class Problem(NamedTuple):
 
 
 def last_cross_entropy(scores_BSV: Tensor, targets_BT: Tensor) -> Tensor:
-    """(B · T,) in nats: of the last T ids of each sequence."""
+    """Return (B · T,) in nats: of the last T ids of each sequence."""
     scores_BTV = scores_BSV[:, -targets_BT.shape[1] :]
     return F.cross_entropy(scores_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
 
 
 def pixel_cross_entropy(logits_BP: Tensor, pixels_BP: Tensor) -> Tensor:
-    """(B,) mean over pixels, of standardised pixels brought back to 0–1."""
+    """Return (B,) mean over pixels, of standardised pixels brought back to 0–1."""
     ink = exercises.INK[0] + exercises.INK[1] * pixels_BP
     return F.binary_cross_entropy_with_logits(logits_BP, ink.clamp(0, 1), reduction="none").mean(1)
 
@@ -262,7 +262,7 @@ FAMILIES: dict[str, Callable[[Dice, bool], Problem]] = {
 
 
 def sample_task(seed: int, config: TaskConfig | None = None) -> TrainingTask:
-    """The task of this seed; torch's and Python's own generators are left alone."""
+    """Return the task of this seed; torch's and Python's own generators are left alone."""
     config = config or TaskConfig()
     dice = Dice(seed)
     names = config.families or tuple(FAMILIES)

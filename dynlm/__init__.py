@@ -11,62 +11,59 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
-    "RMS",
-    "SGD",
-    "Adam",
-    "Gated",
+    "Article",
     "InputError",
     "LSTMForCausalLM",
     "LearnedOptimizer",
-    "ReadConfig",
     "Reader",
+    "Reading",
+    "Results",
     "Rule",
+    "audit",
+    "evaluate",
     "load_corpus",
     "load_model",
-    "load_rule",
-    "measure_priors",
-    "scorer_for",
+    "meta_train",
+    "rules",
+    "tune",
 ]
 
 if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__ finds the same names
-    from dynlm.adapt import ReadConfig as ReadConfig
-    from dynlm.adapt import Reader as Reader
-    from dynlm.adapt import measure_priors as measure_priors
+    from dynlm import rules as rules
     from dynlm.data.articles import load_corpus as load_corpus
     from dynlm.models.causal import load_model as load_model
-    from dynlm.models.causal import scorer_for as scorer_for
     from dynlm.models.lstm import LSTMForCausalLM as LSTMForCausalLM
     from dynlm.optim.base import Rule as Rule
-    from dynlm.optim.gated import Gated as Gated
-    from dynlm.optim.handmade import RMS as RMS
-    from dynlm.optim.handmade import SGD as SGD
-    from dynlm.optim.handmade import Adam as Adam
-    from dynlm.optim.hub import load as load_rule
     from dynlm.optim.torch_optimizer import LearnedOptimizer as LearnedOptimizer
+    from dynlm.session.api import audit as audit
+    from dynlm.session.api import evaluate as evaluate
+    from dynlm.session.api import meta_train as meta_train
+    from dynlm.session.api import tune as tune
+    from dynlm.session.evaluation import Results as Results
+    from dynlm.session.reader import Reader as Reader
+    from dynlm.session.reading import Reading as Reading
+    from dynlm.types import Article as Article
     from dynlm.types import InputError as InputError
 else:
     _HOME = {
-        "Reader": "dynlm.adapt",
-        "ReadConfig": "dynlm.adapt",
-        "measure_priors": "dynlm.adapt",
-        "LSTMForCausalLM": "dynlm.models.lstm",
-        "scorer_for": "dynlm.models.causal",
-        "load_model": "dynlm.models.causal",
-        "Rule": "dynlm.optim.base",
-        "SGD": "dynlm.optim.handmade",
-        "RMS": "dynlm.optim.handmade",
-        "Adam": "dynlm.optim.handmade",
-        "Gated": "dynlm.optim.gated",
-        "LearnedOptimizer": "dynlm.optim.torch_optimizer",
-        "load_rule": "dynlm.optim.hub:load",
-        "load_corpus": "dynlm.data.articles",
-        "InputError": "dynlm.types",
+        "dynlm.data.articles": ("load_corpus",),
+        "dynlm.models.causal": ("load_model",),
+        "dynlm.models.lstm": ("LSTMForCausalLM",),
+        "dynlm.optim.base": ("Rule",),
+        "dynlm.optim.torch_optimizer": ("LearnedOptimizer",),
+        "dynlm.session.api": ("audit", "evaluate", "meta_train", "tune"),
+        "dynlm.session.evaluation": ("Results",),
+        "dynlm.session.reader": ("Reader",),
+        "dynlm.session.reading": ("Reading",),
+        "dynlm.types": ("Article", "InputError"),
     }
 
     def __getattr__(name):
-        if name in _HOME:
-            module, _, attribute = _HOME[name].partition(":")
-            return getattr(importlib.import_module(module), attribute or name)
+        if name == "rules":
+            return importlib.import_module("dynlm.rules")
+        for module, names in _HOME.items():
+            if name in names:
+                return getattr(importlib.import_module(module), name)
         raise AttributeError(f"module 'dynlm' has no attribute {name!r}")
 
     def __dir__():

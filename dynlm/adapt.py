@@ -34,7 +34,7 @@ class Scorer(Protocol):
     """A base model as the inner loop sees it: losses of one segment under its present weights."""
 
     def __call__(self, inputs_S: Tensor, targets_S: Tensor, hidden: Any) -> tuple[Tensor, Any]:
-        """(losses_S in nats, hidden state after the segment)."""
+        """Return (losses_S in nats, hidden state after the segment)."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,16 @@ class Step(NamedTuple):
     losses_S: Tensor
     grads: list[Tensor]
     seen: Seen | None
+
+
+class Scored(NamedTuple):
+    """One segment as it was scored, before the update."""
+
+    losses_S: Tensor
+    value: float
+    """their mean"""
+    mean: Tensor | None
+    """the same with its graph; None where nothing will be learned from it"""
 
 
 class Snapshot(NamedTuple):
@@ -128,7 +138,7 @@ class Reader:
         self.hidden: Any = None
 
     def snapshot(self) -> Snapshot:
-        """A copy of the position, to read something else in between."""
+        """Return a copy of the position, to read something else in between."""
         return Snapshot([theta.clone() for theta in self.thetas], copy.deepcopy(self.state), self.hidden)
 
     def resume(self, snapshot: Snapshot) -> None:
@@ -144,6 +154,10 @@ class Reader:
         Raises:
             DivergedError: a loss that is not finite; the weights are θ0 again.
         """
+        return self.learn(self.scored(inputs_S, targets_S, last))
+
+    def scored(self, inputs_S: Tensor, targets_S: Tensor, last: bool = False) -> Scored:
+        """The first half of :meth:`segment`: the losses under the present weights, and what :meth:`learn` needs."""
         learns = self.rule.reads_gradient and not last
         with torch.set_grad_enabled(learns):
             losses_S, hidden = self.score(inputs_S, targets_S, self.hidden)
@@ -154,12 +168,16 @@ class Reader:
             step = self.state.clock.step
             self.begin()
             raise DivergedError(_not_finite(value, step, self.rule))
-        if not learns:
-            return Step(losses_S, [], None)
-        grads = self.gradient(mean)
-        self.state.clock.tick(value)
+        return Scored(losses_S.detach(), value, mean if learns else None)
+
+    def learn(self, scored: Scored) -> Step:
+        """Update by the gradient of a segment's mean loss, where that is to be: the second half of :meth:`segment`."""
+        if scored.mean is None:
+            return Step(scored.losses_S, [], None)
+        grads = self.gradient(scored.mean)
+        self.state.clock.tick(scored.value)
         seen = self.apply(self.thetas, grads, self.state, self.priors)
-        return Step(losses_S.detach(), grads, seen)
+        return Step(scored.losses_S, grads, seen)
 
     def gradient(self, mean_loss: Tensor) -> list[Tensor]:
         """∇θ of a mean segment loss as (R, C) matrices, inside the trust region; 0 for parameters it does not reach."""

@@ -29,7 +29,7 @@ class Changes:
         self.removed: list[str] = []
 
     def at(self, path: Path) -> Path:
-        """Where to write the file or folder that is to stand at ``path`` of the run directory."""
+        """Return where to write the file or folder that is to stand at ``path`` of the run directory."""
         name = path.relative_to(self.run).as_posix()
         target = self.scratch / "new" / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ class Changes:
         return target
 
     def coming(self, path: Path) -> Path:
-        """Where to read what will stand at ``path``: as it was written here, or as it is."""
+        """Return where to read what will stand at ``path``: as it was written here, or as it is."""
         new = self.scratch / "new" / path.relative_to(self.run)
         return new if new.exists() else path
 

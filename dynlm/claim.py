@@ -121,7 +121,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _take(path: Path) -> int:
-    """An open file that holds the lock until it is closed, or until the process ends in whatever way."""
+    """Return an open file that holds the lock until it is closed, or until the process ends in whatever way."""
     until = time.monotonic() + PATIENCE
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)

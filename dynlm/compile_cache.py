@@ -33,7 +33,7 @@ def note(text: str) -> None:
 
 
 def library(identity: str, make: Callable[[], bytes]) -> ctypes.CDLL:
-    """The library of this identity, from the cache folder or from ``make``, whose result is kept there.
+    """Return the library of this identity, from the cache folder or from ``make``, whose result is kept there.
 
     Raises:
         OSError: what ``make`` gave is no library that this process can load.
@@ -138,7 +138,7 @@ def _files_of(name: str, folder: int) -> list[str]:
 
 
 def _is_sound(file: str, folder: int) -> bool:
-    """Whether a regular file of ours has the content that its name promises."""
+    """Return whether a regular file of ours has the content that its name promises."""
     try:
         with open(os.open(file, FILE_FLAGS, dir_fd=folder), "rb") as stream:
             status = os.fstat(stream.fileno())

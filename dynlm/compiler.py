@@ -73,7 +73,7 @@ class Toolchain(NamedTuple):
 
 
 def kernel_choice() -> str:
-    """What ``DYNLM_KERNEL`` asks for.
+    """Return what ``DYNLM_KERNEL`` asks for.
 
     Raises:
         InputError: it is none of the choices.
@@ -94,7 +94,7 @@ def find_compiler() -> str | None:
 
 @functools.cache
 def _tools(choice: str, cc: str | None, path: str | None) -> Toolchain | str:
-    """What compiles in this environment, or why nothing does: looking takes longer than a small kernel runs."""
+    """Return what compiles in this environment, or why nothing does: looking takes longer than a small kernel runs."""
     compiler = find_compiler()
     if compiler is None:
         return f"DYNLM_KERNEL is {choice!r}" if choice in ("eager", "torch") else "no C compiler was found"
@@ -108,7 +108,7 @@ def why_not() -> str | None:
 
 
 def supported(*tensors: Tensor) -> bool:
-    """Whether kernels exist for the tensors' devices and dtypes, and a compiler that builds them.
+    """Return whether kernels exist for the tensors' devices and dtypes, and a compiler that builds them.
 
     Raises:
         InputError: ``DYNLM_KERNEL`` is compiled, and nothing can be.
@@ -130,7 +130,7 @@ def fall_back(reason: str) -> None:
 
 
 def build(body: str, dtype: torch.dtype) -> ctypes.CDLL:
-    """The library of one C source, in which ``T`` is ``dtype``, from the cache folder or freshly compiled.
+    """Return the library of one C source, in which ``T`` is ``dtype``, from the cache folder or freshly compiled.
 
     Raises:
         CompileError: the compiler's first error.
@@ -153,7 +153,7 @@ def _build(body: str, dtype: torch.dtype, tools: Toolchain, limit: float) -> cty
 
 @functools.cache
 def _probe(compiler: str) -> Toolchain | str:
-    """The most flags with which a small program builds and counts right, or the reason why none do."""
+    """Return the most flags with which a small program builds and counts right, or the reason why none do."""
     reason = ""
     for tools in _toolchains(compiler):
         try:
@@ -213,13 +213,13 @@ def _run(command: list[str], folder: Path, limit: float) -> None:
 
 
 def _printable(text: str) -> str:
-    """What a compiler prints may hold anything, and be of any length."""
+    """Make a compiler's output printable: it may hold anything, and be of any length."""
     return "".join(c if c.isprintable() else " " for c in text.strip())[:200]
 
 
 @functools.cache
 def _processor() -> str:
-    """What ``-march=native`` depends on."""
+    """Return what ``-march=native`` depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

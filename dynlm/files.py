@@ -75,7 +75,7 @@ def writing(path: Path, needs: int = 0) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """Return what went wrong, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -165,7 +165,7 @@ def require_file(path: Path) -> None:
 
 
 def read_json(path: Path) -> Json:
-    """The JSON object in a file."""
+    """Return the JSON object in a file."""
     require_file(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -179,7 +179,7 @@ def read_json(path: Path) -> Json:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], Json]:
-    """The counterpart of :func:`write_tensors`.
+    """Return the counterpart of :func:`write_tensors`.
 
     Raises:
         InputError: a missing, truncated or foreign file, metadata that is no JSON object, or of another schema.
@@ -253,7 +253,7 @@ def _kind(tensor: torch.Tensor) -> str:
 
 
 def is_tensors(path: Path) -> bool:
-    """Whether a file is one that :func:`write_tensors` wrote: safetensors, whose header follows its length."""
+    """Return whether a file is one that :func:`write_tensors` wrote: safetensors, whose header follows its length."""
     if not path.is_file() or path.is_symlink():
         return False
     with path.open("rb") as file:

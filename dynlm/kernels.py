@@ -62,7 +62,7 @@ class _Declared:
         self.plans: dict[tuple[Any, ...], _Plan] = {}
 
     def lines(self, at: Sequence[str] = ("", "", "")) -> list[str]:
-        """C that declares them; ``at`` is where its sizes, numbers and arrays begin."""
+        """Return C that declares them; ``at`` is where its sizes, numbers and arrays begin."""
         lines = [f"const long {name} = sizes[{at[0]}{i}];" for i, name in enumerate(self.sizes)]
         lines += [f"const double {name} = numbers[{at[1]}{i}];" for i, name in enumerate(self.numbers)]
         for i, array in enumerate(self.arrays):
@@ -111,11 +111,11 @@ class Kernel:
         )
 
     def serves(self, *tensors: Tensor) -> bool:
-        """Whether the kernel exists for the tensors' dtype and devices; where it does not, its plain form is due."""
+        """Return whether the kernel exists for the tensors' dtype and devices; otherwise its plain form is due."""
         return supported(*tensors) and self.builds(tensors[0].dtype)
 
     def builds(self, dtype: torch.dtype) -> bool:
-        """The part of :meth:`serves` that is this kernel's own; a failure is noted once."""
+        """Return the part of :meth:`serves` that is this kernel's own; a failure is noted once."""
         return _function(self, dtype) is not None
 
     def __call__(self, given: Given, each: Sequence[Given] = ()) -> None:
@@ -143,7 +143,7 @@ class Kernel:
         )
 
     def _dtype(self, given: Given, each: Sequence[Given]) -> torch.dtype:
-        """What T is: the dtype of the first array of that type."""
+        """Return what T is: the dtype of the first array of that type."""
         for declared, of_one in ((self.once, given), *((self.each, of_tensor) for of_tensor in each[:1])):
             for array in declared.arrays:
                 if array.kind == "T" and isinstance(first := of_one.get(array.name), Tensor):
@@ -187,7 +187,7 @@ class Kernel:
             raise InputError(f"kernel {self.name!r} takes {name}{where} as {expected}, and got {_shown(array)}")
 
     def _plan(self, declared: _Declared, dtype: torch.dtype, *sizes: int) -> _Plan:
-        """Name, dtype and shape of each array at these sizes, and whether it changes."""
+        """Return name, dtype and shape of each array at these sizes, and whether it changes."""
         names = ("n", *self.once.sizes, *(self.each.sizes if declared is self.each else ()))
         named, plan = dict(zip(names, sizes, strict=True)), []
         for array in declared.arrays:
@@ -204,7 +204,7 @@ _built: dict[tuple[str, torch.dtype], Any] = {}
 
 
 def _function(kernel: Kernel, dtype: torch.dtype) -> Any:
-    """The function in C, or None and a note."""
+    """Return the function in C, or None and a note."""
     key = (kernel.source, dtype)
     built = _built.get(key)
     return _try_to_build(*key, kernel.name, find_compiler()) if built is None else built
@@ -226,7 +226,7 @@ _Plan = list[tuple[str, torch.dtype, torch.Size, bool]]
 
 
 def _extent(text: str, sizes: Mapping[str, int]) -> int:
-    """A sum of products of names and whole numbers."""
+    """Return a sum of products of names and whole numbers."""
     products = ([factor.strip() for factor in term.split("*")] for term in text.split("+"))
     return sum(math.prod(int(f) if f.isdigit() else sizes[f] for f in factors) for factors in products)
 

@@ -1,6 +1,6 @@
 """The run directory: what lies where, and checkpoints of unfinished work (dynlm.files is the door to disk).
 
-RUN/recipe.json            the settings in force        RUN/rules/NAME/      tuned and learned rules
+RUN/recipe.json            the settings in force        RUN/rules/           tuned and learned rules
 RUN/tokenizer/  RUN/model/ the base language model      RUN/evaluate/        results.json, losses.safetensors
 RUN/prior.safetensors      static RMS of the gradient   RUN/report.html, RUN/figures/  the report
 RUN/checkpoints/           unfinished work, for --resume
@@ -30,6 +30,7 @@ from dynlm.files import require_layout as require_layout
 from dynlm.files import write_json as write_json
 from dynlm.files import write_tensors as write_tensors
 from dynlm.files import write_text as write_text
+from dynlm.methods import SUFFIX, Method
 from dynlm.settings import Whole, build, check
 from dynlm.types import InputError
 
@@ -64,11 +65,14 @@ class Run:
         self.demo = self.path / "demo.txt"
 
     def rule(self, name: str) -> Path:
-        return self.path / "rules" / name
+        """Return the file of a rule or cache, by the name of its method."""
+        method = Method.parse(name)
+        return _kept(self.path / "rules" / f"{method.stem}{SUFFIX}", str(method))
 
     def rules(self) -> list[str]:
-        """Names of the rules and caches that the run holds."""
-        return sorted(path.name for path in self.path.glob("rules/*") if path.is_file() and path.name[0] != ".")
+        """Return names of the rules and caches that the run holds."""
+        files = [p for p in self.path.glob("rules/*") if p.is_file() and (p.suffix == SUFFIX or is_tensors(p))]
+        return sorted({str(method) for path in files if (method := Method.find(path.name))})
 
     def few_shot_start(self, method: str) -> Path:
         return self.path / "few-shot" / f"{method}.safetensors"
@@ -77,10 +81,10 @@ class Run:
         return self.path / "starts" / f"{method}.safetensors"
 
     def checkpoint(self, stage: str) -> Path:
-        return self.path / "checkpoints" / f"{stage}.safetensors"
+        return _kept(self.path / "checkpoints" / f"{stage}{SUFFIX}", f"{stage.replace('-seed', '#')}{SUFFIX}")
 
     def parts(self, stage: str) -> Path:
-        """The folder of what an unfinished stage has finished."""
+        """Return the folder of what an unfinished stage has finished."""
         return self.path / "checkpoints" / stage
 
     @property
@@ -89,19 +93,19 @@ class Run:
         return Run(self.parts("train"))
 
     def log(self, stage: str) -> Path:
-        return self.path / f"{stage}.jsonl"
+        return _kept(self.path / f"{stage}.jsonl", f"{stage.replace('-seed', '#')}.jsonl")
 
     def derived(self) -> list[Path]:
         """What dynlm made from base model and tokenizer. Files that others have put beside it are not among them."""
         found = [self.prior, self.results, self.losses, self.demo, self.parts("evaluate"), *self.reported()]
-        found += [path for path in self.path.glob("rules/*") if path.name != "general" and is_tensors(path)]
+        found += [path for path in self.path.glob("rules/*") if path.stem != "general" and is_tensors(path)]
         found += [path for path in self.path.glob("starts/*.safetensors") if is_tensors(path)]
         for pattern in ("meta-train*.jsonl", "checkpoints/meta-train*.safetensors", "checkpoints/learn-start*"):
             found += self.path.glob(pattern)
         return [path for path in found if path.exists()]
 
     def reported(self) -> list[Path]:
-        """The report and its figures."""
+        """Return the report and its figures."""
         figures = [path for path in self.figures.glob("*") if FIGURE.fullmatch(path.name)]
         return [path for path in (self.report, *figures) if path.exists()]
 
@@ -112,14 +116,20 @@ class Run:
         return path
 
 
+def _kept(path: Path, old: str) -> Path:
+    """``path``, or the file beside it that an earlier version has named ``old``."""
+    earlier = path.with_name(old)
+    return earlier if earlier.is_file() and not path.exists() else path
+
+
 def settings_of(config: Any) -> Json:
-    """A configuration as JSON gives it back: tuples are lists."""
+    """Return a configuration as JSON gives it back: tuples are lists."""
     settings: Json = json.loads(json.dumps(asdict(config)))
     return settings
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The state of an optimizer for a checkpoint: ``optimizer.PARAMETER.NAME``."""
+    """Return the state of an optimizer for a checkpoint: ``optimizer.PARAMETER.NAME``."""
     slots = optimizer.state_dict()["state"].items()
     return {f"optimizer.{index}.{name}": value for index, of_one in slots for name, value in of_one.items()}
 
@@ -181,7 +191,7 @@ Position = TypeVar("Position")
 
 
 def progress_of(kind: type[Position], meta: Json, steps: int) -> Position:
-    """Where the work of a checkpoint stands.
+    """Return where the work of a checkpoint stands.
 
     Raises:
         InputError: no such record, or one of more than ``steps`` steps.
@@ -193,7 +203,7 @@ def progress_of(kind: type[Position], meta: Json, steps: int) -> Position:
 
 
 def step_of(meta: Json, steps: int) -> int:
-    """The step of a checkpoint, of ``steps``."""
+    """Return the step of a checkpoint, of ``steps``."""
     step: int = check(Whole, meta.get("step"), "step")
     if step > steps:
         raise InputError(f"it is at step {step:,} of {steps:,}")
@@ -201,7 +211,7 @@ def step_of(meta: Json, steps: int) -> int:
 
 
 def log_of(meta: Json) -> list[Json]:
-    """The records of a checkpoint's log, each of a step."""
+    """Return the records of a checkpoint's log, each of a step."""
     return cast(list[Json], check(list[Record], meta.get("log"), "log"))
 
 

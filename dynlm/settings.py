@@ -38,7 +38,7 @@ class Bound:
     """refuse NaN and the infinities; False: only NaN"""
 
     def holds(self, value: float) -> bool:
-        """Whether ``value`` keeps to the bound."""
+        """Return whether ``value`` keeps to the bound."""
         return (
             (math.isfinite(value) if self.finite else not math.isnan(value))
             and (self.least is None or value >= self.least)
@@ -101,7 +101,7 @@ class Settings:
 
 
 def hints_of(kind: Any) -> dict[str, Any]:
-    """The types of a class's fields, or of a function's arguments, with their bounds."""
+    """Return the types of a class's fields, or of a function's arguments, with their bounds."""
     return _hints(kind)
 
 
@@ -111,7 +111,7 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def build(kind: type[Any], values: Any, where: str, default: Any = None) -> Any:
-    """A (nested) dataclass or named tuple from plain values, every key, type and bound checked.
+    """Return a (nested) dataclass or named tuple from plain values, every key, type and bound checked.
 
     What ``values`` lack is ``default``'s, or the type's own default.
 
@@ -179,7 +179,7 @@ def check(hint: Any, value: Any, where: str, default: Any = None) -> Any:
 
 
 def _marked(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
-    """A value whose type carries bounds."""
+    """Return a value whose type carries bounds."""
     hint, *marks = arguments
     bound = next((mark for mark in marks if isinstance(mark, Bound)), FINITE)
     value = _plain(hint, value, where, bound) if hint in (int, float) else check(hint, value, where)
@@ -214,7 +214,7 @@ def _holds(bound: Bound, value: Any) -> bool:
 
 
 def _items(origin: Any, arguments: tuple[Any, ...], value: Any, where: str) -> Any:
-    """A list, or a tuple of any or of a fixed length."""
+    """Return a list, or a tuple of any or of a fixed length."""
     if not isinstance(value, list | tuple):
         raise InputError(f"{where} is {shown(value)}: expected a list")
     hints = arguments[:1] * len(value) if origin is list or arguments[-1] is ... else arguments
@@ -224,7 +224,7 @@ def _items(origin: Any, arguments: tuple[Any, ...], value: Any, where: str) -> A
 
 
 def _table(hint: Any, value: Any, where: str) -> Any:
-    """A JSON object with at least the keys of a TypedDict; it may hold more."""
+    """Return a JSON object with at least the keys of a TypedDict; it may hold more."""
     if not isinstance(value, Mapping):
         raise InputError(f"{where} is {shown(value)}: expected a table")
     hints = hints_of(hint)
@@ -236,7 +236,7 @@ def _table(hint: Any, value: Any, where: str) -> Any:
 
 
 def _either(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
-    """A value of one type among several, or None; the error is that of the first."""
+    """Return a value of one type among several, or None; the error is that of the first."""
     if value is None and type(None) in arguments:
         return None
     first, *others = (a for a in arguments if a is not type(None))
@@ -247,7 +247,7 @@ def _either(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value in a message: at most some 80 characters of it."""
+    """Return a value in a message: at most some 80 characters of it."""
     try:
         text = repr(value)
     except ValueError:  # a number of more than 4,300 digits

@@ -29,7 +29,7 @@ class Stamp:
     """of ``data``, ``tokenizer`` and ``model``; empty in a run without a base model"""
 
     def put_on(self, settings: Json) -> Json:
-        """The content of recipe.json."""
+        """Return the content of recipe.json."""
         return {KEY: {"schema": SCHEMA, "finished": self.finished, "fingerprints": {**self.fingerprints}}, **settings}
 
     def require(self, what: str, found: str, where: str, advice: str) -> None:
@@ -50,12 +50,12 @@ class Stamp:
 
 
 def unfinished(path: Path, command: str) -> str:
-    """A note on a result that may still change."""
-    return f"note: {path} is unfinished, its best validation so far is used; `dynlm {command} --resume` goes on"
+    """Return a note on a result that may still change."""
+    return f"{path} is unfinished, its best validation so far is used; `dynlm {command} --resume` goes on"
 
 
 def read_stamped(path: Path) -> tuple[Json, Stamp]:
-    """(settings, stamp) of a recipe.json.
+    """Return (settings, stamp) of a recipe.json.
 
     Raises:
         InputError: a file that dynlm did not write, or that another version of it wrote.

@@ -3,9 +3,9 @@
 import torch
 
 from dynlm.adapt import ReadConfig, Reader, make_priors
-from dynlm.data.fewshot import Sinusoids
+from dynlm.labs.fewshot.nets import MLP, NetScorer, seeded, squared_error
+from dynlm.labs.fewshot.tasks import Sinusoids
 from dynlm.meta.initialisation import Task
-from dynlm.models.nets import NetScorer, build_net, squared_error
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.handmade import SGD
 
@@ -13,7 +13,7 @@ LR, DECAY = 0.05, 0.1
 
 
 def make_reader(rule=None, net=None, seed=0):
-    net = (net or build_net("mlp", seed, sizes=(1, 8, 8, 1))).double()
+    net = (net or seeded(lambda: MLP((1, 8, 8, 1)), seed)).double()
     adapted = adapted_parameters(net)
     priors = make_priors(adapted, [torch.ones_like(a.matrix_RC) for a in adapted])
     score = NetScorer(net, squared_error)

@@ -76,18 +76,19 @@ def chain(folder: Path) -> dict[str, Any]:
 
 def kit() -> dict[str, Any]:
     """``dynlm read`` with the shipped model and each of its rules."""
-    from dynlm.cli.kit import load_kit
     from dynlm.data.tokenizers import tokenize
+    from dynlm.session.reader import Reader
+    from dynlm.session.session import load_session
     from dynlm.types import Article
 
     numbers: dict[str, Any] = {}
     for name in ("rms", "gated"):
-        loaded = load_kit("", name, "article")
+        loaded = load_session(light=True)
         (article,) = tokenize(loaded.tokenizer, [Article("golden", "Golden", text(1000, 400))])
         numbers["kit.tokens"] = len(article)
-        for method, reader in zip(("static", name), loaded.readers(), strict=True):
+        for method, reader in zip(("static", name), Reader(loaded, name).pair(), strict=True):
             with reader:
-                losses_T = reader.read(article, loaded.tokenizer.eos_id)
+                losses_T = reader.read(article, loaded.tokenizer.start_id)
             numbers[f"kit.{method}.nats"] = float(losses_T.double().sum())
             numbers[f"kit.{method}.last"] = float(losses_T[-50:].double().sum())
             numbers[f"kit.{method}.bits"] = digest(losses_T)

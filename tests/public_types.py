@@ -3,7 +3,6 @@
 ``assert_type`` fails for a name whose type is Any.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import assert_type
 
@@ -13,28 +12,47 @@ from transformers import PreTrainedModel
 import dynlm
 import dynlm.optim
 from dynlm.data.articles import Corpus, DataConfig
-from dynlm.models.causal import CausalScorer, LSTMScorer
+from dynlm.evaluation.audit import Verdict
 from dynlm.models.lstm import LSTMConfig
-from dynlm.optim.base import Prior
-from dynlm.types import TokenizedArticle
+from dynlm.optim.base import Shared
+from dynlm.session.step import Step
 
 
-def reading(
-    model: dynlm.LSTMForCausalLM, article: TokenizedArticle, pieces: Iterator[tuple[torch.Tensor, torch.Tensor]]
-) -> None:
-    score = assert_type(dynlm.scorer_for(model), LSTMScorer | CausalScorer)
-    priors = assert_type(dynlm.measure_priors(model, score, pieces), list[Prior])
-    config = assert_type(dynlm.ReadConfig(segment=16), dynlm.ReadConfig)
-    reader = assert_type(dynlm.Reader(model, score, dynlm.RMS(), priors, config), dynlm.Reader)
-    assert_type(reader.read(article, 0), torch.Tensor)
+def reading(texts: list[str]) -> None:
+    reader = assert_type(dynlm.Reader.from_pretrained("wikitext2", rule="rms"), dynlm.Reader)
+    reading = assert_type(reader.read(*texts), dynlm.Reading)
+    assert_type(reading.gain, float)
+    for step in reader.steps(texts[0]):
+        assert_type(step, Step)
+        assert_type(step.log_probs(), torch.Tensor)
+        assert_type(step.before, dict[str, torch.Tensor])
+    with reader.adapted() as model:
+        assert_type(model, PreTrainedModel)
+
+
+def learning(model: PreTrainedModel, articles: list[dynlm.Article]) -> None:
+    results = assert_type(dynlm.evaluate(model, articles, ["static", "rms"]), dynlm.Results)
+    assert_type(results.table(), str)
+    rule = assert_type(dynlm.tune(model, articles, "rms"), dynlm.Rule)
+    assert_type(dynlm.meta_train("run", articles, rule, steps=10), dynlm.Rule)
+    assert_type(dynlm.audit("run", articles[0], articles[1]), list[Verdict])
 
 
 def rules() -> list[dynlm.Rule]:
-    assert_type(dynlm.SGD(lr=0.1).lr, torch.nn.Parameter)
+    assert_type(dynlm.rules.SGD(lr=0.1).lr, torch.nn.Parameter)
     assert_type(dynlm.optim.load("general"), dynlm.Rule)
-    assert_type(dynlm.optim.save_pretrained(dynlm.Adam(), "folder"), Path)
-    assert_type(dynlm.optim.push_to_hub(dynlm.Adam(), "name"), str)
-    return [dynlm.RMS(), dynlm.Adam(), dynlm.Gated(), assert_type(dynlm.load_rule("folder"), dynlm.Rule)]
+    assert_type(dynlm.optim.save_pretrained(dynlm.rules.Adam(), "folder"), Path)
+    assert_type(dynlm.optim.push_to_hub(dynlm.rules.Adam(), "name"), str)
+    assert_type(dynlm.optim.scalar(0.1), torch.nn.Parameter)
+    assert_type(dynlm.optim.Range(1e-4, 1.0, 1e-2, "direction").times(2), dynlm.optim.Range)
+    dynlm.optim.register(dynlm.rules.SGD, {"lr": dynlm.optim.Range(1e-4, 1.0, 1e-2)})
+    assert_type(dynlm.rules.RMS().save_pretrained("folder"), Path)
+    assert_type(dynlm.rules.RMS().push_to_hub("user/rule"), str)
+    return [dynlm.rules.RMS(), dynlm.rules.Gated(), assert_type(dynlm.rules.from_pretrained("folder"), dynlm.Rule)]
+
+
+def context(shared: Shared) -> torch.Tensor:
+    return assert_type(dynlm.optim.columns(shared, shared.step), torch.Tensor)
 
 
 def loading() -> None:

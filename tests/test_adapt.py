@@ -7,7 +7,7 @@ import torch
 
 from dynlm.adapt import ReadConfig, Reader, measure_priors
 from dynlm.data.segments import article_segments
-from dynlm.evaluate.audit import first_leak, restores
+from dynlm.evaluation.audit import first_leak, restores
 from dynlm.models.causal import LSTMScorer
 from dynlm.optim.gated import Gated
 from dynlm.optim.handmade import RMS, SGD, Static

@@ -19,7 +19,7 @@ from dynlm.optim.handmade import SGD
 from dynlm.optim.kernel import InPlaceUpdate
 from dynlm.types import InputError
 from lab import needs_compiler
-from optimizer_lab import moved
+from support.optimizers import moved
 
 REAL = shutil.which("gcc") or shutil.which("clang")
 

@@ -14,7 +14,8 @@ from dynlm import files
 from dynlm.changes import changing
 from dynlm.files import read_json, read_tensors, replacing, require_layout, why_unreadable, write_tensors, write_text
 from dynlm.optim.handmade import RMS
-from dynlm.optim.library import load_rule, make_rule, save_rule
+from dynlm.optim.library import load_rule, make_rule
+from dynlm.optim.sharing import save_rule
 from dynlm.types import InputError
 
 

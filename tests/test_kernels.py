@@ -11,15 +11,15 @@ import torch
 
 import dynlm
 from dynlm.kernels import Array, Double, Kernel, Long
+from dynlm.labs.general.gru import gru
 from dynlm.meta.replay import Replay
-from dynlm.models.gru import gru
 from dynlm.models.recurrence import lstm_layer
 from dynlm.optim.adjoint import FusedAdjoint
 from dynlm.optim.base import Clock, Coordinates, Prior, Rule
 from dynlm.optim.kernel import InPlaceUpdate, ReplayWork, Scale
 from dynlm.types import InputError
 from lab import needs_compiler
-from optimizer_lab import moved
+from support.optimizers import moved
 
 pytestmark = needs_compiler
 

@@ -10,47 +10,54 @@ from pathlib import Path
 import pytest
 import torch
 
+import dynlm
 from dynlm.cli.main import COMMANDS
-from dynlm.data.segments import article_segments
 from dynlm.meta.replay import Replay
-from dynlm.optim.base import Rule, columns
-from dynlm.optim.handmade import scalar
-from lab import START, make_article, make_lab, make_transformer_lab
-from meta.test_replay import RULES, gradients, read_window
+from dynlm.optim.registry import tuned
+from golden import text
+from lab import make_article, make_lab, make_transformer_lab
+from support.rules import make
+from support.windows import gradients, read_window
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_rule_of_the_readme_reads_and_gets_a_meta_gradient():
-    names = {"Rule": Rule, "scalar": scalar, "columns": columns}
-    exec(BLOCKS[0], names)
+def test_the_rule_of_the_readme_reads_and_gets_a_meta_gradient(own_rules):
+    names = {}
+    exec(BLOCKS[1], names)
     rule = names["SignDescent"](1e-2)
     recording, *_ = read_window(make_lab(), rule, 30)
     Replay(rule)(recording)
     assert gradients(rule)["lr"] != 0
+    assert tuned()[-1] == "sign"
 
 
 def test_the_unroll_of_the_readme_differentiates():
     lab = make_lab()
-    rule = RULES["gated"](lab[2])
+    rule = make("gated", lab[2])
     _, start, pieces, weights, _ = read_window(lab, rule, 30)
     names = {"model": lab[0], "score": lab[1], "priors": lab[2], "rule": rule, "start": start}
     exec(BLOCKS[2], names | {"pieces": pieces, "weights": weights})
     assert all(g.abs().max() > 0 for g in gradients(rule).values())
 
 
-def test_the_reader_of_the_readme_reads_with_a_transformer(tmp_path):
-    model, *_ = make_transformer_lab(torch.float32, positions=64)
-    model.save_pretrained(tmp_path)
-    code = BLOCKS[1].replace("runs/wikitext2-cpu/model", str(tmp_path)).replace("lr=2e-3", "lr=1e-4")
-    article = make_article(40)
-    pieces = article_segments(make_article(80, seed=9).ids_T, START, 8)
-    names = {"training_pieces": pieces, "article": article, "start_id": START}
+def test_the_front_door_of_the_readme_opens(tmp_path, monkeypatch, one_thread):
+    monkeypatch.chdir(tmp_path)
+    articles = [dynlm.Article(str(i), f"Text {i}", text(i, 60)) for i in range(7)]
+    names = {
+        "text": text(8, 120),
+        "articles": articles[:2],
+        "other_articles": articles[2:],
+        "prompt": torch.tensor([[5]]),
+    }
+    code = BLOCKS[0].replace("trials=20", "trials=2").replace("steps=100", "steps=2, articles=1, truncation=8")
     exec(code, names)
-    assert names["losses_T"].shape == (40,)
-    assert torch.isfinite(names["losses_T"]).all()
+    assert (tmp_path / "page.html").read_text().endswith("</html>")
+    assert names["reading"].gain > 0
+    assert names["results"].methods[0] == "static"
+    assert names["gated"].made["start"] == names["rms"].settings()
 
 
 def test_the_training_loop_of_the_readme_learns():

@@ -12,21 +12,21 @@ from hypothesis import strategies as st
 from dynlm.adapt import ReadConfig
 from dynlm.cli.main import main
 from dynlm.cli.read import ReadSettings
-from dynlm.cli.recipe import Recipe
-from dynlm.evaluate.cache import CacheConfig
+from dynlm.evaluation.cache import CacheConfig
+from dynlm.labs.general.tasks import TaskConfig
 from dynlm.meta.replay import ReplayConfig
 from dynlm.meta.tune import TuneConfig
 from dynlm.meta.unroll import UnrollConfig
-from dynlm.models.tasks import TaskConfig
 from dynlm.optim.general import GeneralConfig
 from dynlm.optim.handmade import RMS, SGD, Adam
-from dynlm.optim.library import LEARNED
+from dynlm.optim.registry import RULES
 from dynlm.settings import Bound, build, check, hints_of
+from dynlm.stages.recipe import Recipe
 from dynlm.types import InputError
 
 ODD = (-1, 0, 1, 2**40, 10**400, -1.0, 0.0, 2.0**40, math.nan, math.inf, -math.inf)
 LIBRARY = [ReadConfig, CacheConfig, ReplayConfig, UnrollConfig, GeneralConfig, ReadSettings]
-LIBRARY += [cell.config_class for cell in LEARNED.values()]
+LIBRARY += [row.rule.config_class for row in RULES.values() if row.rule.config_class not in (None, GeneralConfig)]
 
 
 def numbers(kind, path=()):
@@ -115,7 +115,7 @@ def test_flags_out_of_bounds_are_one_line_and_nothing_is_written(flags, said, tm
         (lambda: ReadConfig(params=("a\0",)), "expected text without NUL"),
         (lambda: GeneralConfig(betas=(0.9, 0.99)), "GeneralConfig.betas has 2 items: expected 3"),
         (lambda: GeneralConfig(betas=(0.9, 0.98, 1.0)), "GeneralConfig.betas is 1.0: expected a finite number above 0"),
-        (lambda: LEARNED["gated"].config_class(lr=-1), "GatedConfig.lr is -1: expected a finite number from 0"),
+        (lambda: RULES["gated"].rule.config_class(lr=-1), "GatedConfig.lr is -1: expected a finite number from 0"),
         (lambda: CacheConfig(weight=1.0), "CacheConfig.weight is 1.0: expected a finite number from 0 and below 1"),
         (lambda: CacheConfig(window=10**5000), "CacheConfig.window is a number without end: expected a whole number"),
         (lambda: TuneConfig(rules=()), "TuneConfig.rules is empty"),

@@ -9,7 +9,8 @@ import shutil
 import textwrap
 from typing import Any, get_type_hints
 
-from dynlm.cli.recipe import FLAGS, Recipe
+from dynlm.kept import FLAGS
+from dynlm.stages.recipe import Recipe
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "demo": ("data", "train", "tune", "meta"),

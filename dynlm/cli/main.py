@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import re
 import sys
@@ -23,11 +24,11 @@ from dynlm.runs import Json, Run
 from dynlm.types import InputError
 
 if TYPE_CHECKING:
-    from dynlm.cli.recipe import Recipe
+    from dynlm.stages.recipe import Recipe
 
 
 class Command(NamedTuple):
-    """A command: MODULE.FUNCTION in dynlm.cli, imported when it runs, as `dynlm read` needs no transformers."""
+    """A command: MODULE.FUNCTION in dynlm, imported when it runs, as `dynlm read` needs no transformers."""
 
     function: str
     description: str
@@ -35,28 +36,42 @@ class Command(NamedTuple):
     """``--resume`` goes on from its checkpoint or after what it has finished"""
     begins: bool = False
     """makes the run directory where there is none"""
+    table: str = ""
+    """the one table of the recipe that the function takes after the call's flags; without it, the whole recipe"""
 
 
 COMMANDS: dict[str, Command] = {
-    "read": Command("read.main", "read your own texts and see, token by token, what learning while reading gains"),
-    "train": Command("training.train", "train tokenizer and base model, or copy a ready one into the run", True, True),
-    "tune": Command("tuning.tune", "tune the hand-made rules on the meta split", True),
-    "plan": Command("plan.plan", "predict memory and time of meta-training; needs no data"),
-    "meta-train": Command("stages.meta_training", "train a learned rule, from a tuned hand-made one", True),
+    "read": Command("cli.read.main", "read your own texts and see, token by token, what learning while reading gains"),
+    "train": Command(
+        "stages.train.train", "train tokenizer and base model, or copy a ready one into the run", True, True
+    ),
+    "tune": Command("stages.tune.tune", "tune the hand-made rules on the meta split", True),
+    "plan": Command("stages.plan.plan", "predict memory and time of meta-training; needs no data"),
+    "meta-train": Command("stages.run.meta_training", "train a learned rule, from a tuned hand-made one", True),
     "learn-optimizer": Command(
-        "general.learn_optimizer", "meta-train the general-purpose optimizer on small training tasks", True, True
+        "labs.general.command.learn_optimizer",
+        "meta-train the general-purpose optimizer on small training tasks",
+        True,
+        True,
+        "general",
     ),
     "learn-start": Command(
-        "start.learn_start_stage", "learn a start θ0 of the base model for reading with a rule", True
+        "stages.start.learn_start_stage", "learn a start θ0 of the base model for reading with a rule", True
     ),
-    "evaluate": Command("evaluation.evaluate", "read held-out articles with every method and write the report", True),
-    "audit": Command("audit.audit_stage", "check that every method of a run reads without leaks and adds up"),
-    "report": Command("evaluation.report", "write the report of an evaluation again"),
+    "evaluate": Command(
+        "stages.evaluate.evaluate", "read held-out articles with every method and write the report", True
+    ),
+    "audit": Command("stages.audit.audit_stage", "check that every method of a run reads without leaks and adds up"),
+    "report": Command("stages.evaluate.report", "write the report of an evaluation again"),
     "few-shot": Command(
-        "fewshot.few_shot", "learn a start for few-shot tasks with several methods and compare them", True, True
+        "labs.fewshot.command.few_shot",
+        "learn a start for few-shot tasks with several methods and compare them",
+        True,
+        True,
+        "fewshot",
     ),
     "demo": Command(
-        "main.demo", "run the whole chain on the documentation that Python carries, no download", begins=True
+        "cli.main.demo", "run the whole chain on the documentation that Python carries, no download", begins=True
     ),
 }
 USAGE = """usage: dynlm COMMAND [RECIPE] [--run DIR] [--section.setting VALUE ...]
@@ -89,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dynlm {dynlm.__version__}")
         return 0
     hush_libraries()
+    _hear_library(arguments[0])
     try:
         _run(arguments[0], arguments[1:])
     except InputError as error:
@@ -112,8 +128,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Told(logging.Handler):
+    """Shows what the library logs as notes: of a stage in its log, of `dynlm read` beside the text."""
+
+    reads = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note = f"note: {record.getMessage()}"
+        if self.reads:
+            tell(note)
+        else:
+            print(note, flush=True)
+
+
+TOLD = _Told()
+
+
+def _hear_library(command: str) -> None:
+    TOLD.reads = command == "read"
+    library = logging.getLogger("dynlm")
+    library.propagate = False
+    library.addHandler(TOLD)  # once: a handler that is there is not added again
+
+
 def _usage() -> str:
-    from dynlm.cli.recipe import shipped_recipes
+    from dynlm.stages.recipe import shipped_recipes
 
     commands = "\n".join(f"  {name:<15} {command.description}" for name, command in COMMANDS.items())
     return USAGE.format(commands=commands, recipes=", ".join(shipped_recipes()))
@@ -149,14 +188,15 @@ def _run(name: str, arguments: list[str]) -> None:
 
 
 def stage(command: str) -> Any:
-    """The function of a command: takes its settings, and returns its figures where it has some."""
-    module, _, name = COMMANDS[command].function.partition(".")
-    return getattr(import_module(f"dynlm.cli.{module}"), name)
+    """Return the function of a command: takes its settings, and returns its figures where it has some."""
+    module, _, name = COMMANDS[command].function.rpartition(".")
+    function, table = getattr(import_module(f"dynlm.{module}"), name), COMMANDS[command].table
+    return (lambda recipe: function(recipe, getattr(recipe, table))) if table else function
 
 
 def parse(command: str, arguments: Sequence[str]) -> Recipe:
     """Defaults, then the recipe file (or the run's own settings), then flags."""
-    from dynlm.cli.recipe import Recipe, find_recipe, load_recipe, recipe_of_run
+    from dynlm.stages.recipe import Recipe, find_recipe, load_recipe, recipe_of_run
 
     flags = ["--help" if flag == "--help-all" else flag for flag in arguments]
     if command == "demo":
@@ -175,10 +215,10 @@ def parse(command: str, arguments: Sequence[str]) -> Recipe:
 
 
 def _flags(command: str, flags: Sequence[str], default: Recipe) -> Recipe:
-    """The recipe with the flags in it."""
+    """Return the recipe with the flags in it."""
     import tyro
 
-    from dynlm.cli.recipe import Recipe
+    from dynlm.stages.recipe import Recipe
 
     description = COMMANDS[command].description
     with usage_errors():

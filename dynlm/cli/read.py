@@ -5,31 +5,41 @@ Both readers score the same tokens, each strictly before the update that sees it
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Annotated, BinaryIO, Literal
 
 import tyro
 
-from dynlm.cli.kit import Kit, load_kit
-from dynlm.cli.memory import load_memory
-from dynlm.cli.outcome import Outcome
-from dynlm.cli.pair import Pair, Stopped
-from dynlm.cli.targets import Target, is_memory, is_page, require_apart
+from dynlm.cli.stop import Stop, Stopped
 from dynlm.cli.terminal import Color, Screen, Theme, tell, usage_errors
-from dynlm.cli.totals import Totals, word_lines
 from dynlm.data.texts import STDIN, Text, read_texts
 from dynlm.progress import Bar
+from dynlm.session.reader import Reader
+from dynlm.session.reading import Reading
+from dynlm.session.session import load_session
+from dynlm.session.targets import Target, Targets, find_targets
+from dynlm.session.totals import Totals, word_lines
 from dynlm.settings import WIDE, Bound, NotNegative, Settings
 from dynlm.threads import choose_threads
 from dynlm.types import InputError
 
 TABLE_ROWS = 8
+SCHEMA = 1
+"""of the JSON object"""
+FLAGS = (
+    (r"set context.carry to ", "use --carry "),
+    (r"lora\.rank", "--lora-rank"),
+    (r"prior_text", "--prior-text"),
+    (r"^rule (\w+) without a run", r"--rule \1 with --model"),
+)
+"""what the library calls settings, and the command's flags"""
 
 
 @dataclass(frozen=True)
@@ -118,76 +128,106 @@ def read(settings: ReadSettings, stdin: BinaryIO | None = None) -> Totals:
         InputError: bad texts, files, runs, memories, or a place that cannot be written to.
     """
     texts = read_texts(settings.files, stdin)  # names are looked at before anything is loaded
-    page, memory = _targets(settings)
-    kit = _kit(settings)
-    threads = choose_threads(settings.threads, sum(p.numel() for p in kit.model.parameters()))
+    inputs = [name for name in (*settings.files, *settings.prior_text) if name != STDIN]
+    targets = find_targets(settings.html, settings.save_memory, inputs, settings.load_memory, settings.overwrite)
+    reader = _reader(settings)
+    threads = choose_threads(settings.threads, sum(p.numel() for p in reader.session.model.parameters()))
     if not settings.quiet:
         print(f"threads: {threads}", file=sys.stderr)
-    pair, outcome = Pair(kit, settings.resets, settings.spacing), Outcome(settings, kit)
     if settings.load_memory:
-        _go_on_from(Path(settings.load_memory), pair)
+        reader.load_memory(settings.load_memory)
+    wants_tokens = bool(settings.html or settings.json)
+    reading = reader.reading(tokens=wants_tokens, words=wants_tokens or not settings.quiet)
     screen = Screen(sys.stderr if settings.json else sys.stdout, settings.color, settings.theme)
     failures: list[Exception] = []
     stopped = False
-    with pair.static, pair.adapted, pair.stop:
+    with reader, Stop() as stop:
         try:
-            _read_all(pair, texts, screen, outcome)
+            _read_all(reader, reading, texts, screen, settings, stop)
         except Stopped:
             stopped = True
         except Exception as error:  # nothing that was read may be lost, whatever went wrong
             failures.append(error)
-        outcome.end()
-        if outcome.totals.tokens:
-            failures += _write(pair, outcome, screen, (page, memory, str(next(iter(failures), ""))))
+        reading.end()
+        if reading.totals.tokens:
+            failures += Outcome(settings, reader, reading, screen).write(targets, str(next(iter(failures), "")), stop)
     _raise_first(failures)
-    if stopped or pair.stop.asked:
-        tell(f"interrupted after {outcome.totals.tokens:,} tokens")
-        sys.exit(pair.stop.exit_code)
-    return outcome.totals
+    if stopped or stop.asked:
+        tell(f"interrupted after {reading.totals.tokens:,} tokens")
+        sys.exit(stop.exit_code)
+    return reading.totals
 
 
-def _targets(settings: ReadSettings) -> tuple[Target | None, Target | None]:
-    """(page, memory), tried before hours of reading."""
-    inputs = [name for name in (*settings.files, *settings.prior_text) if name != STDIN]
-    page = memory = None
-    if settings.html:
-        page = Target(settings.html, [*inputs, settings.load_memory], is_page, settings.overwrite)
-    if settings.save_memory:
-        memory = Target(settings.save_memory, inputs, is_memory, settings.overwrite)
-    require_apart([target for target in (page, memory) if target])
-    return page, memory
+class Outcome:
+    """What is shown and written at the end. What fails does not keep the rest from being written."""
 
+    def __init__(self, settings: ReadSettings, reader: Reader, reading: Reading, screen: Screen) -> None:
+        self.settings, self.reader, self.reading, self.screen = settings, reader, reading, screen
 
-def _go_on_from(path: Path, pair: Pair) -> None:
-    memory = load_memory(path, pair.adapted, pair.kit.memory_of())
-    pair.start, pair.static_hidden = memory.position, memory.static_hidden
-    pair.begin()
-    if memory.segment not in (None, pair.size):
-        tell(f"note: {path} was made with updates every {memory.segment} tokens; now they come every {pair.size}")
+    def write(self, targets: Targets, error: str, stop: Stop) -> list[Exception]:
+        """Write everything that was asked for; returns what went wrong."""
+        stopped_by = error or (signal.Signals(stop.exit_code - 128).name if stop.asked else "")
+        actions: list[Callable[[], None]] = [self.print_totals]
+        if memory := targets.memory:
+            actions.insert(0, lambda: self.write_memory(memory))
+        if page := targets.page:
+            actions.append(lambda: self.write_page(page))
+        if self.settings.json:
+            actions.append(lambda: self.print_json(stopped_by))
+        failures: list[Exception] = []
+        for action in actions:
+            try:
+                action()
+            except Exception as failure:  # told at the end
+                failures.append(failure)
+        return failures
 
+    def write_memory(self, target: Target) -> None:
+        """What reading changed in the model.
 
-def _write(
-    pair: Pair, outcome: Outcome, screen: Screen, what: tuple[Target | None, Target | None, str]
-) -> list[Exception]:
-    """Everything that was asked for. What fails does not keep the rest from being written."""
-    page, memory, error = what
-    failures: list[Exception] = []
+        Raises:
+            InputError: weights that the last update left not finite.
+        """
+        with target.writing() as path:
+            self.reader.save_memory(path)
+        tell(f"memory: {target.name} ({target.megabytes()})")
 
-    def attempt(action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Exception as failure:  # told at the end
-            failures.append(failure)
+    def write_page(self, target: Target) -> None:
+        """Every token, on one page."""
+        with target.writing() as path:
+            self.reading.to_html(path)
+        tell(f"page: {target.name} ({target.megabytes()})")
 
-    if memory:
-        attempt(lambda: outcome.write_memory(memory, pair))
-    attempt(lambda: _print_totals(screen, outcome))
-    if page:
-        attempt(lambda: outcome.write_page(page))
-    if outcome.settings.json:
-        stopped_by = error or (signal.Signals(pair.stop.exit_code - 128).name if pair.stop.asked else "")
-        attempt(lambda: outcome.print_json(stopped_by))
-    return failures
+    def print_json(self, stopped_by: str) -> None:
+        """One object on standard output."""
+        told = {"schema": SCHEMA, "stopped_by": stopped_by or None, "settings": asdict(self.settings)}
+        json.dump(told | self.reading.to_dict(), sys.stdout, allow_nan=False)
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+    def print_totals(self) -> None:
+        """Totals, the words that came again, and warnings."""
+        reading, rule = self.reading, self.reader.rule.name
+        lines = reading.totals.told(rule)
+        if reading.words and not self.settings.quiet:
+            table = word_lines(reading.words.rows()[:TABLE_ROWS], reading.words.mean(), rule)
+            lines += ["", *table] if table else []
+            if table and reading.words.limit:
+                lines.append(f"({reading.words.limit})")
+        for line in ("", *lines):
+            self.screen.line(line)
+        if reading.note:
+            tell(f"note: {reading.note}")
+        if reading.gain < 0:
+            tell(f"note: learning lost here: {self._advice()}")
+
+    def _advice(self) -> str:
+        rule = self.reader.rule
+        if self.settings.model:
+            return f"lower --lr ({rule.settings()['lr']:g} now), or tune the rule in a run"
+        if rule.name != "rms":
+            return "--rule rms pulls back to the trained weights, which long streams need"
+        return "shorter articles, or --reset article, start anew more often"
 
 
 def _raise_first(failures: Sequence[Exception]) -> None:
@@ -200,45 +240,36 @@ def _raise_first(failures: Sequence[Exception]) -> None:
         raise order[0]
 
 
-def _print_totals(screen: Screen, outcome: Outcome) -> None:
-    totals, kit = outcome.totals, outcome.kit
-    lines = totals.told(kit.rule.name)
-    if outcome.words and not outcome.settings.quiet:
-        table = word_lines(outcome.words.rows()[:TABLE_ROWS], outcome.words.mean(), kit.rule.name)
-        lines += ["", *table] if table else []
-        if table and outcome.words.limit:
-            lines.append(f"({outcome.words.limit})")
-    for line in ("", *lines):
-        screen.line(line)
-    if note := outcome.note():
-        tell(f"note: {note}")
-    if totals.gain < 0:
-        tell(f"note: learning lost here: {_advice(outcome.settings, kit)}")
+def _reader(settings: ReadSettings) -> Reader:
+    if not settings.model:
+        for name in ("lr", "lora_rank", "prior_text"):
+            if getattr(settings, name):
+                raise InputError(f"--{name.replace('_', '-')} is for --model: a run's own is in its settings and rules")
+        return Reader(load_session(settings.run, settings.resets, light=True), settings.rule, spacing=settings.spacing)
+    if settings.run:
+        raise InputError(f"--model {settings.model} and --run {settings.run}: give one of them")
+    from dynlm.session.ready import ready_session, untuned_rule  # transformers, which takes seconds
+
+    try:
+        session = ready_session(
+            settings.model,
+            reset=settings.resets,
+            carry=settings.carry,
+            lora_rank=settings.lora_rank,
+            prior_text=settings.prior_text,
+            learns=settings.rule != "static",
+        )
+        return Reader(session, untuned_rule(settings.rule or "rms", session, settings.lr), spacing=settings.spacing)
+    except InputError as error:
+        message = str(error)
+        for of_library, flag in FLAGS:
+            message = re.sub(of_library, flag, message)
+        raise InputError(message) from None
 
 
-def _advice(settings: ReadSettings, kit: Kit) -> str:
-    if settings.model:
-        return f"lower --lr ({kit.rule.settings()['lr']:g} now), or tune the rule in a run"
-    if kit.rule.name != "rms":
-        return "--rule rms pulls back to the trained weights, which long streams need"
-    return "shorter articles, or --reset article, start anew more often"
-
-
-def _kit(settings: ReadSettings) -> Kit:
-    if settings.model:
-        from dynlm.cli.bare import load_bare  # transformers, which takes seconds
-
-        if settings.run:
-            raise InputError(f"--model {settings.model} and --run {settings.run}: give one of them")
-        return load_bare(settings)
-    for name in ("lr", "lora_rank", "prior_text"):
-        if getattr(settings, name):
-            raise InputError(f"--{name.replace('_', '-')} is for --model: a run's own is in its settings and rules")
-    return load_kit(settings.run, settings.rule, settings.resets)
-
-
-def _read_all(pair: Pair, texts: Iterator[Text], screen: Screen, outcome: Outcome) -> None:
-    settings = outcome.settings
+def _read_all(
+    reader: Reader, reading: Reading, texts: Iterator[Text], screen: Screen, settings: ReadSettings, stop: Stop
+) -> None:
     shown = not settings.quiet
     several = len(settings.files) > 1 or settings.files[0].endswith(".jsonl")
     if shown:
@@ -248,12 +279,13 @@ def _read_all(pair: Pair, texts: Iterator[Text], screen: Screen, outcome: Outcom
         for text in texts:
             if several and shown:
                 screen.line(f"── {text.title}")
-            outcome.begin(text.title)
-            for scored in pair.read(text, outcome.totals):
-                outcome.add(scored)
+            text.chunks = stop.waiting(text.chunks)
+            for step in reader.steps(text, reading):
                 if shown:
-                    screen.tokens(scored.texts, [a - b for a, b in zip(scored.static, scored.adapted, strict=True)])
+                    screen.tokens(step.texts, (step.static - step.losses).tolist())
                 if bar is not None:
-                    bar.update(len(scored.texts))
+                    bar.update(len(step.texts))
+                step.update()
+                stop.check()
             for note in text.notes:
                 tell(f"note: {note}")

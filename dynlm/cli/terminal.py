@@ -13,27 +13,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from typing import Literal, TextIO
 
-from dynlm.report.shades import DARK, LIGHT, Palette, Rgb, contrast, cube, least, shade
+from dynlm.printable import printable
+from dynlm.report.shades import DARK, LIGHT, Palette, least, shade, style
 from dynlm.types import InputError
 
 Color = Literal["auto", "always", "never"]
 Theme = Literal["auto", "light", "dark"]
 RESET = "\x1b[0m"
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""what moves the cursor, ends or turns a line, or cannot be written"""
 RULE = "\u2500\u256d\u2570\u256f-"
 FIELD = re.compile(
     r"(Error parsing (?:[A-Z]\w*|(?P<section>[a-z][\w.-]*)): |(?=[A-Z]))([A-Z]\w*\.)?(?P<field>\w+)(?= (is|has|names) )"
 )
 """the name of a setting behind what tyro and a class of settings put before it"""
-BLACK, WHITE = 16, 231
 LIGHT_BACKGROUNDS = {7, 9, 10, 11, 12, 13, 14, 15}
-
-
-def printable(text: str) -> str:
-    """One line that is safe to print, whatever names and titles it holds: controls become escapes such as ``\\n``."""
-    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def tell(message: str) -> None:
@@ -87,7 +80,7 @@ def color_depth(choice: Color, is_terminal: bool, environment: Mapping[str, str]
 
 
 def palette(theme: Theme, environment: Mapping[str, str] = os.environ) -> Palette:
-    """The palette for a background. ``auto`` asks ``COLORFGBG``, which some terminals set; without it, dark."""
+    """Return the palette for a background. ``auto`` asks ``COLORFGBG``, which some terminals set; without it, dark."""
     if theme == "auto":
         background = environment.get("COLORFGBG", "").rpartition(";")[2]
         theme = "light" if background.isdecimal() and int(background) in LIGHT_BACKGROUNDS else "dark"
@@ -131,21 +124,3 @@ class Screen:
     def _write_line(self, text: str) -> None:
         self.out.write(text + "\n")
         self.out.flush()
-
-
-def style(level: int, depth: int, colors: Palette = LIGHT) -> str:
-    """The control sequence of a shade; empty for none. Both its colours are fixed, whatever a terminal's theme is."""
-    if not level or not depth:
-        return ""
-    size = abs(level) - 1
-    if depth == 24:
-        paper = (colors.better if level > 0 else colors.worse)[size]
-        red, green, blue = paper
-        return f"\x1b[38;5;{ink(paper)};48;2;{red};{green};{blue}m"
-    code = (colors.better_256 if level > 0 else colors.worse_256)[size]
-    return f"\x1b[38;5;{ink(cube(code))};48;5;{code}m"
-
-
-def ink(paper: Rgb) -> int:
-    """Black or white, as the code of the colour cube: whichever reads better."""
-    return max((BLACK, WHITE), key=lambda code: contrast(cube(code), paper))

@@ -113,6 +113,19 @@ def load_corpus(config: DataConfig) -> Corpus:
     )
 
 
+def load_texts(config: DataConfig, split: str) -> tuple[Article, ...]:
+    """Read texts that no training has divided: a source's own split, or all of a source without splits.
+
+    Raises:
+        InputError: as :func:`load_corpus`, and a split that the source has not.
+    """
+    pools = read_pools(config)
+    found = pools.get("all", pools.get(split, []))
+    if not found:
+        raise InputError(f"source {config.source!r} has no articles of the split {split!r}: it has {', '.join(pools)}")
+    return tuple(found)
+
+
 def _split_one_pool(pool: list[Article], config: DataConfig) -> Corpus:
     order = _by_hash(pool, config.split_seed)
     n_held_out = min(config.held_out, len(order) // 8)
@@ -123,7 +136,7 @@ def _split_one_pool(pool: list[Article], config: DataConfig) -> Corpus:
 
 
 def _by_hash(articles: Iterable[Article], seed: int) -> list[Article]:
-    """A shuffle that depends on ids only, so that adding an article moves no other between splits' order."""
+    """Return a shuffle that depends on ids only, so that adding an article moves no other between splits' order."""
     return sorted(articles, key=lambda article: hashlib.sha256(f"{seed}:{article.id}".encode()).digest())
 
 
@@ -166,7 +179,7 @@ def _read_wikitext(path: Path) -> list[Article]:
 
 
 def _read_text(path: Path) -> str:
-    """The text of a file, byte for byte."""
+    """Return the text of a file, byte for byte."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             text = file.read()

@@ -45,7 +45,7 @@ def read_hub(name: str, columns: Columns) -> dict[str, list[Article]]:
 
 
 def _place(name: str) -> tuple[str, str | None]:
-    """(path, configuration) for ``datasets.load_dataset``; a folder of that name is taken before the hub."""
+    """Return (path, configuration) for ``datasets.load_dataset``; a folder of that name is taken before the hub."""
     if name and Path(name).is_dir():
         return name, None
     if not NAME.fullmatch(name):

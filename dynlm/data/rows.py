@@ -24,18 +24,18 @@ class Columns(NamedTuple):
 
 
 def split_of_name(name: str) -> str | None:
-    """The split that a file's name tells, as data sets on the hub name their files; None without one."""
+    """Return the split that a file's name tells, as data sets on the hub name their files; None without one."""
     words = re.split(r"[^a-z]+", name.lower())
     return next((split for word in words if (split := SPLIT_WORDS.get(word))), None)
 
 
 def make_article(id: str, title: str, text: str) -> Article:
-    """An article whose text ends with a newline."""
+    """Return an article whose text ends with a newline."""
     return Article(id, title, text if text.endswith("\n") else text + "\n")
 
 
 def from_rows(rows: Sequence[Row], source: str, columns: Columns) -> list[Article]:
-    """An article a row."""
+    """Read an article from each row."""
     articles = []
     for number, (row, text) in enumerate(zip(rows, texts_of(rows, source, columns), strict=True)):
         title = row.get(columns.title) or f"{source} {number}"
@@ -44,7 +44,7 @@ def from_rows(rows: Sequence[Row], source: str, columns: Columns) -> list[Articl
 
 
 def texts_of(rows: Iterable[Row], source: str, columns: Columns) -> list[str]:
-    """The texts of rows.
+    """Return the texts of rows.
 
     Raises:
         InputError: a row without text in its column.
@@ -60,12 +60,12 @@ def texts_of(rows: Iterable[Row], source: str, columns: Columns) -> list[str]:
 
 
 def is_wikitext(lines: Sequence[str]) -> bool:
-    """Whether rows are WikiText as the hub has it: a line a row, empty ones among them, with title lines."""
+    """Return whether rows are WikiText as the hub has it: a line a row, empty ones among them, with title lines."""
     if any(line and line.find("\n") != len(line) - 1 for line in lines) or "" not in lines:
         return False
     return bool(wikitext.split_articles(joined_lines(lines), ""))
 
 
 def joined_lines(lines: Iterable[str]) -> str:
-    """The file that such rows were made of, byte for byte: the hub's version drops the blank of empty lines."""
+    """Return the file that such rows were made of, byte for byte: the hub's version drops the blank of empty lines."""
     return "".join(line or " \n" for line in lines)

@@ -10,9 +10,9 @@ from dynlm.types import InputError, TokenizedArticle
 
 
 def article_segments(ids_T: torch.Tensor, start_id: int, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(inputs_S, targets_S) of one article: every token is a target exactly once, in order.
+    """Yield (inputs_S, targets_S) of one article: every token is a target exactly once, in order.
 
-    ``start_id`` (the end-of-line token) is the input that predicts the first token. The last segment may be shorter.
+    ``start_id`` is the input that predicts the first token. The last segment may be shorter.
     """
     if size < 1:
         raise InputError(f"segment size {size}: expected at least 1 token")

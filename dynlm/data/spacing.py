@@ -128,7 +128,7 @@ class Spacer:
             self.begins, self.after_blank = line.endswith("\n"), line[-1:].isspace()
 
     def _pieces(self, line: str) -> Iterator[tuple[str, Iterable[int]]]:
-        """(spaced piece, for each of its characters the place in ``line`` where what it stands for ends)."""
+        """Yield (spaced piece, for each of its characters the place in ``line`` where what it stands for ends)."""
         for match in PARTS.finditer(line):
             piece, start, end = match[0], match.start(), match.end()
             if piece == "\n":
@@ -143,6 +143,11 @@ class Spacer:
                 spaced = spaced_word(plain)
                 yield spaced, _ends(start, plain, spaced)
             self.begins, self.after_blank = piece == "\n", piece != "\n" and piece.isspace()
+
+
+def spaced_whole(text: str) -> str:
+    """Return a whole text in WikiText's spacing, or as it is where it has that already."""
+    return Spacer(auto=True)(text).text
 
 
 def _ends(at: int, plain: str, spaced: str) -> Iterator[int]:

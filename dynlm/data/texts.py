@@ -52,8 +52,12 @@ class Text:
     """what had to be changed, complete when the chunks are at their end"""
 
     def article(self) -> Article:
-        """The whole text at once."""
+        """Return the whole text at once."""
         return Article(self.id, self.title, "".join(self.chunks))
+
+
+Source = str | Path | Article | Text
+"""a text itself, the path of a file, or either of these records"""
 
 
 def read_texts(names: Sequence[str], stdin: BinaryIO | None = None) -> Iterator[Text]:
@@ -71,6 +75,27 @@ def read_texts(names: Sequence[str], stdin: BinaryIO | None = None) -> Iterator[
         if name != STDIN and (reason := why_unreadable(name)):
             raise InputError(f"{name} {reason}{': name the files in it' if Path(name).is_dir() else ''}")
     return (text for name in names for text in _texts_of(name, stdin))
+
+
+def as_texts(*sources: Source) -> Iterator[Text]:
+    """Yield the texts of sources in order: a string is a text, a path names a file as :func:`read_texts` takes it.
+
+    Raises:
+        InputError: an empty text, a file that cannot be read, a string that is the name of a file.
+    """
+    for source in sources:
+        if isinstance(source, Text):
+            yield source
+        elif isinstance(source, Article):
+            yield Text(source.id, source.title, _chunks(_nonempty(source.title, [source.text])))
+        elif isinstance(source, Path):
+            yield from read_texts([str(source)])
+        elif len(source) < 4096 and "\n" not in source and Path(source).is_file():
+            raise InputError(f"{source!r} is the name of a file: give Path({source!r}) to read what is in it")
+        else:
+            yield Text(
+                "text", "text", _chunks(_nonempty("the text", [SURROGATES.sub("\N{REPLACEMENT CHARACTER}", source)]))
+            )
 
 
 def _texts_of(name: str, stdin: BinaryIO | None) -> Iterator[Text]:
@@ -103,7 +128,7 @@ def opened(name: str) -> Iterator[BinaryIO]:
 
 
 def decoded(name: str, file: BinaryIO, notes: list[str]) -> Iterator[str]:
-    """The characters of a file as they come: what :meth:`read1` gives, decoded.
+    """Yield the characters of a file as they come: what :meth:`read1` gives, decoded.
 
     Raises:
         InputError: a NUL byte, or a first block that is mostly control characters or not UTF-8.
@@ -126,7 +151,7 @@ def decoded(name: str, file: BinaryIO, notes: list[str]) -> Iterator[str]:
 
 
 def _nonempty(name: str, parts: Iterable[str]) -> Iterator[str]:
-    """The parts, or an error where all of them together are blank."""
+    """Yield the parts, or an error where all of them together are blank."""
     blank: str | None = ""
     for part in parts:
         if blank is not None:
@@ -140,7 +165,7 @@ def _nonempty(name: str, parts: Iterable[str]) -> Iterator[str]:
 
 
 def _chunks(parts: Iterable[str]) -> Iterator[str]:
-    """The same text in chunks, with a newline at its end."""
+    """Yield the same text in chunks, with a newline at its end."""
     held, ended = "", True
     for part in parts:
         held += part
@@ -235,7 +260,7 @@ def _json_lines(name: str, stem: str) -> Iterator[Text]:
 
 
 def _json_row(source: str, where: str) -> tuple[str, str]:
-    """(title or nothing, text) of one line."""
+    """Return (title or nothing, text) of one line."""
     try:
         row = json.loads(source)
     except (ValueError, RecursionError) as error:
@@ -249,12 +274,12 @@ def _json_row(source: str, where: str) -> tuple[str, str]:
 def encode_chunk(tokenizer: Tokenizer, chunk: str) -> list[int]:
     """Token ids of one chunk; none for an end of line that the chunk does not have."""
     ids = tokenizer.encode(chunk)
-    ends_lines = tokenizer.encode("") == [tokenizer.eos_id]  # word level and SentencePiece; others see newlines
+    ends_lines = [] != tokenizer.encode("") == tokenizer.encode("\n")  # as words and SentencePiece, not as others
     return ids[:-1] if ends_lines and not chunk.endswith("\n") else ids
 
 
 def surfaces(pieces: Sequence[str], text: str) -> list[str]:
-    """The stretch of ``text`` that each token stands for: as many strings as tokens, which joined are ``text``.
+    """Return the stretch of ``text`` that each token stands for: as many strings as tokens, which joined are ``text``.
 
     A token that does not stand in the text as its piece says (unknown characters, bytes of one character, blanks that
     were dropped) takes what there is up to the next one that does.
@@ -281,6 +306,6 @@ def surfaces(pieces: Sequence[str], text: str) -> list[str]:
 
 
 def _next(following: Sequence[str], text: str, here: int) -> int:
-    """Where the first of the following pieces that stands in the text begins."""
+    """Return where the first of the following pieces that stands in the text begins."""
     places = (text.find(piece, here) for piece in following if piece)
     return next((place for place in places if place >= 0), len(text))

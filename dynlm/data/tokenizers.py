@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal, NotRequired, Protocol, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Protocol, TypedDict, cast
 
 import torch
 
@@ -21,6 +22,10 @@ from dynlm.files import read_json, replacing, require_file, write_json
 from dynlm.settings import Bound, Settings, check, shown
 from dynlm.types import Article, InputError, TokenizedArticle
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # seconds of imports
+
+GGUF = ".gguf"
 ESCAPE = "\ue000"  # of the private use area
 
 
@@ -42,8 +47,8 @@ class Tokenizer(Protocol):
     """What the toolkit needs of a tokenizer."""
 
     vocab_size: int
-    eos_id: int
-    """the end-of-line token; it also stands before an article's first token"""
+    start_id: int
+    """the token that stands before an article's first one"""
     unk_id: int | None
     """the token of everything that the tokenizer does not know; None where it knows all"""
 
@@ -51,6 +56,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
     def pieces(self, ids: Sequence[int]) -> list[str]: ...
     def save(self, folder: Path) -> None: ...
+
+    def pretrained(self) -> PreTrainedTokenizerBase:
+        """Return the same tokens for transformers, to be saved beside a model."""
 
 
 class WordTokenizer:
@@ -62,12 +70,12 @@ class WordTokenizer:
         self.words = list(words)
         self.index = {word: i for i, word in enumerate(self.words)}
         self.vocab_size = len(self.words)
-        self.eos_id = self.index[self.EOS]
+        self.eos_id = self.start_id = self.index[self.EOS]
         self.unk_id = self.index.get(self.UNK)
 
     @classmethod
     def train(cls, texts: Iterable[str]) -> WordTokenizer:
-        """All words, by falling frequency. ``<unk>`` is an entry where the text holds it (WikiText does)."""
+        """Return all words, by falling frequency. ``<unk>`` is an entry where the text holds it (WikiText does)."""
         counts = Counter(word for text in texts for word in text.split())
         counts.pop(cls.EOS, None)
         return cls([cls.EOS, *(word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])))])
@@ -95,9 +103,16 @@ class WordTokenizer:
     def save(self, folder: Path) -> None:
         write_json(folder / "tokenizer.json", {"kind": "word", "words": self.words})
 
+    def pretrained(self) -> PreTrainedTokenizerBase:
+        from dynlm.data.fast import whole_words
+
+        return whole_words(self.words, self.EOS, self.UNK)
+
 
 class SentencePieceTokenizer:
     """SentencePiece byte pairs with a newline symbol; spaces, ``<unk>`` and all else are kept as they stand."""
+
+    WHOLE = ("▁<unk>", "<unk>")  # WikiText's <unk> is a word of the text
 
     def __init__(self, model_proto: bytes) -> None:
         import sentencepiece
@@ -108,7 +123,7 @@ class SentencePieceTokenizer:
         except RuntimeError as error:
             raise InputError(f"not a SentencePiece model ({error}): train the tokenizer again") from None
         self.vocab_size = self._processor.get_piece_size()
-        self.eos_id = self._processor.piece_to_id("\n")
+        self.eos_id = self.start_id = self._processor.piece_to_id("\n")
         self.unk_id: int | None = self._processor.unk_id()
         self._spells_bytes = self._processor.piece_to_id("<0xEE>") != self.unk_id
 
@@ -130,7 +145,7 @@ class SentencePieceTokenizer:
                 normalization_rule_name="identity",
                 add_dummy_prefix=False,
                 remove_extra_whitespaces=False,
-                user_defined_symbols=["\n", "▁<unk>", "<unk>"],  # WikiText's <unk> is a word of the text
+                user_defined_symbols=["\n", *cls.WHOLE],
                 unk_piece="<oov>",
                 bos_id=-1,
                 eos_id=-1,
@@ -154,7 +169,10 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         text = cast(str, self._processor.decode(list(ids)))
-        return text.replace(ESCAPE + "1", "▁").replace(ESCAPE + "0", ESCAPE) if self._spells_bytes else text
+        if not self._spells_bytes:
+            return text
+        text = text.replace("▁", " ")  # a blank that was spelled, as no text of training had one
+        return text.replace(ESCAPE + "1", "▁").replace(ESCAPE + "0", ESCAPE)
 
     def _escaped(self, text: str) -> str:
         """Put another sign for ▁, which SentencePiece takes for a blank, where it can spell that as bytes."""
@@ -170,26 +188,26 @@ class SentencePieceTokenizer:
         with replacing(folder / "sentencepiece.model") as temporary:
             temporary.write_bytes(self._proto)
 
+    def pretrained(self) -> PreTrainedTokenizerBase:
+        from dynlm.data.fast import byte_pairs
+
+        pieces = self.pieces(range(self.vocab_size))
+        unknown, whole = pieces[cast(int, self.unk_id)], [piece.replace("▁", " ") for piece in self.WHOLE]
+        escapes = {ESCAPE: ESCAPE + "0", "▁": ESCAPE + "1"} if self._spells_bytes else {"▁": " "}
+        if self._spells_bytes and " " not in pieces:  # then it is spelled, as SentencePiece's sign for it
+            escapes[" "] = "▁"
+        return byte_pairs(pieces, unknown, whole, escapes, spells_bytes=self._spells_bytes)
+
 
 class HuggingFaceTokenizer:
     """Any tokenizer that ``AutoTokenizer`` loads, from a folder or the hub's cache; no special token is added."""
 
-    def __init__(self, name: str) -> None:
-        from transformers import AutoTokenizer
-
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-            if not self._tokenizer.vocab_size:  # what a folder with a model alone gives
-                raise ValueError("it has no entries")
-        except Exception as error:  # the loader raises many kinds; all mean that there is no whole tokenizer
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(
-                f"tokenizer {name!r} cannot be loaded ({reason}): give a folder that holds one, or fetch it with "
-                f"`hf download`"
-            ) from None
+    def __init__(self, tokenizer: Any) -> None:
+        """``tokenizer``: one of transformers, or the folder or hub name that it is loaded from."""
+        self._tokenizer = _from_hub(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.vocab_size = len(self._tokenizer)
         starts = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, 0)
-        self.eos_id = next(token for token in starts if token is not None)
+        self.start_id = next(token for token in starts if token is not None)
         self.unk_id: int | None = self._tokenizer.unk_token_id
 
     def encode(self, text: str) -> list[int]:
@@ -206,9 +224,53 @@ class HuggingFaceTokenizer:
         with replacing(folder / "huggingface") as temporary:
             self._tokenizer.save_pretrained(temporary)
 
+    def pretrained(self) -> PreTrainedTokenizerBase:
+        return cast("PreTrainedTokenizerBase", self._tokenizer)
+
+
+def gguf_in(path: str | Path) -> tuple[str, dict[str, str]]:
+    """Return what transformers takes for a ``.gguf`` file: its folder, and a keyword with its name.
+
+    Raises:
+        InputError: the package gguf is not installed.
+    """
+    if find_spec("gguf") is None:
+        raise InputError(f"{path} needs the package gguf: install dynlm[gguf]")
+    return str(Path(path).parent), {"gguf_file": Path(path).name}
+
+
+def _from_hub(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    place, within = gguf_in(name) if name.endswith(GGUF) and Path(name).is_file() else (name, {})
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False, **within)
+        if not tokenizer.vocab_size:  # what a folder with a model alone gives
+            raise ValueError("it has no entries")
+    except Exception as error:  # the loader raises many kinds; all mean that there is no whole tokenizer
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"tokenizer {name!r} cannot be loaded ({reason}): give a folder that holds one, or fetch it with "
+            f"`hf download`"
+        ) from None
+    return tokenizer
+
+
+def as_tokenizer(tokenizer: object) -> Tokenizer:
+    """Return a tokenizer of ours as it is, and one of transformers as one of ours.
+
+    Raises:
+        InputError: neither.
+    """
+    if isinstance(tokenizer, WordTokenizer | SentencePieceTokenizer | HuggingFaceTokenizer):
+        return tokenizer
+    if not hasattr(tokenizer, "unk_token_id"):
+        raise InputError(f"tokenizer is {shown(tokenizer)}: give the model's tokenizer, as AutoTokenizer loads it")
+    return HuggingFaceTokenizer(tokenizer)
+
 
 def _lines(text: str) -> list[str]:
-    """The lines of a text that ends with a newline."""
+    """Return the lines of a text that ends with a newline."""
     return text.removesuffix("\n").split("\n")
 
 
@@ -230,7 +292,7 @@ class Record(TypedDict):
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The counterpart of ``Tokenizer.save``."""
+    """Return the counterpart of ``Tokenizer.save``."""
     path = folder / "tokenizer.json"
     record: Record = check(Record, read_json(path), str(path))
     kind, words = record["kind"], record.get("words", [])

@@ -74,7 +74,7 @@ class Estimator(abc.ABC):
 
     @abc.abstractmethod
     def begin(self) -> Any:
-        """The position at an article's start."""
+        """Return the position at an article's start."""
 
     @abc.abstractmethod
     def window(self, position: Any, pieces: Sequence[Piece], weights: Sequence[float]) -> Window:
@@ -89,7 +89,7 @@ class Estimator(abc.ABC):
         return window * estimating / probe
 
     def note(self, window: int) -> str:
-        """What was chosen for a window, for plans."""
+        """Return what was chosen for a window, for plans."""
         return ""
 
     def position_size(self) -> int:
@@ -226,7 +226,7 @@ class UnrollEstimator(Estimator):
         return config.slices or choose_slices(window, self.cost, config.memory * MIB)
 
     def engine(self, pieces: Sequence[Piece]) -> Unroll:
-        """The engine for windows of this length, in the slices asked for or in those that fit the budget."""
+        """Return the engine for windows of this length, in the slices asked for or in those that fit the budget."""
         window = len(pieces)
         self.probe = self.probe or pieces[0]
         if window not in self.engines:
@@ -363,5 +363,5 @@ ESTIMATORS: dict[str, type[Estimator]] = {
 
 
 def make_estimator(reader: Reader, config: EstimatorConfig, generator: torch.Generator | None = None) -> Estimator:
-    """The estimator of a configuration, for the reader's rule."""
+    """Return the estimator of a configuration, for the reader's rule."""
     return ESTIMATORS[config.kind](reader, config, generator)

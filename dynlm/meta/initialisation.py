@@ -55,7 +55,7 @@ class OuterGradient(NamedTuple):
 def outer_gradient(
     method: Method, reader: Reader, task: Task, phi: Sequence[Tensor] = (), cg_steps: int = 5
 ) -> OuterGradient:
-    """What ``method`` makes of one task at the start θ0 of ``reader.priors``.
+    """Return what ``method`` makes of one task at the start θ0 of ``reader.priors``.
 
     ``phi``: meta-parameters of the rule to differentiate too (maml and fomaml); their ``grad`` is added to. The weights
     of the model are θ0 afterwards, also after an exception.

@@ -144,7 +144,7 @@ class _Loop:
             tensor.copy_(best)
 
     def state(self) -> Checkpoint:
-        """All of it for a checkpoint."""
+        """Return all of it for a checkpoint."""
         tensors = {f"learned.{i}": t for i, t in enumerate(self.learned)}
         tensors |= {f"kept.{i}": t for i, t in enumerate(self.kept)}
         return tensors | runs.optimizer_tensors(self.outer), {"step": self.step, "result": self.result._asdict()}
@@ -166,7 +166,7 @@ class _Loop:
 
 
 def _value(validate: Callable[[], float], step: int) -> float:
-    """A start from which reading runs away is no candidate, but the first one must read."""
+    """Refuse as a candidate a start from which reading runs away; the first one must read."""
     try:
         return validate()
     except DivergedError:

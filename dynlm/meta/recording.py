@@ -90,6 +90,6 @@ class Store:
         self.parts[tensor][t] = grad_K
 
     def read(self, tensor: int, window: int, block: slice) -> Tensor:
-        """(window, block) in the weights' dtype and place."""
+        """Return (window, block) in the weights' dtype and place."""
         part: Tensor = self.parts[tensor][:window, block]
         return part.to(self.like)

@@ -92,7 +92,7 @@ class Replay:
         return max(64, self.config.memory * MIB // (per_step * len(recording)))
 
     def _graph_bytes(self, work: ReplayWork, context_WN: Tensor) -> int:
-        """What autograd keeps of one step over a small block, measured."""
+        """Return what autograd keeps of one step over a small block, measured."""
         kept: dict[int, int] = {}
 
         def count(tensor: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Replay:
         return sum(kept.values())
 
     def _steps(self, work: ReplayWork, context_WN: Tensor, steps: int) -> tuple[list[Tensor], Tensor]:
-        """(θ after each of the first updates, the leaf that stands for their contexts)."""
+        """Return (θ after each of the first updates, the leaf that stands for their contexts)."""
         leaf_WN = context_WN[:steps].clone().requires_grad_()
         theta, slots, thetas = work.theta, work.slots, []
         row_K, col_K = work.place_2K.long()
@@ -125,7 +125,7 @@ class Replay:
 
 
 def block_work(recording: Recording, tensor: int, block: slice, weight: float) -> ReplayWork:
-    """The chosen coordinates of one tensor's stratum, ready to replay."""
+    """Return the chosen coordinates of one tensor's stratum, ready to replay."""
     prior, stratum = recording.priors[tensor], recording.strata[tensor]
     index_K, columns = stratum.index_K[block], prior.theta0.shape[1]
     grads_WK = recording.grads.read(tensor, len(recording), block)
@@ -144,7 +144,7 @@ def block_work(recording: Recording, tensor: int, block: slice, weight: float) -
 
 
 def sampling_error(replay: Replay, recording: Recording, parts: int = 8) -> tuple[Tensor, Tensor]:
-    """(estimate, standard error) of the sampled meta-gradient, flat over φ, from ``parts`` disjoint subsamples.
+    """Return (estimate, standard error) of the sampled meta-gradient, flat over φ, from ``parts`` disjoint subsamples.
 
     Subsamples are interleaved, so the error says nothing of what even spacing gains: it is an upper estimate. Gradients
     that φ already holds are left as they are.

@@ -16,11 +16,11 @@ class Stratum(NamedTuple):
     weight: float
 
     def take(self, matrix: Tensor) -> Tensor:
-        """(R, C, …) to (K, …)."""
+        """Return the sample of (R, C, …) as (K, …)."""
         return matrix.flatten(0, 1)[self.index_K]
 
     def part(self, number: int, parts: int) -> Stratum:
-        """Every ``parts``-th coordinate, with the weight that makes it a sample of its own."""
+        """Return every ``parts``-th coordinate, with the weight that makes it a sample of its own."""
         index_K = self.index_K[number::parts]
         return Stratum(index_K, self.weight * self.index_K.numel() / max(1, index_K.numel()))
 

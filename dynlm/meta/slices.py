@@ -51,7 +51,7 @@ def choose_slices(window: int, cost: SliceCost, budget: int) -> tuple[int, ...]:
 
 
 def leanest(window: int, cost: SliceCost, levels: int) -> tuple[int, ...]:
-    """The slice lengths with the lowest peak among powers of √2, so many levels deep."""
+    """Return the slice lengths with the lowest peak among powers of √2, so many levels deep."""
     if levels == 0:
         return ()
     lengths = sorted({min(window, round(2 ** (i / 2))) for i in range(2 * math.ceil(math.log2(window + 1)) + 1)})

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from dynlm.interrupt import Interrupted, Interruptible
 from dynlm.meta.estimators import EstimatorConfig, make_estimator
 from dynlm.meta.positions import pack, unpack
 from dynlm.optim.base import Rule
+from dynlm.optim.registry import trained
 from dynlm.progress import Bar
 from dynlm.settings import WIDE, AnyFloat, Bound, Count, NotNegative, Positive, Seed, Settings, Size, Whole, check
 from dynlm.types import InputError, TokenizedArticle
@@ -35,8 +36,8 @@ from dynlm.types import InputError, TokenizedArticle
 class MetaConfig(Settings):
     """Meta-training of a learned rule."""
 
-    rule: Literal["gated", "linear", "diagonal", "lstm", "gru", "mlp"] = "gated"
-    """learned cell to train; it starts at a tuned hand-made rule"""
+    rule: str = "gated"
+    """learned cell to train: gated, linear, diagonal, lstm, gru, mlp or your own; it starts at a tuned rule"""
     steps: Count = 300
     """updates of φ"""
     articles: Size = 2
@@ -59,11 +60,16 @@ class MetaConfig(Settings):
     """of the cell's first weights, the order of articles and the sample; with another than 0 the rule is RULE#SEED"""
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rule not in trained():
+            raise InputError(f"rule is {self.rule!r}: expected one of {', '.join(map(repr, trained()))}")
+
 
 def divide_meta_split(
     articles: Sequence[TokenizedArticle], config: MetaConfig
 ) -> tuple[list[TokenizedArticle], list[TokenizedArticle]]:
-    """(articles that rules are tuned and trained on, articles that choose φ)."""
+    """Return (articles that rules are tuned and trained on, articles that choose φ)."""
     if len(articles) < 2:
         raise InputError(f"the meta split has {len(articles)} articles, needs at least 2: raise data.meta_articles")
     n_valid = min(config.validation_articles, len(articles) // 2)

@@ -14,16 +14,16 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import optuna
 
 from dynlm.adapt import Reader
-from dynlm.evaluate.cache import cached_name
-from dynlm.evaluate.methods import MethodName
-from dynlm.evaluate.stream import read_articles
+from dynlm.evaluation.stream import read_articles
+from dynlm.methods import Method, MethodName
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.library import make_rule
+from dynlm.optim.registry import RULES, Range, tuned
 from dynlm.settings import Count, NotEmpty, Seed, Settings, Whole
 from dynlm.types import DivergedError, InputError, TokenizedArticle
 
@@ -45,56 +45,34 @@ class TuneConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.rules:
-            if name not in SPACES and cached_name(name) is None:
-                raise InputError(f"rules names {name!r}: choose from {', '.join(SPACES)}, cache and METHOD+cache")
+            if name not in tuned() and not Method.parse(name).cache:
+                raise InputError(f"rules names {name!r}: choose from {', '.join(tuned())}, cache and METHOD+cache")
 
     def excerpts(self, articles: Sequence[TokenizedArticle]) -> list[TokenizedArticle]:
-        """What is read in a trial."""
+        """Return what is read in a trial."""
         most = self.max_tokens or None
         return [dataclasses.replace(article, ids_T=article.ids_T[:most]) for article in articles[: self.articles]]
 
 
-class Range(NamedTuple):
-    """A log-uniform range and where its search starts, in units of the model at hand.
-
-    ``unit``: "rms" is the mean static RMS of the gradient; "loss" is for learning rates, a nat that the loss of a
-    segment would fall by to first order in one step on it.
-    """
-
-    low: float
-    high: float
-    start: float
-    unit: Literal["", "rms", "loss"] = ""
-
-    def times(self, factor: float) -> Range:
-        return Range(self.low * factor, self.high * factor, self.start * factor)
-
-
 LARGEST_STEP = 1.25e-3
 """of a weight, for each nat that the loss would fall by"""
-DECAY = Range(1e-6, 3e-1, 1e-3)
-SPACES: dict[str, dict[str, Range]] = {
-    "sgd": {"lr": Range(2e-2, 2e2, 1.6, "loss"), "decay": DECAY},
-    "rms": {"lr": Range(8e-3, 8e1, 1.6, "loss"), "eps": Range(1e-3, 1e1, 0.5, "rms"), "decay": DECAY},
-    "adam": {"lr": Range(8e-3, 8e1, 0.8, "loss"), "eps": Range(1e-4, 1e2, 0.1, "rms"), "decay": DECAY},
-}
+TINY = 1e-6
+"""the ε, in mean static RMS, of a rule that steps along the direction of the gradient without one"""
 
 
 def search_space(kind: str, priors: Sequence[Prior]) -> dict[str, Range]:
-    """What is searched for a hand-made rule on the model that ``priors`` belong to, in the rule's own units."""
-    rms, space = 1 / priors[0].relative_rms, SPACES[kind]
-    eps = space["eps"].start * rms if "eps" in space else None
-    largest = LARGEST_STEP / (rms if eps is None else 1.0)  # few weights, such as low-rank ones, take no larger steps
-    units = {"": 1.0, "rms": rms, "loss": min(1 / _first_order(priors, eps), largest)}
-    return {name: r.times(units[r.unit]) for name, r in space.items()}
-
-
-def _first_order(priors: Sequence[Prior], eps: float | None) -> float:
-    """What a loss would fall by in a step of rate 1 along g (or along g / (r + ε), with ``eps``), if it were linear."""
+    """Return what is searched for a hand-made rule on the model that ``priors`` belong to, in the rule's own units."""
+    rms, space = 1 / priors[0].relative_rms, RULES[kind].space
+    eps = rms * (space["eps"].start if "eps" in space else TINY)
     squares = [prior.rms.double().square() for prior in priors]
-    if eps is None:
-        return sum(float(r2.sum()) for r2 in squares)
-    return sum(float((r2 / (prior.rms.double() + eps)).sum()) for r2, prior in zip(squares, priors, strict=True))
+    falls = {  # of the loss, in a step of rate 1, if it were linear
+        "gradient": sum(float(r2.sum()) for r2 in squares),
+        "direction": sum(float((r2 / (p.rms.double() + eps)).sum()) for r2, p in zip(squares, priors, strict=True)),
+    }
+    # few weights, such as low-rank ones, take no larger steps
+    units = {"": 1.0, "rms": rms, "gradient": min(1 / falls["gradient"], LARGEST_STEP / rms)}
+    units["direction"] = min(1 / falls["direction"], LARGEST_STEP)
+    return {name: r.times(units[r.unit]) for name, r in space.items()}
 
 
 STEP_DOWN, STEPS_DOWN = 4.0, 6  # of the rate; how often for settings that lose, yet do not diverge
@@ -125,8 +103,8 @@ def tune_rule(
         InputError: a rule without search space, no article.
         DivergedError: no setting that was tried reads to the end.
     """
-    if kind not in SPACES:
-        raise InputError(f"rule {kind!r} has no search space: tune one of {', '.join(SPACES)}")
+    if kind not in tuned():
+        raise InputError(f"rule {kind!r} has no search space: tune one of {', '.join(tuned())}")
     texts = config.excerpts(articles)
     if not texts:
         raise InputError("no article to tune on: the meta split is empty (data.meta_articles)")

@@ -136,7 +136,7 @@ class Unroll:
         return Unrolled(weight * mean, (clock.loss,), Snapshot(thetas, state, scoring.hidden))
 
     def cost(self, position: Snapshot, piece: Piece) -> SliceCost:
-        """What a position and the graph of one segment keep, measured on this one."""
+        """Return what a position and the graph of one segment keep, measured on this one."""
         kept: dict[int, int] = {}
 
         def count(tensor: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ class _Scoring:
         self.rng = torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self.devices)
 
     def first(self, leaves: Sequence[Tensor]) -> Tensor:
-        """The mean loss, for the first time."""
+        """Return the mean loss, for the first time."""
         with self.buffers.recording() if self.unroll.config.order == 2 else nullcontext():
             return self._mean_loss(leaves)
 
@@ -213,7 +213,7 @@ class _Scoring:
         return losses_S.mean()
 
     def again(self, leaves: Sequence[Tensor]) -> Tensor:
-        """The mean loss once more, for its second derivative."""
+        """Return the mean loss once more, for its second derivative."""
         with torch.random.fork_rng(self.devices), self.buffers:
             torch.set_rng_state(self.rng[0])
             for device, state in zip(self.devices, self.rng[1:], strict=True):

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from dynlm.data.tokenizers import GGUF, gguf_in
 from dynlm.files import tensor_kinds
 from dynlm.models.context import (
     ContextConfig,
@@ -132,7 +133,7 @@ class CausalScorer:
         return ids_T, freeze(cache)
 
     def _forward(self, ids_T: Tensor, size: int, cache: Any = None) -> Tensor:
-        """(size, V) logits of the last tokens; ``cache`` moves on behind them."""
+        """Return (size, V) logits of the last tokens; ``cache`` moves on behind them."""
         arguments: dict[str, Any] = {}
         if "use_cache" in self.accepted:
             arguments["use_cache"] = cache is not None
@@ -200,14 +201,14 @@ def _differ(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def scorer_for(model: PreTrainedModel, config: ContextConfig | None = None) -> LSTMScorer | CausalScorer:
-    """The scorer that fits a model: our LSTM carries its own state, and any other model what ``config`` says."""
+    """Return the scorer that fits a model: our LSTM carries its own state, and any other model what ``config`` says."""
     return LSTMScorer(model) if isinstance(model, LSTMForCausalLM) else CausalScorer(model, config)
 
 
 def load_model(
     source: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, download: bool = False
 ) -> PreTrainedModel:
-    """A base model: a folder written by ``dynlm train`` or ``save_pretrained``, or the hub name of a causal model.
+    """A base model: a folder of ``dynlm train`` or ``save_pretrained``, a ``.gguf`` file, or a causal model of the hub.
 
     Weights in half precision become float32 unless ``dtype`` says otherwise: small updates would be rounded away.
     Nothing is downloaded unless ``download`` allows it, and never with ``HF_HUB_OFFLINE=1``.
@@ -217,15 +218,17 @@ def load_model(
     """
     folder = Path(source)
     is_hub = isinstance(source, str) and not folder.exists() and HUB_NAME.fullmatch(source) is not None
-    if not is_hub and not (folder / "config.json").is_file():
+    is_gguf = folder.suffix == GGUF and folder.is_file()
+    if not is_hub and not is_gguf and not (folder / "config.json").is_file():
         advice = "run `dynlm train` first" if isinstance(source, Path) else "give one of save_pretrained, or a hub name"
         raise InputError(f"{folder} holds no model (config.json): {advice}")
     if (folder / "adapter_config.json").is_file() and find_spec("peft") is None:
         raise InputError(f"{folder} holds an adapter, which needs peft: install dynlm[lora]")
-    local = {"local_files_only": not (is_hub and download)}
+    local: dict[str, Any] = {"local_files_only": not (is_hub and download)}
+    place, within = gguf_in(source) if is_gguf else (source, {})
     try:
         model, info = cast(Any, AutoModelForCausalLM).from_pretrained(
-            source, trust_remote_code=False, output_loading_info=True, adapter_kwargs=local, **local
+            place, trust_remote_code=False, output_loading_info=True, adapter_kwargs=local, **local, **within
         )
     except Exception as error:  # the loader raises many kinds; all mean that this is not a whole model
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -238,7 +241,7 @@ def load_model(
     if info["missing_keys"]:
         lacking = ", ".join(sorted(info["missing_keys"])[:3])
         raise InputError(f"{source} is not a whole model (it lacks {lacking}): train it again, or save a causal model")
-    if not is_hub:
+    if not is_hub and not is_gguf:
         _require_real_weights(folder, model)
     if dtype is None and model.dtype in (torch.float16, torch.bfloat16):
         dtype = torch.float32

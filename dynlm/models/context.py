@@ -39,7 +39,7 @@ class ContextConfig(Settings):
     has none; a recurrent model's cache sees the whole article whatever the window"""
 
     def tokens(self, model: PreTrainedModel) -> int:
-        """The window for this model.
+        """Return the window for this model.
 
         Raises:
             InputError: a window shorter than 2 or longer than the model's positions.
@@ -63,7 +63,7 @@ def positions(model: PreTrainedModel) -> int | None:
 
 
 def freeze(cache: Any) -> FrozenCache:
-    """A cache as nested tuples, detached. Private attributes follow from the model's config and stay out."""
+    """Return a cache as nested tuples, detached. Private attributes follow from the model's config and stay out."""
     return tuple(
         tuple((name, _freeze(value)) for name, value in vars(layer).items() if _is_state(name, value))
         for layer in cache.layers
@@ -81,7 +81,7 @@ def _freeze(value: Any) -> Any:
 
 
 def thaw(frozen: FrozenCache | None, model: PreTrainedModel) -> DynamicCache:
-    """The cache again, an empty one for None. It shares no tensor that a model updates in place."""
+    """Return the cache again, an empty one for None. It shares no tensor that a model updates in place."""
     cache = DynamicCache(config=model.config)
     layers: list[Any] = cache.layers
     for layer, values in zip(layers, frozen or (), strict=frozen is not None):
@@ -100,7 +100,7 @@ def _thaw(value: Any, updated_in_place: bool) -> Any:
 
 
 def recurrent_states(cache: Any) -> list[Tensor]:
-    """The tensors of a cache that a model updates in place; none in a pure attention model."""
+    """Return the tensors of a cache that a model updates in place; none in a pure attention model."""
     states = [getattr(layer, name, None) for layer in cache.layers for name in RECURRENT_STATES]
     several = [list(state.values()) if isinstance(state, dict) else [state] for state in states]
     return [tensor for tensors in several for tensor in tensors if isinstance(tensor, Tensor)]

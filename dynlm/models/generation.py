@@ -71,7 +71,7 @@ class HiddenGenerationMixin(GenerationMixin):
 
 
 def _expanded(hidden: Hidden | None, batch: int) -> Hidden | None:
-    """Each row as often as ``generate`` repeats the texts, for beams and for several sequences a text."""
+    """Return each row as often as ``generate`` repeats the texts, for beams and for several sequences a text."""
     if not hidden or hidden[0][0].shape[0] == batch:
         return hidden
     times = batch // hidden[0][0].shape[0]

@@ -91,12 +91,12 @@ class LightLSTM(nn.Module):
 
 
 def is_light(folder: Path) -> bool:
-    """Whether ``folder`` holds an LSTM that ``dynlm train`` wrote."""
+    """Return whether ``folder`` holds an LSTM that ``dynlm train`` wrote."""
     return (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type") == MODEL_TYPE
 
 
 def load_light(folder: Path) -> LightLSTM:
-    """The LSTM in ``folder``, float32 on the CPU; its file may hold half precision.
+    """Return the LSTM in ``folder``, float32 on the CPU; its file may hold half precision.
 
     Raises:
         InputError: a missing, truncated or foreign model folder.

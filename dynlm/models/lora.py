@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import dataclass
 from typing import Annotated
@@ -67,7 +68,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings | None = None) -> tu
 
 
 def linear_layers(model: PreTrainedModel, globs: tuple[str, ...]) -> list[str]:
-    """Names of the linear layers that match any glob, the output head left out."""
+    """Return names of the linear layers that match any glob, the output head left out."""
     head = model.get_output_embeddings()
     names = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
@@ -75,3 +76,18 @@ def linear_layers(model: PreTrainedModel, globs: tuple[str, ...]) -> list[str]:
     if not names:
         raise InputError(f"{type(model).__name__} has no linear layer beside its head: it takes no low-rank weights")
     return matching(names, globs, "lora.targets", f"linear layer of {type(model).__name__}")
+
+
+def merged(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of a model with its low-rank weights added to its own; the model itself where it has none."""
+    if not any(".lora_A." in name for name, _ in model.named_parameters()):
+        return model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    whole = copy.deepcopy(model)
+    for name, module in list(whole.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            parent, _, own = name.rpartition(".")
+            setattr(whole.get_submodule(parent), own, module.get_base_layer())
+    return whole

@@ -3,7 +3,8 @@
 Input and output embeddings are tied; 1 to 3 layers; the AWD-LSTM regularisers (Merity et al. 2017, arXiv:1708.02182)
 are options: weight drop on the recurrent matrices, locked dropout, embedding dropout, AR and TAR. The hidden state goes
 in and comes out, so that text can be read segment by segment. ``save_pretrained``, ``from_pretrained``, the Auto
-classes, ``generate``, ``pipeline`` and ``Trainer`` work once ``dynlm.models.lstm`` is imported.
+classes, ``generate``, ``pipeline`` and ``Trainer`` work once ``dynlm.models.lstm`` is imported, which a saved model's
+folder has transformers do (``trust_remote_code=True``).
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     initialization,
@@ -30,6 +30,7 @@ from transformers.utils import ModelOutput
 
 from dynlm.models.generation import Hidden as Hidden
 from dynlm.models.generation import HiddenGenerationMixin
+from dynlm.models.lstm_config import LSTMConfig as LSTMConfig
 from dynlm.models.padding import Padding, padding_of
 from dynlm.models.readout import mean_loss
 from dynlm.models.recurrence import lstm_layer, one_stream
@@ -71,43 +72,22 @@ class ModelConfig(Settings):
     temporal_activation_regularization: NotNegative = 0.0
     """TAR: weight of the mean squared change of the output over time"""
 
-    def build(self, vocab_size: int, eos_token_id: int, seed: int) -> LSTMForCausalLM:
-        """A fresh model with weights drawn from ``seed``."""
+    def build(
+        self, vocab_size: int, start_id: int, seed: int, *, eos_id: int | None = None, pad_id: int | None = None
+    ) -> LSTMForCausalLM:
+        """Return a fresh model with weights drawn from ``seed``."""
         settings = {name: value for name, value in asdict(self).items() if name not in ("layers", "pretrained")}
         torch.manual_seed(seed)
         return LSTMForCausalLM(
             LSTMConfig(
                 vocab_size=vocab_size,
                 num_hidden_layers=self.layers,
-                bos_token_id=eos_token_id,
-                eos_token_id=eos_token_id,
+                bos_token_id=start_id,
+                eos_token_id=eos_id,
+                pad_token_id=pad_id,
                 **settings,
             )
         )
-
-
-class LSTMConfig(PreTrainedConfig):
-    """Sizes and regularisers. Dropouts are probabilities, active in training only."""
-
-    model_type = "dynlm_lstm"
-    keys_to_ignore_at_inference = ["hidden", "penalty"]
-
-    vocab_size: int = 4096
-    embedding_size: int = 256
-    hidden_size: int = 256
-    num_hidden_layers: int = 1
-    projection: bool = False
-    embedding_dropout: float = 0.0
-    input_dropout: float = 0.0
-    hidden_dropout: float = 0.0
-    output_dropout: float = 0.0
-    weight_drop: float = 0.0
-    activation_regularization: float = 0.0
-    temporal_activation_regularization: float = 0.0
-    tie_word_embeddings: bool = True
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
 
 
 @dataclass
@@ -211,7 +191,7 @@ class LSTMPreTrainedModel(PreTrainedModel):
         return embed(input_ids[0], weight, link)[None] if link else F.embedding(input_ids, weight)
 
     def _run(self, embedded: Tensor, hidden: Hidden | None, padding: Padding | None) -> tuple[list[Tensor], Hidden]:
-        """The embedding and each layer's output, (B, T, width) each, and the hidden state after the text."""
+        """Return the embedding and each layer's output, (B, T, width) each, and the hidden state after the text."""
         config, batch = self.config, embedded.shape[0]
         if hidden is None:
             hidden = self.initial_hidden(batch)

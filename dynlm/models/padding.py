@@ -45,7 +45,7 @@ class Padding:
         return x_BTD[self.real_BT].mean()
 
     def mean_change(self, x_BTD: Tensor) -> Tensor:
-        """The mean squared change from one token to the next, zero where no row has two tokens side by side."""
+        """Return the mean squared change from one token to the next, zero where no row has two tokens side by side."""
         pairs = self.real_BT[:, 1:] & self.real_BT[:, :-1]
         return x_BTD.diff(dim=1)[pairs].square().sum() / max(1, int(pairs.sum()) * x_BTD.shape[2])
 
@@ -64,7 +64,7 @@ def _at(x_BTD: Tensor, places_BT: Tensor) -> Tensor:
 
 
 def padding_of(mask_BT: Tensor | None, batch: int, length: int) -> Padding | None:
-    """What an attention mask says of the last ``length`` tokens; None where nothing is padded.
+    """Return what an attention mask says of the last ``length`` tokens; None where nothing is padded.
 
     Raises:
         InputError: a mask of another shape, or a row without a token.

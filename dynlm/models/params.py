@@ -40,7 +40,7 @@ class Adapted(NamedTuple):
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
-    """A view with two axes: the first one, and all others together; a vector or scalar is one row."""
+    """Return a view with two axes: the first one, and all others together; a vector or scalar is one row."""
     return tensor.view(1, -1) if tensor.dim() < 2 else tensor.view(tensor.shape[0], -1)
 
 
@@ -99,7 +99,7 @@ def _refresh(adapted: Sequence[Adapted]) -> None:
 
 
 def adapted_parameters(model: nn.Module, globs: Sequence[str] = ("*",)) -> list[Adapted]:
-    """The trainable parameters whose names match any glob, in the module's order, each shared tensor once.
+    """Return the trainable parameters whose names match any glob, in the module's order, each shared tensor once.
 
     Raises:
         InputError: a glob that matches no parameter, globs that match frozen ones alone (``requires_grad`` is False, as
@@ -120,7 +120,7 @@ def adapted_parameters(model: nn.Module, globs: Sequence[str] = ("*",)) -> list[
 
 
 def matched_parameters(model: nn.Module, globs: Sequence[str]) -> list[Adapted]:
-    """The parameters whose names match any glob, frozen ones too.
+    """Return the parameters whose names match any glob, frozen ones too.
 
     Raises:
         InputError: a glob that matches no parameter.
@@ -139,7 +139,7 @@ def matched_parameters(model: nn.Module, globs: Sequence[str]) -> list[Adapted]:
 
 
 def matching(names: Sequence[str], globs: Sequence[str], setting: str, kind: str) -> list[str]:
-    """The names that match any glob, in their order.
+    """Return the names that match any glob, in their order.
 
     Raises:
         InputError: a glob that matches none: "``setting`` GLOB matches no ``kind``", and the nearest name.
@@ -152,13 +152,13 @@ def matching(names: Sequence[str], globs: Sequence[str], setting: str, kind: str
 
 
 def split_like(flat_N: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """A vector as views in the shapes of ``like``, one after the other."""
+    """Return a vector as views in the shapes of ``like``, one after the other."""
     parts = flat_N.split([tensor.numel() for tensor in like])
     return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
 def flat_view(adapted: Sequence[Adapted]) -> Tensor:
-    """All adapted weights as one vector (N,) that shares their storage: writing to it changes the model.
+    """Return all adapted weights as one vector (N,) that shares their storage: writing to it changes the model.
 
     The first call moves the parameters into one buffer, values unchanged; a later one finds them there. Moving a model
     (``.to``, ``.double``) gives each parameter its own storage again, and old views then see nothing of it.

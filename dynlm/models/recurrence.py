@@ -40,7 +40,7 @@ def differentiable_twice() -> Iterator[None]:
 
 
 def needs_torch() -> bool:
-    """Whether only torch's own operations will do: for a second derivative, or transforms of ``torch.func``."""
+    """Return whether only torch's own operations will do: for a second derivative, or transforms of ``torch.func``."""
     return _twice.get() or _transformed()
 
 
@@ -171,7 +171,7 @@ _BACK = Kernel(
 
 
 def _run_back_in_c(grad_TH: Tensor, factors: Factors, weight_hh: Tensor) -> Tensor:
-    """The same, without a call into torch at every step."""
+    """Return the same, without a call into torch at every step."""
     n_steps, width = grad_TH.shape
     grad_gates = grad_TH.new_empty(n_steps, 4 * width)
     arrays = {"grad": grad_TH, "weight": weight_hh, "gates": grad_gates}

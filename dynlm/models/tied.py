@@ -21,7 +21,7 @@ class Link:
 
 
 def embed(ids_T: Tensor, weight_VD: Tensor, link: Link) -> Tensor:
-    """(T, D)."""
+    """Return (T, D)."""
     return _Embedding.apply(ids_T, weight_VD, link)  # type: ignore[no-untyped-call, no-any-return]
 
 

@@ -177,7 +177,7 @@ class _Trainer:
         torch.manual_seed(config.seed + accelerator.process_index)
 
     def told(self) -> str:
-        """A line on the last validation."""
+        """Return a line on the last validation."""
         record = self.records[-1]
         word_ppl = perplexity(record["valid"] * self.valid_tokens_per_word, 1)
         return f"step {record['step']}: validation {record['valid']:.4f} nats/token, word perplexity {word_ppl:.1f}"
@@ -261,7 +261,7 @@ class _Trainer:
             self.progress, self.records = progress, records
 
     def layout(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a checkpoint must hold; of ``tensors``, whether it is one of a CUDA device."""
+        """Return what a checkpoint must hold; of ``tensors``, whether it is one of a CUDA device."""
         layout: dict[str, Tensor] = {f"model.{name}": p for name, p in self.bare_model.named_parameters()}
         layout |= runs.optimizer_layout(self.optimizer, tensors)
         for layer, (h, c) in enumerate(self.bare_model.initial_hidden(self.local.stop - self.local.start)):

@@ -19,12 +19,14 @@ import abc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dynlm.kernels import Kernel
+from dynlm.optim import sharing
 
 Slots = tuple[Tensor, ...]
 
@@ -124,6 +126,8 @@ class Rule(nn.Module, abc.ABC):
     """how the rule was found, of one that was loaded from a file"""
     config: Any = None
     """the dataclass that the rule is made from; hand-made rules have none"""
+    config_class: ClassVar[Any] = None
+    """its type"""
     n_slots: int = 0
     slot_width: int = 0
     """0: a slot is one number a weight; H: a vector (R, C, H)"""
@@ -147,8 +151,16 @@ class Rule(nn.Module, abc.ABC):
         value = float(rate.detach()) if isinstance(rate, Tensor) else float(getattr(self.config, "lr", 1.0))
         return value if value > 0 else 1.0
 
+    def save_pretrained(self, folder: str | Path, license: str = "apache-2.0") -> Path:
+        """Write the rule and a model card into a folder (:mod:`dynlm.optim.sharing`); returns the rule's file."""
+        return sharing.save_pretrained(self, folder, license=license)
+
+    def push_to_hub(self, repo_id: str, license: str = "apache-2.0") -> str:
+        """Upload the rule as ``user/repo`` (:mod:`dynlm.optim.sharing`); returns the address of the commit."""
+        return sharing.push_to_hub(self, repo_id, license=license)
+
     def init(self, priors: Sequence[Prior]) -> RuleState:
-        """The state at θ0: all zeros."""
+        """Return the state at θ0: all zeros."""
         width = (self.slot_width,) if self.slot_width else ()
         slots = [tuple(p.theta0.new_zeros(p.theta0.shape + width) for _ in range(self.n_slots)) for p in priors]
         return RuleState(slots, None, priors[0].theta0.new_zeros(len(priors), self.tensor_width))
@@ -163,7 +175,7 @@ class Rule(nn.Module, abc.ABC):
         return Seen(((),) * len(grads), ((),) * len(grads), grads[0].new_empty(len(grads), 0)), state.memory
 
     def split_memory(self, memory: Any, n: int) -> list[Slots]:
-        """What ``observe`` remembers, as plain tensors of each of the n tensors.
+        """Return what ``observe`` remembers, as plain tensors of each of the n tensors.
 
         Fits None, an (n, …) tensor, and a list with a (named) tuple of tensors for each.
         """
@@ -172,7 +184,7 @@ class Rule(nn.Module, abc.ABC):
         return [(m,) if isinstance(m, Tensor) else tuple(m) for m in memory]
 
     def join_memory(self, parts: Sequence[Slots], like: Any) -> Any:
-        """The inverse of ``split_memory``; ``like`` is a memory of any tensors, for its kind."""
+        """Return the inverse of ``split_memory``; ``like`` is a memory of any tensors, for its kind."""
         if not parts[0]:
             return None
         if isinstance(like, Tensor):
@@ -181,7 +193,7 @@ class Rule(nn.Module, abc.ABC):
         return [make(part) for part in parts]
 
     def shared(self, priors: Sequence[Prior], scalars: Tensor, steps: Sequence[int]) -> Shared:
-        """What the context reads; with (W, n, S) statistics and W steps, or with (n, S) and one."""
+        """Return what the context reads; with (W, n, S) statistics and W steps, or with (n, S) and one."""
         step = torch.tensor(steps, dtype=torch.float64, device=scalars.device)
         numbers = scalars.new_tensor([[p.mean_rms, p.relative_rms] for p in priors])
         embedding = torch.tensor([self.index_of(p) for p in priors], device=scalars.device)
@@ -189,7 +201,7 @@ class Rule(nn.Module, abc.ABC):
         return Shared(embedding, mean_rms, relative_rms, scalars, step[:, None] if scalars.dim() == 3 else step)
 
     def index_of(self, prior: Prior) -> int:
-        """The tensor's row in the rule's embedding tables."""
+        """Return the tensor's row in the rule's embedding tables."""
         return 0
 
     def context(self, shared: Shared) -> Tensor:
@@ -200,11 +212,11 @@ class Rule(nn.Module, abc.ABC):
         return shared.scalars[..., :0]
 
     def tensor_step(self, shared: Shared, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """(context, new memory) of one segment: for rules whose context has a memory (n, M) of its own."""
+        """Return (context, new memory) of one segment: for rules whose context has a memory (n, M) of its own."""
         return self.context(shared), memory
 
     def split(self, context_N: Tensor) -> Slots:
-        """The context of one tensor in the shapes that ``step`` takes."""
+        """Return the context of one tensor in the shapes that ``step`` takes."""
         parts = context_N.split([math.prod(shape) for shape in self.context_shapes])
         return tuple(part.view(shape) for part, shape in zip(parts, self.context_shapes, strict=True))
 

@@ -153,7 +153,7 @@ static T activity_of(T square, T level, T least) {{
 
 
 def _look_in_c(grads: Sequence[Tensor], memory: Sequence[Statistics]) -> tuple[list[Slots], list[Slots], Tensor]:
-    """The same in one pass over the gradients."""
+    """Return the same in one pass over the gradients."""
     first = grads[0]
     sizes = [n for grad in grads for n in (grad.shape[0], grad.shape[0], grad.shape[1])]
     parts = iter(first.new_empty(sum(sizes)).split(sizes))
@@ -196,5 +196,5 @@ def _tiny(dtype: torch.dtype) -> float:
 
 
 def _activity(square: Tensor, level: Tensor, least: Tensor) -> Tensor:
-    """A quarter of the log2-ratio of two mean squares, squashed: 0 at the static level."""
+    """Return a quarter of the log2-ratio of two mean squares, squashed: 0 at the static level."""
     return softsign(0.25 * torch.log2((square + least) / (level + least)))

@@ -192,7 +192,7 @@ _MEANS = Kernel(
 
 
 def _means_in_c(thetas: Sequence[Tensor], grads: Sequence[Tensor], slots: Sequence[Slots]) -> Tensor:
-    """The same in one call."""
+    """Return the same in one call."""
     out = thetas[0].new_empty(len(thetas), 6)
     each = list[Given]()
     for theta, grad, (fast, slow, square) in zip(thetas, grads, slots, strict=True):

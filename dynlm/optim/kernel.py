@@ -59,7 +59,7 @@ class Work(NamedTuple):
     """of each tensor; None where the rule's step is taken as it is"""
 
     def in_c(self) -> bool:
-        """Whether all that changes in place lies as kernels take it, and a compiler is there."""
+        """Return whether all that changes in place lies as kernels take it, and a compiler is there."""
         changing = [t for w, slots in zip(self.ws, self.slots, strict=True) for t in (w.theta, *slots)]
         return supported(*(w.theta for w in self.ws)) and all(t.is_contiguous() for t in changing)
 
@@ -109,7 +109,7 @@ class InPlaceUpdate:
         return seen
 
     def _shared(self, priors: Sequence[Prior], seen: Seen, step: int) -> Shared:
-        """What the context reads. What it says of the priors is made once, as they do not change while reading."""
+        """Return what the context reads. What it says of the priors is made once: they stay as they are."""
         scalars = seen.scalars
         key = scalars.dtype, scalars.device, [(self.rule.index_of(p), p.mean_rms, p.relative_rms) for p in priors]
         if self._known is None or self._known[0] != key:
@@ -118,7 +118,7 @@ class InPlaceUpdate:
         return self._known[1]._replace(scalars=scalars, step=now)
 
     def fused(self, work: Work) -> bool:
-        """C traced from the rule's step: all tensors in one pass over their memory."""
+        """Run C traced from the rule's step: all tensors in one pass over their memory."""
         if not (self.rule.traceable and work.in_c()):
             return False
         w, slots = work.ws[0], work.slots[0]
@@ -133,7 +133,7 @@ class InPlaceUpdate:
         return True
 
     def own(self, work: Work) -> bool:
-        """The C that a rule brings for one tensor, without slots of half precision, and which writes them itself."""
+        """Run the C that a rule brings for one tensor, which writes its slots itself, none of half precision."""
         w, slots = work.ws[0], work.slots[0]
         if self.rule.traceable or not work.in_c() or any(slot.dtype != w.theta.dtype for slot in slots):
             return False
@@ -151,7 +151,7 @@ class InPlaceUpdate:
         return _one_by_one(work, step)
 
     def torch_compiled(self, work: Work) -> bool:
-        """``torch.compile`` makes one kernel of the step: Triton on a GPU, anything with ``DYNLM_KERNEL=torch``."""
+        """Let ``torch.compile`` make one kernel of the step: Triton on a GPU, anything with ``DYNLM_KERNEL=torch``."""
         triton = work.context_nN.is_cuda and find_spec("triton") is not None
         if not self.rule.traceable or not (kernel_choice() == "torch" or (kernel_choice() != "eager" and triton)):
             return False
@@ -159,7 +159,7 @@ class InPlaceUpdate:
         return _one_by_one(work, self._compiled)
 
     def plain(self, work: Work) -> bool:
-        """The rule's step as it is."""
+        """Take the rule's step as it is."""
         return _one_by_one(work, self._step)
 
     def _step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> Slots:
@@ -169,7 +169,7 @@ class InPlaceUpdate:
 
 
 def _one_by_one(work: Work, step: Callable[[Coordinates, Slots, Tensor], Slots]) -> bool:
-    """By a ``step`` that writes the weights of one tensor, and returns its new slots if it has not written them."""
+    """Go by a ``step`` that writes the weights of one tensor, and returns its new slots if it has not written them."""
     for number, (w, slots, context_N) in enumerate(zip(work.ws, work.slots, work.context_nN, strict=True)):
         before = w.theta.clone() if work.scales else w.theta
         for place, (slot, new) in enumerate(zip(slots, step(w, slots, context_N), strict=False)):
@@ -181,7 +181,7 @@ def _one_by_one(work: Work, step: Callable[[Coordinates, Slots, Tensor], Slots])
 
 
 def arrays_of(w: Coordinates, slots: Slots) -> dict[str, Tensor | float]:
-    """A tensor's sizes and arrays by the names that kernels give them."""
+    """Return a tensor's sizes and arrays by the names that kernels give them."""
     rows, columns = w.theta.shape
     own = {"theta": w.theta, "theta0": w.theta0, "rms": w.rms, "grad": w.grad}
     features = numbered("row", w.row) | numbered("col", w.col)
@@ -225,5 +225,5 @@ class FusedReplay:
         return result.sum(0)
 
     def serves(self, theta: Tensor, n_row: int, n_col: int) -> bool:
-        """Whether the kernel exists for these weights and numbers of features."""
+        """Return whether the kernel exists for these weights and numbers of features."""
         return self.kernels.rule.traceable and self.kernels(n_row, n_col).serves(theta)

@@ -37,8 +37,6 @@ class Learned(Rule):
     kind = "learned"
     config: CellConfig
     config_class: ClassVar[type[CellConfig]]
-    start: ClassVar[str] = "rms"
-    """the hand-made rule whose tuned settings :meth:`started_at` takes"""
 
     def __init__(self, config: CellConfig) -> None:
         super().__init__()
@@ -52,12 +50,12 @@ class Learned(Rule):
     """the network's outputs count as constants: what is left of the step is linear, and its slopes are the gates"""
 
     def gate(self, output: Tensor) -> Tensor:
-        """An output of the cell's network, on its way into the step."""
+        """Return an output of the cell's network, on its way into the step."""
         return output.detach() if self.holds_gates else output
 
     @classmethod
     def started_at(cls, settings: dict[str, float], priors: Sequence[Prior], seed: int = 0, **sizes: Any) -> Self:
-        """The rule that starts exactly at a tuned RMS rule, for a model with these tensors."""
+        """Return the rule that starts exactly at a tuned RMS rule, for a model with these tensors."""
         known = {name: settings[name] for name in ("lr", "eps", "decay")}
         config: Any = cls.config_class
         build: Any = cls
@@ -73,7 +71,7 @@ class Learned(Rule):
         return self.tensor_index.get(prior.name, len(self.tensor_index))
 
     def rms_settings(self, shared: Shared) -> Tensor:
-        """(n, 3): lr, eps, decay of each tensor as they are now."""
+        """Return (n, 3): lr, eps, decay of each tensor as they are now."""
         like, config = shared.mean_rms, self.config
         multipliers = torch.stack([self.log2_lr, self.log2_eps, self.log2_decay]).exp2().to(like)
         settings = multipliers * multipliers.new_tensor([config.lr, config.eps, config.decay])
@@ -90,7 +88,7 @@ class Learned(Rule):
 
 
 def embedded(table: Tensor, shared: Shared) -> Tensor:
-    """(n, width): each tensor's row of an embedding table, zero for a tensor that has none."""
+    """Return (n, width): each tensor's row of an embedding table, zero for a tensor that has none."""
     table = table.to(shared.scalars.dtype)
     return torch.cat([table, table.new_zeros(1, table.shape[1])])[shared.embedding]
 
@@ -125,7 +123,7 @@ class GatingNetwork(Learned):
         self.network_shapes = (*(tuple(t.shape) for t in fixed), (hidden,), (row_hidden,), (n_outputs,))
 
     def network(self, shared: Shared) -> tuple[list[Tensor], Tensor]:
-        """(weights, biases) in the order of ``network_shapes``."""
+        """Return (weights, biases) in the order of ``network_shapes``."""
         fixed: list[Tensor] = [
             self.input_weight,
             self.row_weight,
@@ -139,7 +137,7 @@ class GatingNetwork(Learned):
         return fixed, torch.cat([into, out], -1)
 
     def gates(self, features: Sequence[Tensor], w: Coordinates, network: Slots) -> list[Tensor]:
-        """The outputs of the network, each (R, C) or (K,)."""
+        """Return the outputs of the network, each (R, C) or (K,)."""
         input_weight, row_weight, row_to_hidden, output_weight, row_to_output, bias, row_bias, output_bias = network
         of_row = [h.abs() for h in affine(w.row, row_weight, row_bias)]
         hidden_bias = affine(of_row, row_to_hidden, bias)

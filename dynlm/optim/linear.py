@@ -32,7 +32,6 @@ class Linear(Rule):
     kind = "learned"
     context_shapes = ((), ())
     config_class = LinearConfig
-    start = "sgd"
 
     def __init__(self, config: LinearConfig | None = None) -> None:
         super().__init__()
@@ -41,7 +40,7 @@ class Linear(Rule):
 
     @classmethod
     def started_at(cls, settings: dict[str, float], priors: Sequence[Prior], seed: int = 0) -> Self:
-        """The rule that starts at tuned SGD (without its decay, which this cell has not)."""
+        """Return the rule that starts at tuned SGD (without its decay, which this cell has not)."""
         return cls(LinearConfig(weight=-settings["lr"]))
 
     def context(self, shared: Shared) -> Tensor:

@@ -134,7 +134,7 @@ class GRUCell(Recurrent):
 
 
 def log_and_sign(f: Frame) -> tuple[Tensor, Tensor]:
-    """(size, sign) of the gradient, both in [−1, 1]: max(log|n|/k, −1) clipped above, and n e^k clipped."""
+    """Return (size, sign) of the gradient, both in [−1, 1]: max(log|n|/k, −1) clipped above, and n e^k clipped."""
     tiny = torch.finfo(f.normalised.dtype).tiny
     size = (f.normalised.abs() + tiny).log() / LOG_RANGE
     return size.clamp(-1.0, 1.0), (f.normalised * torch.e**LOG_RANGE).clamp(-1.0, 1.0)

@@ -204,7 +204,7 @@ CLIPPED = "static inline T clipped(T x) { return x > 1 ? 1 : x < -1 ? -1 : x; }\
 
 
 def _features(n_row: int, n_col: int) -> str:
-    """The first layer's inputs, the new weight as it is without the read-out, and the unit of the read-out."""
+    """Return the first layer's inputs, the new weight as it is without the read-out, and the unit of the read-out."""
     rows = [f"in[{3 + k}] = row{k}[i / C];" for k in range(n_row)]
     columns = [f"in[{3 + n_row + k}] = col{k}[i % C];" for k in range(n_col)]
     return f"""for (long w = 0; w < n; w++) {{

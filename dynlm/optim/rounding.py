@@ -26,7 +26,7 @@ def rounded(new: Tensor, dtype: torch.dtype, step: int, number: int, place: int)
 
 
 def _hash(i: Tensor, seed: int) -> Tensor:
-    """A well mixed 32-bit number for each of ``i``, in 64-bit integers."""
+    """Return a well mixed 32-bit number for each of ``i``, in 64-bit integers."""
     x = (i * 0x9E3779B9 + seed) & MASK
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & MASK
     return x ^ (x >> 13)

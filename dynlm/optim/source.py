@@ -66,7 +66,7 @@ def _names(name: str, n: int) -> list[str]:
 
 
 def feature_arrays(traced: Traced, rows: str = "R, 1", columns: str = "1, C") -> list[Array]:
-    """The row and column features."""
+    """Return the row and column features."""
     arrays = [Array(f"row{k}", rows) for k in range(traced.n_row)]
     return arrays + [Array(f"col{k}", columns) for k in range(traced.n_col)]
 
@@ -269,7 +269,7 @@ def _forward(traced: Traced, leaf: Leaf) -> list[str]:
 
 
 def _forward_by_level(traced: Traced, leaf: Leaf) -> tuple[list[str], list[str], list[str]]:
-    """The statements that are the same for a tensor, for a row, and those of each coordinate."""
+    """Return the statements that are the same for a tensor, for a row, and those of each coordinate."""
     levels: list[int] = []
     for node in traced.program.nodes:
         own = {"field": 2, "col": 2, "row": 1}.get(node.op, 0)

@@ -19,8 +19,9 @@ from torch.optim.optimizer import ParamsT
 
 from dynlm.models.params import as_matrix
 from dynlm.optim.base import Clock, Prior, Rule, RuleState
-from dynlm.optim.hub import fingerprint, resolve
+from dynlm.optim.hub import resolve
 from dynlm.optim.kernel import InPlaceUpdate, Scale
+from dynlm.optim.sharing import fingerprint
 from dynlm.types import InputError
 
 RMS_DECAY = 0.999  # of the running RMS, per step
@@ -108,7 +109,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         super().__init__(params, settings | of_adamw | {"maximize": maximize, "capturable": capturable} | own)
 
     def __repr__(self) -> str:
-        """The rule, and of each group what a user sets."""
+        """Return the rule, and of each group what a user sets."""
         shown = ("lr", "weight_decay", "maximize")
         groups = [", ".join(f"{key}={group[key]}" for key in shown) for group in self.param_groups]
         return f"{type(self).__name__}(rule={self.rule.name!r}, {'; '.join(groups)})"
@@ -241,7 +242,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return {"step": 0, **state}
 
     def _priors(self, active: Sequence[_Active]) -> list[Prior]:
-        """What the rule may know of each tensor; the running RMS takes in this step's gradient."""
+        """Return what the rule may know of each tensor; the running RMS takes in this step's gradient."""
         if not self.rule.uses_prior:
             return [Prior(a.name, a.theta, a.theta, 1.0, 1.0) for a in active]
         running = [a for a in active if a.parameter not in self._static]
@@ -311,7 +312,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
 
     def _own(self, p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
-        """A copy of one parameter's saved state on its device, in the dtypes of this optimizer."""
+        """Return a copy of one parameter's saved state on its device, in the dtypes of this optimizer."""
         for key, (shape, _) in (layout := self._layout(p)).items():
             found = tuple(saved[key].shape) if key in saved else "missing"
             if found != shape:
@@ -331,14 +332,14 @@ def _computing(p: Tensor) -> torch.dtype:
 
 
 def _named(group: dict[str, Any]) -> list[tuple[str, Tensor]]:
-    """(name, parameter) of a group, without what DDP and torch.compile put before a name; "" without names."""
+    """Return (name, parameter) of a group, without what DDP and torch.compile put before a name; "" without names."""
     names = group.get("param_names") or [""] * len(group["params"])
     names = [name.replace("_orig_mod.", "").removeprefix("module.") for name in names]
     return list(zip(names, group["params"], strict=True))
 
 
 def _memory_kind(rule: Rule) -> Any:
-    """The memory of one weight: shows which structure the saved tensors of a rule's memory are joined to."""
+    """Return the memory of one weight: shows which structure the saved tensors of a rule's memory are joined to."""
     blank = torch.zeros(1, 1)
     prior = Prior("", blank, blank, 1.0, 1.0)
     state = rule.init([prior])

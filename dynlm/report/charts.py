@@ -1,4 +1,4 @@
-"""The figures of the breakdowns (dynlm.evaluate.breakdowns): kinds of words, switches, calibration, gates."""
+"""The figures of the breakdowns (dynlm.evaluation.breakdowns): kinds of words, switches, calibration, gates."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from dynlm.report.plots import (
     spoken,
 )
 from dynlm.report.svg import Drawing
+from dynlm.results import Boundaries, Breakdowns, Calibration, ClassName, Row
 from dynlm.runs import Json
 
-CLASSES = {
+CLASSES: dict[ClassName, str] = {
     "occurrence": "occurrence of the word in its article",
     "vocabulary": "kind of word",
     "train_frequency": "times the word is in the training text",
@@ -49,7 +50,7 @@ GATES = (
 )
 
 
-def words(breakdowns: Json, names: Sequence[str], tokens: int) -> Drawing:
+def words(breakdowns: Breakdowns, names: Sequence[str], tokens: int) -> Drawing:
     """Draw the gain by class of word: a row per class, with its share of all ``tokens`` read, a marker per method."""
     tables = {title: breakdowns[key] for key, title in CLASSES.items() if breakdowns.get(key)}
     rows = [len(table) for table in tables.values()]
@@ -67,7 +68,7 @@ def words(breakdowns: Json, names: Sequence[str], tokens: int) -> Drawing:
     return Drawing("words", f"Gain over static by class of word for {spoken(names)}", height, paint)
 
 
-def _classes(axes: Axes, table: Sequence[Json], names: Sequence[str], tokens: int) -> None:
+def _classes(axes: Axes, table: Sequence[Row], names: Sequence[str], tokens: int) -> None:
     """Draw one panel: classes from top to bottom, with their shares of all tokens read."""
     axes.grid(visible=False, axis="y")
     step = 0.7 / max(1, len(names))
@@ -87,7 +88,7 @@ def _share(part: float) -> str:
     return f"{part:.0%}".replace("%", " %") if part >= 0.01 else f"{part:.1%}".replace("%", " %")
 
 
-def boundaries(breakdown: Json, names: Sequence[str], gate: tuple[str, Gates] | None) -> Drawing:
+def boundaries(breakdown: Boundaries, names: Sequence[str], gate: tuple[str, Gates] | None) -> Drawing:
     """The loss just after a switch of articles, how long it takes to come down, and what the gates of a rule do there;
     static in the page's ink."""
     segments, recovery = breakdown["segments"], breakdown["recovery_segments"]
@@ -141,8 +142,8 @@ def after_switch(gate: Gates, count: int) -> dict[str, Floats]:
     return acts if len(gate.updates) > 1 else {}
 
 
-def calibration(breakdown: Mapping[str, Json], names: Sequence[str]) -> Drawing:
-    """How far the share of correct top tokens is from their probability, by probability and in all."""
+def calibration(breakdown: Mapping[str, Calibration], names: Sequence[str]) -> Drawing:
+    """Return how far the share of correct top tokens is from their probability, by probability and in all."""
     of = {**looks(names), "static": (INK, ".")}
     known = [name for name in of if name in breakdown]
 
@@ -200,8 +201,8 @@ def called(tensor: str) -> str:
     return f"{what} ({short(tensor)})" if what else short(tensor)
 
 
-def numbers(breakdowns: Json, names: Sequence[str]) -> list[Json]:
-    """The rows behind the word figures: class, tokens, and each method's gain with its interval."""
+def numbers(breakdowns: Breakdowns, names: Sequence[str]) -> list[Json]:
+    """Return the rows behind the word figures: class, tokens, and each method's gain with its interval."""
     return [
         {"group": title, "bin": row["bin"], "tokens": row["tokens"], "gains": [row["gain"].get(name) for name in names]}
         for key, title in CLASSES.items()

@@ -12,23 +12,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dynlm.report.results import Results
-from dynlm.runs import Json, Run, read_json, read_tensors, require_layout
-from dynlm.settings import check
+from dynlm.methods import STATIC
+from dynlm.results import AGAIN, Breakdowns, Results, load_results
+from dynlm.runs import Run, read_tensors, require_layout
 from dynlm.types import InputError
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-SCHEMA = 2
-STATIC, STATELESS = "static", "stateless"
-BASELINES = (STATIC, STATELESS)
 SHOWN = 5  # methods in a figure: more do not tell apart
-AGAIN = "run `dynlm evaluate` again"
 
 
 class Gates(NamedTuple):
-    """COPY, UPDATE and FLUSH of a rule at each update of the first articles (dynlm.evaluate.gates)."""
+    """COPY, UPDATE and FLUSH of a rule at each update of the first articles (dynlm.evaluation.gates)."""
 
     values_3UN: Floats
     """means over the weights of each of N tensors at each of U updates"""
@@ -43,7 +39,7 @@ class Gates(NamedTuple):
 class Evaluation:
     """``losses``: nats of every token under every method, (T,)."""
 
-    results: Json
+    results: Results
     losses: Mapping[str, Floats]
     article_T: Ints
     ids_T: Ints | None = None
@@ -57,51 +53,54 @@ class Evaluation:
 
     @property
     def names(self) -> list[str]:
-        """The baselines first, then by falling loss: the best method stands last."""
+        """The baselines first, static before all, then by falling loss: the best method stands last."""
         methods = self.results["methods"]
-        first = [name for name in BASELINES if name in self.losses]
-        return [*first, *sorted(set(self.losses) - set(first), key=lambda name: (-methods[name]["nats"], name))]
+        ranked = sorted(self.losses, key=lambda name: (name != STATIC, -methods[name]["nats"], name))
+        return sorted(ranked, key=self._adapts)
+
+    def _adapts(self, name: str) -> bool:
+        """Return whether a method differs from its baseline by more than what it forgets."""
+        method = self.results["methods"][name]
+        return method["kind"] != "baseline" or method["start"] is not None
 
     @property
     def adaptive(self) -> list[str]:
         """The methods that are no baselines, the best last."""
-        return [name for name in self.names if name not in BASELINES]
+        return [name for name in self.names if self._adapts(name)]
 
     @property
     def shown(self) -> list[str]:
-        """Those of the figures, the best last: the best of each kind, then the best of the others."""
-        ranked = self.adaptive[::-1]
-        wanted = [self.best("learned"), self.best("hand-made", cached=False), "cache"]
+        """Those of the figures, the best last: the best of each kind, static with a cache, the best of the others."""
+        ranked, methods = self.adaptive[::-1], self.results["methods"]
+        caches = [name for name in ranked if methods[name]["cache"] and methods[name]["rule"] == STATIC]
+        wanted = [self.best("learned"), self.best("hand-made", cached=False), *caches[:1]]
         chosen = [name for name in [*wanted, *ranked] if name in ranked]
         few = set(list(dict.fromkeys(chosen))[:SHOWN])
         return [name for name in self.adaptive if name in few]
 
     @property
     def titles(self) -> list[str]:
-        titles: list[str] = self.results["data"]["titles"]
-        return titles
+        return self.results["data"]["titles"]
 
     @property
-    def breakdowns(self) -> Json:
-        """dynlm.evaluate.breakdowns; empty for an evaluation that has none."""
-        breakdowns: Json = self.results.get("breakdowns", {})
-        return breakdowns
+    def breakdowns(self) -> Breakdowns:
+        """Where reading gains; empty for an evaluation that does not say."""
+        return self.results.get("breakdowns", {})
 
     def kind(self, name: str) -> str:
         """``baseline``, ``hand-made`` or ``learned``, as the evaluation wrote it."""
-        return str(self.results["methods"][name]["kind"])
+        return self.results["methods"][name]["kind"]
 
     def best(self, kind: str, cached: bool = True) -> str | None:
-        """The method of this kind with the lowest loss, if there is one; ``cached=False`` leaves out caches."""
+        """Return the method of this kind with the lowest loss, if there is one; ``cached=False`` leaves out caches."""
         methods = self.results["methods"]
         fits = (n for n in reversed(self.names) if self.kind(n) == kind and (cached or not methods[n]["cache"]))
         return next(fits, None)
 
 
 def load_evaluation(run: Run, vocab_size: int | None = None) -> Evaluation:
-    """The evaluation of ``run``; :class:`InputError` where it is missing, of another schema, or inconsistent."""
-    results = read_json(run.require(run.results, "evaluate"))
-    _check_results(run.results, results)
+    """Return the evaluation of ``run``; :class:`InputError` where it is missing, of another schema, or inconsistent."""
+    results = load_results(run.require(run.results, "evaluate"))
     tensors, _ = read_tensors(run.require(run.losses, "evaluate"))
     losses = {name: _losses(run.losses, tensors, results, name) for name in results["methods"]}
     article_T = _tokens(run.losses, tensors, "article", results["tokens"]).numpy().astype(np.int64)
@@ -119,24 +118,8 @@ def load_evaluation(run: Run, vocab_size: int | None = None) -> Evaluation:
     return Evaluation(results, losses, article_T, ids_T, _gates(run.losses, tensors, results))
 
 
-def _check_results(path: Path, results: Json) -> None:
-    if results.get("schema") != SCHEMA:
-        raise InputError(f"{path} has schema {results.get('schema')!r}, this version reads {SCHEMA}: {AGAIN}")
-    try:
-        check(Results, results, str(path))
-    except InputError as error:
-        raise InputError(f"{error}: {AGAIN}") from None
-    methods = results["methods"]
-    named = [
-        name for comparison in results.get("comparisons", []) for name in (comparison["better"], comparison["worse"])
-    ]
-    missing = [name for name in (STATIC, *named) if name not in methods]
-    if missing:
-        raise InputError(f"{path}: methods lack {missing[0]!r}: {AGAIN}")
-
-
 def _tokens(path: Path, tensors: dict[str, torch.Tensor], key: str, tokens: int) -> torch.Tensor:
-    """The tensor ``key``, one value a token, or an error."""
+    """Return the tensor ``key``, one value a token, or an error."""
     if key not in tensors:
         raise InputError(f"{path} has no {key!r}, which results.json needs: {AGAIN}")
     if tensors[key].shape != (tokens,):
@@ -147,8 +130,8 @@ def _tokens(path: Path, tensors: dict[str, torch.Tensor], key: str, tokens: int)
     return tensors[key]
 
 
-def _losses(path: Path, tensors: dict[str, torch.Tensor], results: Json, name: str) -> Floats:
-    """(T,) nats. The sum must be that of results.json, else figures and table would tell of two evaluations."""
+def _losses(path: Path, tensors: dict[str, torch.Tensor], results: Results, name: str) -> Floats:
+    """Return (T,) nats. The sum must be that of results.json, else figures and table would tell of two evaluations."""
     losses: Floats = _tokens(path, tensors, f"losses/{name}", results["tokens"]).numpy().astype(np.float64)
     nats = results["methods"][name]["nats"]
     if not np.isclose(losses.sum(), nats, rtol=1e-3):
@@ -156,7 +139,7 @@ def _losses(path: Path, tensors: dict[str, torch.Tensor], results: Json, name: s
     return losses
 
 
-def _gates(path: Path, tensors: dict[str, torch.Tensor], results: Json) -> dict[str, Gates]:
+def _gates(path: Path, tensors: dict[str, torch.Tensor], results: Results) -> dict[str, Gates]:
     gates = {}
     for name, told in results.get("breakdowns", {}).get("gates", {}).items():
         values = tensors.get(f"gates/{name}")

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from dynlm.methods import STATELESS, STATIC
 from dynlm.report import charts, page, plots
-from dynlm.report.evaluation import STATELESS, STATIC, Evaluation, Floats, load_evaluation
+from dynlm.report.evaluation import Evaluation, Floats, load_evaluation
 from dynlm.report.maps import Pieces, token_maps
 from dynlm.report.svg import Drawing, formats
 from dynlm.report.tokens import legend
+from dynlm.results import Comparison, Interval, Results
 from dynlm.runs import Json, Run, write_text
 
 FEWEST_ARTICLES = 8  # a bootstrap over fewer says nothing: the smallest p of a sign-flip test of five is 1/16
@@ -43,7 +45,7 @@ def write_report(
 
 
 def render(evaluation: Evaluation, drawings: dict[str, Drawing], maps: Json | None) -> str:
-    """The page as text."""
+    """Return the page as text."""
     results, names, shown = evaluation.results, evaluation.names, evaluation.shown
     return page.render(
         "template.html.j2",
@@ -68,7 +70,7 @@ def render(evaluation: Evaluation, drawings: dict[str, Drawing], maps: Json | No
 
 
 def draw(evaluation: Evaluation) -> dict[str, Drawing]:
-    """The figures that this evaluation has data for, by name."""
+    """Return the figures that this evaluation has data for, by name."""
     shown, breakdowns, methods = evaluation.shown, evaluation.breakdowns, evaluation.results["methods"]
     if not shown:
         return {}
@@ -122,7 +124,7 @@ def _per_article(evaluation: Evaluation) -> dict[str, Floats]:
 
 
 def _headline(evaluation: Evaluation) -> Json:
-    """The best method of each kind (or None), and by how much the learned one is below the hand-made one."""
+    """Return the best method of each kind (or None), and by how much the learned one is below the hand-made one."""
     hand_made, learned = evaluation.best("hand-made"), evaluation.best("learned")
     both = hand_made is not None and learned is not None
     return {
@@ -133,7 +135,7 @@ def _headline(evaluation: Evaluation) -> Json:
 
 
 def _captions(evaluation: Evaluation) -> Json:
-    """What the captions say. Needs at least one method beside the baselines."""
+    """Return what the captions say. Needs at least one method beside the baselines."""
     titles, article_T = evaluation.titles, evaluation.article_T
     means = _per_article(evaluation)
     read = np.unique(article_T)
@@ -166,16 +168,16 @@ def _repetition(evaluation: Evaluation) -> str:
         ("later", "words that the article has used before"),
         ("first", "words used for the first time"),
     ):
-        if gains.get(name) is None:
+        if (gain := gains.get(name)) is None:
             return ""
-        mean = gains[name]["mean"]
-        verb = {"gain": "gain", "loss": "lose", "open": "show no clear change:"}[_says(gains[name]["ci95"])]
+        mean = gain["mean"]
+        verb = {"gain": "gain", "loss": "lose", "open": "show no clear change:"}[_says(gain["ci95"])]
         number = page.signed(mean) if verb.endswith(":") else f"{abs(mean):.3f}"
         parts.append(f"{words} {verb} {number}")
     return f"With {best}, {parts[0]} nats per token, and {parts[1]}."
 
 
-def _says(ci95: Sequence[float | None]) -> str:
+def _says(ci95: Interval) -> str:
     """``gain`` or ``loss`` where the interval excludes zero; ``open`` where it does not, or where there is none."""
     ends = page.interval(ci95)
     if ends is None or ends[0] <= 0 <= ends[1]:
@@ -184,12 +186,12 @@ def _says(ci95: Sequence[float | None]) -> str:
 
 
 def _classified(evaluation: Evaluation) -> float:
-    """The share of the tokens that belong to a word; the others are ends of lines."""
+    """Return the share of the tokens that belong to a word; the others are ends of lines."""
     words = evaluation.breakdowns.get("occurrence", [])
     return float(sum(row["tokens"] for row in words) / evaluation.results["tokens"])
 
 
-def _comparison(results: Json, comparison: Json) -> Json:
+def _comparison(results: Results, comparison: Comparison) -> Json:
     """A comparison with the drop in word perplexity and a verdict that interval and corrected test must share."""
     p, says = comparison.get("p_holm"), _says(comparison["ci95"])
     if results["articles"] < FEWEST_ARTICLES:
@@ -202,7 +204,7 @@ def _comparison(results: Json, comparison: Json) -> Json:
     return {**comparison, "p_holm": p, "lower": lower, "verdict": verdict}
 
 
-def _lower(results: Json, name: str, other: str) -> float:
+def _lower(results: Results, name: str, other: str) -> float:
     """By which fraction the word perplexity of ``name`` is below that of ``other``, from their losses."""
     methods = results["methods"]
     more = (methods[name]["nats"] - methods[other]["nats"]) / results["words"]

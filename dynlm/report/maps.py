@@ -7,7 +7,8 @@ import json
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
-from dynlm.report.evaluation import STATIC, Evaluation
+from dynlm.methods import STATIC
+from dynlm.report.evaluation import Evaluation
 from dynlm.report.plots import article_spans
 from dynlm.report.tokens import tokens
 from dynlm.report.words import extremes
@@ -31,7 +32,7 @@ class Chosen(NamedTuple):
 
 
 def token_maps(evaluation: Evaluation, pieces: Pieces | None, titles: Sequence[str] = ()) -> Json | None:
-    """What the page needs of the maps, the losses of every method among it; None where the tokens are not known.
+    """Return what the page needs of the maps, the losses of every method among it; None where the tokens are not known.
 
     Raises:
         InputError: a title that is none of the articles'.
@@ -71,7 +72,7 @@ def token_maps(evaluation: Evaluation, pieces: Pieces | None, titles: Sequence[s
 
 
 def _mapped(evaluation: Evaluation) -> str:
-    """The method whose map is shown first. A cache takes a little from every token that it does not hold, which
+    """Return the method whose map is shown first. A cache takes a little from every token that it does not hold, which
     reddens the whole map."""
     return evaluation.best("learned", cached=False) or evaluation.shown[-1]
 
@@ -89,7 +90,7 @@ def require_titles(chosen: Sequence[str], known: Collection[str]) -> None:
 
 
 def _named(evaluation: Evaluation, titles: Sequence[str]) -> list[Chosen]:
-    """The articles with these titles."""
+    """Return the articles with these titles."""
     spans = {evaluation.titles[evaluation.article_T[span[0]]]: span for span in article_spans(evaluation.article_T)}
     chosen = []
     require_titles(titles, spans)
@@ -101,7 +102,7 @@ def _named(evaluation: Evaluation, titles: Sequence[str]) -> list[Chosen]:
 
 
 def _choose(evaluation: Evaluation, method: str) -> list[Chosen]:
-    """The articles where ``method`` gains most, in the middle, and least, among those of a readable length."""
+    """Return the articles where ``method`` gains most, in the middle, and least, among those of a readable length."""
     spans = article_spans(evaluation.article_T)
     gain_T = evaluation.gains[method]
     fit = [span for span in spans if span[1] - span[0] <= MAP_TOKENS] or spans

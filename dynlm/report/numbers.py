@@ -31,5 +31,5 @@ def likelier(gain: float) -> str:
 
 
 def plus(value: float) -> str:
-    """A difference to three digits, with its sign."""
+    """Return a difference to three digits, with its sign."""
     return f"{'+' if value > 0 else ''}{three(value)}"

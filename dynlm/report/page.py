@@ -22,7 +22,7 @@ NONE = "–"
 
 
 def render(template: str, **values: Any) -> str:
-    """A page as text; ``script`` is the one script that its policy lets run."""
+    """Return a page as text; ``script`` is the one script that its policy lets run."""
     script = resource("tokens.js").replace("/* thresholds */", json.dumps(THRESHOLDS))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
@@ -34,7 +34,7 @@ def render(template: str, **values: Any) -> str:
 
 @functools.cache
 def resource(name: str) -> str:
-    """A text file beside this module."""
+    """Return a text file beside this module."""
     return resources.files("dynlm.report").joinpath(name).read_text(encoding="utf-8")
 
 
@@ -62,7 +62,7 @@ def _environment() -> Environment:
 
 
 def _style() -> str:
-    """The style sheet with the colours of methods and shades in it."""
+    """Return the style sheet with the colours of methods and shades in it."""
     light = " ".join(f"--m{number}: {colour};" for number, (colour, _, _) in enumerate(METHODS))
     dark = " ".join(f"--m{number}: {colour};" for number, (_, colour, _) in enumerate(METHODS))
     sheet = resource("style.css")
@@ -77,7 +77,7 @@ def _style() -> str:
 
 
 def _shades(palette: Palette) -> str:
-    """The shades as custom properties of the style sheet."""
+    """Return the shades as custom properties of the style sheet."""
     return " ".join(
         f"--{side}{number}: #{red:02x}{green:02x}{blue:02x};"
         for side, colors in (("b", palette.better), ("w", palette.worse))
@@ -86,7 +86,7 @@ def _shades(palette: Palette) -> str:
 
 
 def interval(ci95: Sequence[float | None] | None) -> tuple[float, float] | None:
-    """The two ends, or None where there is no spread: a bootstrap over one article knows nothing."""
+    """Return the two ends, or None where there is no spread: a bootstrap over one article knows nothing."""
     if not ci95 or ci95[0] is None or ci95[1] is None or ci95[0] == ci95[1]:
         return None
     return float(ci95[0]), float(ci95[1])
@@ -105,7 +105,7 @@ def bits(value: float | None) -> str:
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """A difference with its sign; zero has none."""
+    """Return a difference with its sign; zero has none."""
     if value is None or not math.isfinite(value):
         return NONE
     text = f"{abs(value):.{digits}f}"
@@ -114,7 +114,7 @@ def signed(value: float | None, digits: int = 3) -> str:
 
 
 def span(ci95: Sequence[float | None] | None, digits: int = 3) -> str:
-    """An interval in words."""
+    """Return an interval in words."""
     ends = interval(ci95)
     return NONE if ends is None else f"{signed(ends[0], digits)} to {signed(ends[1], digits)}"
 
@@ -125,7 +125,7 @@ def percent(fraction: float) -> str:
 
 
 def plain(value: Any) -> str:
-    """A setting for a reader: text as it is, numbers to four digits unless whole, all else as JSON."""
+    """Return a setting for a reader: text as it is, numbers to four digits unless whole, all else as JSON."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)

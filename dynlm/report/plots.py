@@ -18,15 +18,15 @@ from dynlm.report.evaluation import Floats, Ints
 from dynlm.report.looks import INK, looks
 from dynlm.report.page import interval
 from dynlm.report.svg import Drawing
-from dynlm.runs import Json
+from dynlm.results import Interval, MethodResult, Row, Stretch
 
 GAIN = "gain over static (nats per token)"
 LETTERS = "ABCDEFGH"
 POINTS = 600  # points drawn a line along the stream: finer than a screen shows
 
 
-def headline(methods: Mapping[str, Json], shown: Sequence[str]) -> Drawing:
-    """The gain of every method with its interval; ``methods`` as in results.json, the best last."""
+def headline(methods: Mapping[str, MethodResult], shown: Sequence[str]) -> Drawing:
+    """Return the gain of every method with its interval; ``methods`` as in results.json, the best last."""
 
     def paint(figure: Figure, narrow: bool) -> None:
         axes = figure.add_subplot()
@@ -39,7 +39,7 @@ def headline(methods: Mapping[str, Json], shown: Sequence[str]) -> Drawing:
     return Drawing("gain", f"Gain over static of {spoken(methods)}", 0.9 + 0.27 * len(methods), paint)
 
 
-def by_position(bins: Mapping[str, Sequence[Json]], tenths: Sequence[Json]) -> Drawing:
+def by_position(bins: Mapping[str, Sequence[Stretch]], tenths: Sequence[Row]) -> Drawing:
     """Mean gain by tokens read before, and by tenths of the article; ``bins`` is each method's ``gain_by_position``,
     ``tenths`` the breakdown ``relative_position``.
 
@@ -76,7 +76,7 @@ def by_position(bins: Mapping[str, Sequence[Json]], tenths: Sequence[Json]) -> D
 
 
 def per_article(gains: Mapping[str, Floats]) -> Drawing:
-    """Each article's mean gain, (A,) a method, all in one order: the last method's, rising."""
+    """Return each article's mean gain, (A,) a method, all in one order: the last method's, rising."""
     order = np.argsort(list(gains.values())[-1], kind="stable")
 
     def paint(figure: Figure, narrow: bool) -> None:
@@ -99,7 +99,7 @@ def per_article(gains: Mapping[str, Floats]) -> Drawing:
 
 
 def stream(memories: Mapping[str, Mapping[str, Floats]], article_T: Ints, names: Sequence[str]) -> Drawing:
-    """What each level of memory takes off the loss along the first articles, one panel a level.
+    """Return what each level of memory takes off the loss along the first articles, one panel a level.
 
     ``memories``: for each panel's title the differences of instantaneous losses, (T,) nats; ``names`` are all methods
     of the page, which gives them their looks. Curves of no method ("" as name) have the ink's colour.
@@ -148,7 +148,7 @@ def grid(figure: Figure, n: int, narrow: bool, **shared: Any) -> list[Axes]:
     return list(figure.subplots(*shape, squeeze=False, **shared).flat)
 
 
-def point(axes: Axes, x: float, y: float, ci95: Sequence[float | None], look: tuple[str, str]) -> None:
+def point(axes: Axes, x: float, y: float, ci95: Interval, look: tuple[str, str]) -> None:
     """A mean with the whiskers of its interval, lying."""
     colour, marker = look
     ends = interval(ci95)
@@ -157,9 +157,7 @@ def point(axes: Axes, x: float, y: float, ci95: Sequence[float | None], look: tu
     axes.plot(x, y, color=colour, marker=marker, markersize=5.5, linestyle="none")
 
 
-def points(
-    axes: Axes, means: Mapping[str, tuple[float, Sequence[float | None]]], of: Mapping[str, tuple[str, str]]
-) -> None:
+def points(axes: Axes, means: Mapping[str, tuple[float, Interval]], of: Mapping[str, tuple[str, str]]) -> None:
     """A row a method: (mean, interval). Methods without looks have the ink's."""
     for row, (name, (mean, ci95)) in enumerate(means.items()):
         point(axes, mean, row, ci95, of.get(name, (INK, ".")))
@@ -211,7 +209,7 @@ def add_legend(figure: Figure, handles: Sequence[Line2D], labels: Sequence[str],
 
 
 def article_spans(article_T: Ints) -> list[tuple[int, int]]:
-    """(start, stop) in tokens of each article, in reading order."""
+    """Return (start, stop) in tokens of each article, in reading order."""
     cuts = (np.flatnonzero(np.diff(article_T)) + 1).tolist()
     return list(zip([0, *cuts], [*cuts, len(article_T)], strict=True))
 
@@ -223,7 +221,7 @@ def smoothing_window(article_T: Ints) -> int:
 
 
 def smoothed(values_T: Floats, spans: Sequence[tuple[int, int]], window: int) -> tuple[list[float], list[float]]:
-    """A running mean along the articles as a line (places, values) of a bounded number of points.
+    """Return a running mean along the articles as a line (places, values) of a bounded number of points.
 
     NaN lifts the pen between articles: no average mixes two of them.
     """
@@ -246,13 +244,13 @@ def moving_average(values_T: Floats, window: int) -> Floats:
 
 
 def short(name: str) -> str:
-    """A method's name as a short label; what XML cannot hold becomes a dot."""
+    """Return a method's name as a short label; what XML cannot hold becomes a dot."""
     printable = "".join(character if character.isprintable() else "·" for character in name)
     return printable if len(printable) <= 28 else printable[:27] + "…"
 
 
 def spoken(names: Sequence[str] | Mapping[str, object]) -> str:
-    """Names for those who do not see the figure."""
+    """Return names for those who do not see the figure."""
     return ", ".join(map(short, names))
 
 

@@ -17,6 +17,10 @@ THRESHOLDS = (0.1, 0.5, 1.0, 2.0)
 """nats: a gain beyond the first is shaded, beyond the last it has the strongest shade"""
 
 
+BLACK, WHITE = 16, 231
+"""of the colour cube"""
+
+
 class Palette(NamedTuple):
     """Shades by rising |gain|, as RGB and as codes of the colour cube of 256-colour terminals."""
 
@@ -47,7 +51,7 @@ def shade(gain: float) -> int:
 
 
 def label(level: int) -> str:
-    """What a shade means, in nats."""
+    """Return what a shade means, in nats."""
     size = abs(level)
     if not size:
         return f"within {THRESHOLDS[0]:g}"
@@ -56,7 +60,7 @@ def label(level: int) -> str:
 
 
 def least(level: int) -> str:
-    """What a shade other than none means, in a few characters: all shades fit on one line of a terminal."""
+    """Return what a shade other than none means, in a few characters: all shades fit on one line of a terminal."""
     rest = " or more" if level == len(THRESHOLDS) else " or less" if level == -len(THRESHOLDS) else ""
     return f"{_bound(level)}{rest}"
 
@@ -70,7 +74,7 @@ def _sign(level: int) -> str:
 
 
 def cube(code: int) -> Rgb:
-    """The RGB of a code of the colour cube, 16 to 231, which no theme of a terminal changes."""
+    """Return the RGB of a code of the colour cube, 16 to 231, which no theme of a terminal changes."""
     steps = (0, 95, 135, 175, 215, 255)
     red, rest = divmod(code - 16, 36)
     return steps[red], steps[rest // 6], steps[rest % 6]
@@ -86,3 +90,21 @@ def contrast(a: Rgb, b: Rgb) -> float:
     """Contrast ratio of WCAG 2, from 1 (none) to 21."""
     low, high = sorted((luminance(a), luminance(b)))
     return (high + 0.05) / (low + 0.05)
+
+
+def style(level: int, depth: int, colors: Palette = LIGHT) -> str:
+    """The control sequence of a shade; empty for none. Both its colours are fixed, whatever a terminal's theme is."""
+    if not level or not depth:
+        return ""
+    size = abs(level) - 1
+    if depth == 24:
+        paper = (colors.better if level > 0 else colors.worse)[size]
+        red, green, blue = paper
+        return f"\x1b[38;5;{ink(paper)};48;2;{red};{green};{blue}m"
+    code = (colors.better_256 if level > 0 else colors.worse_256)[size]
+    return f"\x1b[38;5;{ink(cube(code))};48;5;{code}m"
+
+
+def ink(paper: Rgb) -> int:
+    """Black or white, as the code of the colour cube: whichever reads better."""
+    return max((BLACK, WHITE), key=lambda code: contrast(cube(code), paper))

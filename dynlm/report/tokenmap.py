@@ -57,7 +57,7 @@ def write_token_map(path: Path, shown: TokenMap) -> None:
 
 
 def render(shown: TokenMap) -> str:
-    """The page as text."""
+    """Return the page as text."""
     gain_T = np.asarray(shown.static_T, dtype=float) - np.asarray(shown.adapted_T, dtype=float)
     perplexities = [shown.totals[name]["word_perplexity"] or math.inf for name in ("static", "adapted")]
     return page.render(
@@ -75,7 +75,7 @@ def render(shown: TokenMap) -> str:
 
 
 def _maps(shown: TokenMap) -> list[tuple[str, str]]:
-    """(title, its tokens as HTML) of each article."""
+    """Return (title, its tokens as HTML) of each article."""
     stops = [*(start for _, start in shown.articles[1:]), len(shown.texts)]
     maps = []
     for (title, start), stop in zip(shown.articles, stops, strict=True):

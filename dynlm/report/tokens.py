@@ -23,7 +23,7 @@ def _token(text: str, static: float, adapted: float) -> str:
 
 
 def legend() -> list[tuple[str, str]]:
-    """(class, meaning) of each shade."""
+    """Return (class, meaning) of each shade."""
     return [(_shade_class(level), label(level)) for level in range(-4, 5)]
 
 

@@ -47,7 +47,7 @@ class Splitter:
         self._held: list[tuple[int, float, float]] = []  # tokens without characters: the word may go on after them
 
     def add(self, text: str, static: float, adapted: float) -> Iterator[Word]:
-        """The words that this token ends."""
+        """Yield the words that this token ends."""
         if not text and 0 < len(self._text) <= LONGEST:
             self._held.append((len(self._text), static, adapted))
         taken = False
@@ -65,7 +65,7 @@ class Splitter:
             yield Word(mark, static, adapted, mark=True)
 
     def end(self) -> Iterator[Word]:
-        """The word that is open, where the text ends."""
+        """Yield the word that is open, where the text ends."""
         text, parts = self._text, self._parts
         self._text, self._parts = "", []
         self._held.clear()
@@ -97,7 +97,7 @@ def _runs(text: str, inside: bool) -> tuple[str, ...]:
 
 
 def words_of(tokens: Iterable[tuple[str, float, float]]) -> Iterator[Word]:
-    """All words and marks of a whole text, in order, from its tokens: (text, static and adapted nats)."""
+    """Yield all words and marks of a whole text, in order, from its tokens: (text, static and adapted nats)."""
     splitter = Splitter()
     for token in tokens:
         yield from splitter.add(*token)
@@ -192,7 +192,7 @@ class Occurrences:
         return f"only the first {DISTINCT:,} different words of a text were followed" if self.full else ""
 
     def rows(self) -> list[Json]:
-        """The words of all texts that have ended, see :meth:`Followed.json`."""
+        """Return the words of all texts that have ended, see :meth:`Followed.json`."""
         return [followed.json() for followed in self._rows]
 
     def mean(self) -> Json | None:
@@ -206,7 +206,7 @@ class Occurrences:
 
 
 def extremes(tokens: Iterable[tuple[str, float, float]], keep: int = EXTREMES) -> Json:
-    """The words and marks that gained and lost most in all: (text, times, nats)."""
+    """Return the words and marks that gained and lost most in all: (text, times, nats)."""
     sums: dict[str, tuple[int, float]] = {}
     for word in words_of(tokens):
         times, gain = sums.get(word.text, (0, 0.0))

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 import dynlm
-from cli.test_main import fails, files
 from dynlm.cli.help import SECTIONS
 from dynlm.cli.main import COMMANDS, main, parse
-from dynlm.cli.recipe import FLAGS, Recipe, find_recipe, load_recipe, shipped_recipes
+from dynlm.kept import FLAGS
 from dynlm.progress import Bar, set_quiet
 from dynlm.runs import Run, read_json
+from dynlm.stages.recipe import Recipe, find_recipe, load_recipe, shipped_recipes
 from dynlm.threads import choose_threads
 from dynlm.types import InputError
+from support.commands import fails, files
 
 pytestmark = pytest.mark.usefixtures("plain_reports")
 

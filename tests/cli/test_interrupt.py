@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from dynlm.cli.main import main
-from dynlm.cli.outcome import Outcome
-from dynlm.cli.pair import Stop, Stopped
+from dynlm.cli.read import Outcome
+from dynlm.cli.stop import Stop, Stopped
 from dynlm.runs import read_tensors
 
 LINE = "The cat sat on the mat , and the cat liked the mat .\n"

@@ -8,30 +8,16 @@ import pytest
 
 from chain import STEPS
 from dynlm.cli.main import COMMANDS, main
-from dynlm.cli.recipe import Recipe, load_recipe, recipe_of_run, saved_settings
+from dynlm.kept import saved_settings
 from dynlm.runs import Run, read_tensors, write_json
+from dynlm.stages.recipe import Recipe, load_recipe, recipe_of_run
 from dynlm.stamps import Stamp
 from dynlm.types import InputError
+from support.commands import fails, files
 
 pytestmark = pytest.mark.usefixtures("plain_reports")
 
 RECIPES = sorted(Path(__file__).parents[2].glob("recipes/*.toml"))
-
-
-def fails(capsys, arguments, *parts):
-    """The command ends with code 2 and one line that holds ``parts``."""
-    capsys.readouterr()
-    assert main([str(a) for a in arguments]) == 2
-    lines = capsys.readouterr().err.strip().split("\n")
-    message = lines[-1].split("\r")[-1]
-    assert message.startswith("dynlm: ")
-    for part in parts:
-        assert part in message
-    return message
-
-
-def files(folder):
-    return {p: p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
 def test_the_chain_leaves_results_losses_and_a_report(finished):
@@ -57,8 +43,8 @@ def test_a_rule_of_another_seed_stands_beside_the_first(copy, capsys):
     more = ["--meta.steps", "2", "--meta.validate-every", "2", "--meta.seed", "1"]
     assert main(["meta-train", str(recipe), "--run", str(run), *more]) == 0
     assert Run(run).rule("gated").read_bytes() == before
-    assert Run(run).log("meta-train#1").is_file()
-    fails(capsys, ["meta-train", recipe, "--run", run, *more], "gated#1 exists", "--overwrite")
+    assert Run(run).log("meta-train-seed1").is_file()
+    fails(capsys, ["meta-train", recipe, "--run", run, *more], "gated-seed1.safetensors exists", "--overwrite")
     methods = ["--evaluate.methods", "static", "gated", "gated#1"]
     assert main(["evaluate", str(recipe), "--run", str(run), "--overwrite", *methods]) == 0
     results = json.loads(Run(run).results.read_text())
@@ -141,8 +127,8 @@ def test_an_empty_corpus(tmp_path, capsys):
         ("model/model.safetensors", "evaluate"),
         ("model/model.safetensors", "tune"),
         ("model/model.safetensors", "meta-train"),
-        ("rules/gated", "evaluate"),
-        ("rules/rms", "meta-train"),
+        ("rules/gated.safetensors", "evaluate"),
+        ("rules/rms.safetensors", "meta-train"),
         ("prior.safetensors", "evaluate"),
         ("recipe.json", "evaluate"),
         ("tokenizer/sentencepiece.model", "tune"),
@@ -203,7 +189,7 @@ def test_evaluation_needs_static_and_existing_splits_and_rules(copy, capsys):
     _, run = copy
     base = ["evaluate", "--run", run, "--overwrite"]
     fails(capsys, [*base, "--evaluate.methods", "rms"], "lack 'static'")
-    fails(capsys, [*base, "--evaluate.methods", "static", "adam"], "adam does not exist: run `dynlm tune`")
+    fails(capsys, [*base, "--evaluate.methods", "static", "adam"], "adam.safetensors does not exist: run `dynlm tune`")
     fails(capsys, [*base, "--evaluate.split", "dev"], "invalid choice 'dev'", "--evaluate.split")
     fails(capsys, [*base, "--read.params", "layer.*"], "matches no parameter", "did you mean")
     before = (run / "evaluate" / "results.json").read_bytes()
@@ -260,7 +246,7 @@ def test_too_little_memory_is_one_line(error, said, capsys, monkeypatch, tmp_pat
     def short(*_):
         raise error
 
-    monkeypatch.setattr("dynlm.cli.training.train", short)
+    monkeypatch.setattr("dynlm.stages.train.train", short)
     fails(capsys, ["train", "--run", tmp_path / "run"], said)
 
 
@@ -268,6 +254,6 @@ def test_other_errors_of_torch_are_shown_whole(monkeypatch, tmp_path):
     def broken(*_):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("dynlm.cli.training.train", broken)
+    monkeypatch.setattr("dynlm.stages.train.train", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["train", "--run", str(tmp_path / "run")])

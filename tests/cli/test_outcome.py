@@ -5,20 +5,21 @@ import math
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from cli.test_main import fails
 from dynlm.cli.main import main
-from dynlm.cli.outcome import Outcome
-from dynlm.cli.pair import Pair
-from dynlm.cli.read import ReadSettings, read
+from dynlm.cli.read import Outcome, ReadSettings, read
 from dynlm.cli.terminal import Screen
 from dynlm.data.texts import read_texts
 from dynlm.runs import read_tensors
+from dynlm.session.reader import Reader
+from dynlm.session.step import Step
+from support.commands import fails
 
 LINE = "The widow Haverstock saw the cat on the mat , and Haverstock liked the cat .\n"
 ROW = json.dumps({"title": "Good", "text": LINE * 6})
@@ -74,20 +75,22 @@ def test_a_binary_second_file_keeps_the_first(text, tmp_path, capsys):
 
 def breaks(monkeypatch, reader, for_ever=False):
     """The model of a reader gives inf in the fourth segment, or from the fourth one on."""
-    make = Pair.__init__
+    make = Reader.pair
 
-    def broken(self, *arguments):
-        make(self, *arguments)
-        score, calls = getattr(self, reader).score, []
+    def broken(self):
+        pair = make(self)
+        broken = pair[reader == "adapted"]
+        score, calls = broken.score, []
 
         def inf(*piece):
             calls.append(1)
             losses_S, hidden = score(*piece)
             return (losses_S + math.inf if len(calls) == 4 or (for_ever and len(calls) > 4) else losses_S), hidden
 
-        getattr(self, reader).score = inf
+        broken.score = inf
+        return pair
 
-    monkeypatch.setattr(Pair, "__init__", broken)
+    monkeypatch.setattr(Reader, "pair", broken)
 
 
 def test_a_loss_that_is_not_finite_keeps_the_segments_before_it(text, tmp_path, capsys, monkeypatch):
@@ -97,7 +100,7 @@ def test_a_loss_that_is_not_finite_keeps_the_segments_before_it(text, tmp_path, 
         fails(capsys, ["read", text, *flags(tmp_path, "--quiet")], "loss is inf")
     shown = TOKENS.findall((tmp_path / "p.html").read_text())
     assert len(shown) == 96
-    stream = Pair.read
+    stream = Reader.steps
 
     def three(self, *arguments):
         for number, scored in enumerate(stream(self, *arguments), 1):
@@ -105,7 +108,7 @@ def test_a_loss_that_is_not_finite_keeps_the_segments_before_it(text, tmp_path, 
             if number == 3:
                 return
 
-    monkeypatch.setattr(Pair, "read", three)
+    monkeypatch.setattr(Reader, "steps", three)
     read(ReadSettings((str(text),), rule="rms", quiet=True, save_memory=str(tmp_path / "whole")))
     assert same_memory(tmp_path / "m", tmp_path / "whole")
 
@@ -151,16 +154,16 @@ def test_a_reader_of_the_output_that_leaves_loses_nothing(text, tmp_path, capsys
 
 
 def test_a_memory_of_what_ran_away_is_not_written(text, tmp_path, capsys, monkeypatch):
-    score = Pair._segment
+    update = Step.update
 
-    def spoil(self, *rest):
+    def spoil(self):
         """The update after the last token that was read."""
-        scored = score(self, *rest)
-        self.adapted.thetas[0].data.fill_(math.nan)
-        self.stop.asked = 2
-        return scored
+        if self._scored is not None:
+            update(self)
+            self._reader.thetas[0].data.fill_(math.nan)
+            signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Pair, "_segment", spoil)
+    monkeypatch.setattr(Step, "update", spoil)
     fails(capsys, ["read", text, *flags(tmp_path, "--quiet")], "was not written", "not finite")
     assert not (tmp_path / "m").exists()
     assert (tmp_path / "p.html").exists()

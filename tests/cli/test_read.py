@@ -11,19 +11,21 @@ import sys
 import pytest
 import torch
 
-from cli.test_main import fails
-from dynlm.cli import outcome
-from dynlm.cli.kit import SHIPPED, load_kit
 from dynlm.cli.main import COMMANDS, main, stage
 from dynlm.cli.read import ReadSettings, read
-from dynlm.cli.totals import Totals
 from dynlm.data.tokenizers import tokenize
+from dynlm.optim.handmade import Static
 from dynlm.runs import read_tensors, write_tensors
+from dynlm.session import reading
+from dynlm.session.reader import Reader
+from dynlm.session.session import SHIPPED, load_session
+from dynlm.session.totals import Totals
 from dynlm.types import Article
+from support.commands import fails
 
 A = "The cat sat on the mat .\nThe cat sat on the mat again , and the cat liked the mat .\n" * 12
 B = "The dog saw the cat on the mat .\nThe dog liked the cat , and the cat sat on the mat .\n" * 12
-TOLERANCE = 1e-4  # nats a token between reading on and reading on from a saved memory; dynlm.cli.memory
+TOLERANCE = 1e-4  # nats a token between reading on and reading on from a saved memory; dynlm.session.memory
 
 
 @pytest.fixture
@@ -60,11 +62,11 @@ def test_the_shipped_model_is_small_and_learns(texts):
 @pytest.mark.parametrize("reset", ["article", "never"])
 def test_totals_are_those_of_the_reader(texts, reset):
     totals = quiet(*texts, rule="rms", reset=reset)
-    kit = load_kit("", "rms", reset)
+    kit = load_session(reset=reset, light=True)
     articles = tokenize(kit.tokenizer, [Article("a", "a", A), Article("b", "b", B)])
-    for reader, nats in zip(kit.readers(), (totals.static, totals.adapted), strict=True):
+    for reader, nats in zip(Reader(kit, "rms").pair(), (totals.static, totals.adapted), strict=True):
         with reader:
-            expected = sum(float(reader.read(a, kit.tokenizer.eos_id).double().sum()) for a in articles)
+            expected = sum(float(reader.read(a, kit.tokenizer.start_id).double().sum()) for a in articles)
         assert nats == pytest.approx(expected, abs=1e-9 * expected)
     assert totals.tokens == sum(map(len, articles))
     assert totals.words == len((A + B).split())  # as wc -w counts
@@ -161,7 +163,7 @@ def test_the_page_holds_every_token_and_the_same_totals(texts, tmp_path, capsys)
     assert "".join(text for *_, text in tokens) == A + B
     assert sum(float(s) for s, *_ in tokens) == pytest.approx(totals.static, abs=1e-3 * totals.tokens)
     assert sum(float(a) for _, a, _ in tokens) == pytest.approx(totals.adapted, abs=1e-3 * totals.tokens)
-    assert load_kit("", "rms", "article").fingerprints()["model"] in source
+    assert load_session().fingerprints(Static())["model"] in source
     assert f"page: {page}" in capsys.readouterr().err
 
 
@@ -238,8 +240,8 @@ def test_transformers_are_not_imported_to_read():
 
 def test_a_stream_keeps_no_tokens(monkeypatch):
     """Without a page, JSON and a table of words nothing is recorded, so that a stream may be endless."""
-    monkeypatch.setattr(outcome, "Record", lambda: pytest.fail("tokens were kept"))
-    monkeypatch.setattr(outcome, "Occurrences", lambda keep: pytest.fail("words were kept"))
+    monkeypatch.setattr(reading, "Record", lambda: pytest.fail("tokens were kept"))
+    monkeypatch.setattr(reading, "Occurrences", lambda keep: pytest.fail("words were kept"))
     assert read(ReadSettings(("-",), quiet=True, rule="static"), io.BytesIO(A.encode())).tokens
 
 

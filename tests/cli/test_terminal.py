@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from dynlm.cli.terminal import Screen, color_depth, ink, palette, printable, style
-from dynlm.report.shades import DARK, LIGHT, contrast, cube
+from dynlm.cli.terminal import Screen, color_depth, palette
+from dynlm.printable import printable
+from dynlm.report.shades import DARK, LIGHT, contrast, cube, ink, style
 
 BACKGROUNDS = [(LIGHT, (255, 255, 255)), (DARK, (0, 0, 0)), (DARK, (30, 30, 30))]
 

@@ -31,6 +31,11 @@ def test_byte_fallback_spells_what_training_never_saw():
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_blanks_come_back_where_training_saw_none():
+    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=265), [Article("a", "A", "日本語日本\n語日本語\n" * 9)])
+    assert tokenizer.decode(tokenizer.encode("日 本▁\n")) == "日 本▁\n"
+
+
 def test_words_and_lines_survive_the_word_tokenizer():
     tokenizer = trained("word")
     decoded = tokenizer.decode(tokenizer.encode(TEXT))
@@ -59,7 +64,7 @@ def test_saved_tokenizers_come_back_the_same(tmp_path, kind):
     tokenizer.save(tmp_path)
     again = load_tokenizer(tmp_path)
     assert again.encode(TEXT) == tokenizer.encode(TEXT)
-    assert (again.vocab_size, again.eos_id) == (tokenizer.vocab_size, tokenizer.eos_id)
+    assert (again.vocab_size, again.start_id) == (tokenizer.vocab_size, tokenizer.start_id)
 
 
 def test_any_hugging_face_tokenizer(tmp_path):
@@ -74,7 +79,7 @@ def test_any_hugging_face_tokenizer(tmp_path):
     )
     tokenizer = trained("huggingface", name=str(tmp_path / "hf"))
     assert tokenizer.encode("The cat") == [1, 2]
-    assert (tokenizer.vocab_size, tokenizer.eos_id) == (4, 0)
+    assert (tokenizer.vocab_size, tokenizer.start_id) == (4, 0)
     tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").encode("The cat") == [1, 2]
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from dynlm.adapt import ReadConfig, Reader
-from dynlm.data.segments import article_segments
 from dynlm.meta.estimators import EstimatorConfig, affordable, make_estimator, observed_numbers
 from dynlm.meta.recording import RecordConfig
 from dynlm.meta.sampling import sample_coordinates
 from dynlm.optim.handmade import RMS
 from dynlm.types import InputError
-from lab import START, make_article, make_lab, make_transformer_lab
-from meta.test_replay import RULES, SEGMENT, SETTINGS, flat
+from lab import make_lab, make_transformer_lab
+from support.rules import READING, SETTINGS, make
+from support.windows import SEGMENT, flat, pieces_of
 
 EXACT = {
     "replay": EstimatorConfig(coordinates=0),
@@ -28,10 +28,6 @@ def make_reader(lab, rule):
     return Reader(model, score, rule, priors, ReadConfig(segment=SEGMENT, kernel="eager"))
 
 
-def pieces_of(n_tokens):
-    return list(article_segments(make_article(n_tokens, seed=3).ids_T, START, SEGMENT))
-
-
 def estimate(lab, rule, config, windows, generator=None):
     """(summed gradient over the windows, windows)."""
     with make_reader(lab, rule) as reader:
@@ -43,11 +39,11 @@ def estimate(lab, rule, config, windows, generator=None):
     return flat(rule), results
 
 
-@pytest.mark.parametrize("make", [make_lab, make_transformer_lab], ids=["lstm", "transformer"])
-@pytest.mark.parametrize("name", RULES)
-def test_exact_estimators_agree(name, make):
-    lab = make()
-    rule, window = RULES[name](lab[2]), [pieces_of(26)]
+@pytest.mark.parametrize("lab_of", [make_lab, make_transformer_lab], ids=["lstm", "transformer"])
+@pytest.mark.parametrize("name", READING)
+def test_exact_estimators_agree(name, lab_of):
+    lab = lab_of()
+    rule, window = make(name, lab[2]), [pieces_of(26)]
     expected, (read,) = estimate(lab, rule, EXACT["unroll"], window)
     assert expected.abs().max() > 0
     for kind in ("replay", "checkpointed", "forward"):
@@ -59,7 +55,7 @@ def test_exact_estimators_agree(name, make):
 
 @pytest.mark.parametrize("kind", ["replay", "checkpointed"])
 def test_windows_are_cut_and_carried(lab, kind):
-    rule = RULES["gated"](lab[2])
+    rule = make("gated", lab[2])
     pieces = pieces_of(60)
     expected, plain = estimate(lab, rule, EXACT["unroll"], [pieces[:6], pieces[6:]])
     actual, other = estimate(lab, rule, EXACT[kind], [pieces[:6], pieces[6:]])
@@ -70,7 +66,7 @@ def test_windows_are_cut_and_carried(lab, kind):
 
 
 def test_forward_mode_is_not_truncated(lab):
-    rule = RULES["rms"](lab[2])
+    rule = make("rms", lab[2])
     pieces = pieces_of(60)
     weights = [0.1] * len(pieces)
     totals = []
@@ -85,7 +81,7 @@ def test_forward_mode_is_not_truncated(lab):
 
 
 def test_sampled_forward_mode_is_unbiased(lab, monkeypatch):
-    rule = RULES["rms"](lab[2])
+    rule = make("rms", lab[2])
     window, generator = [pieces_of(15)], torch.Generator().manual_seed(0)
     exact, _ = estimate(lab, rule, EXACT["forward"], window)
     few = functools.partial(sample_coordinates, smallest=4)
@@ -122,7 +118,7 @@ def test_evolution_strategies_find_the_untruncated_gradient(lab):
 
 
 def test_evolution_strategies_leave_the_rule_as_it_was(lab):
-    rule = RULES["gated"](lab[2])
+    rule = make("gated", lab[2])
     before = {name: p.detach().clone() for name, p in rule.named_parameters()}
     estimate(lab, rule, EstimatorConfig("pes"), [pieces_of(12)])
     for name, p in rule.named_parameters():
@@ -130,7 +126,7 @@ def test_evolution_strategies_leave_the_rule_as_it_was(lab):
 
 
 def test_a_budget_bounds_what_is_recorded(lab):
-    reader = make_reader(lab, RULES["rms"](lab[2]))
+    reader = make_reader(lab, make("rms", lab[2]))
     n = sum(t.numel() for t in reader.thetas)
     seen = observed_numbers(reader)
 

@@ -9,8 +9,9 @@ from dynlm.meta.estimators import EstimatorConfig, make_estimator
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.handmade import SGD, Static
-from dynlm.optim.library import LEARNED, start_rule
+from dynlm.optim.library import start_rule
 from dynlm.optim.linear import Linear
+from dynlm.optim.registry import trained
 
 NOTHING = (torch.zeros(1), torch.zeros(1))  # a segment without text: the loss is a function of the weights alone
 ESTIMATORS = {
@@ -87,7 +88,7 @@ def read_cost(reader, segments=12):
     return sum(reader.segment(*NOTHING).losses_S.mean().item() for _ in range(segments)) / segments
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", trained())
 def test_every_cell_trains_on_the_parabola(name):
     """From gradient descent at a fiftieth of the best rate; twelve steps at the start leave most of the cost."""
     settings = {"lr": 0.01, "eps": 1e-3, "decay": 1e-4}

@@ -8,8 +8,9 @@ from dynlm.data.segments import article_segments
 from dynlm.meta.unroll import Unroll, UnrollConfig
 from dynlm.models.causal import LSTMScorer
 from lab import START, TransformerScorer, make_article, make_lab, make_transformer_lab
-from meta.oracles import ORACLES, Work
-from meta.test_replay import RULES, SEGMENT
+from support.oracles import ORACLES, Work
+from support.rules import READING, make
+from support.windows import SEGMENT
 
 LABS = {"lstm": (make_lab, LSTMScorer), "transformer": (make_transformer_lab, TransformerScorer)}
 
@@ -43,9 +44,9 @@ def meta_gradients(work, loss):
 
 
 @pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", READING)
 def test_unroll_equals_the_oracles(name, order, lab):
-    work = make_work(lab, RULES[name](lab[2]), order)
+    work = make_work(lab, make(name, lab[2]), order)
     expected = {oracle: loss(work) for oracle, loss in ORACLES.items()}
     expected_gradients = {oracle: meta_gradients(work, loss) for oracle, loss in expected.items()}
     for fused in (True, False):

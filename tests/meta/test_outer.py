@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from dynlm.data.fewshot import Sinusoids
+from dynlm.labs.fewshot.tasks import Sinusoids
 from dynlm.meta.initialisation import METHODS, Task, outer_gradient
 from dynlm.meta.outer import OuterConfig, learn_start
 from dynlm.optim.handmade import SGD

@@ -12,8 +12,8 @@ from dynlm.meta.estimators import EstimatorConfig, make_estimator
 from dynlm.meta.plan import Plan, plan_step, require_fit
 from dynlm.types import InputError
 from lab import make_lab
-from meta.test_estimators import pieces_of
-from meta.test_replay import RULES, SEGMENT
+from support.rules import make
+from support.windows import SEGMENT, pieces_of
 
 MEASURE = """
 import json, sys
@@ -55,7 +55,7 @@ def test_the_predicted_peak_is_the_measured_one(kind, window):
 @pytest.mark.parametrize("kind", ["replay", "unroll", "forward", "pes"])
 def test_every_estimator_has_a_plan(lab, kind):
     model, score, priors = lab
-    rule = RULES["rms"](priors)
+    rule = make("rms", priors)
     with Reader(model, score, rule, priors, ReadConfig(segment=SEGMENT, kernel="eager")) as reader:
         estimator = make_estimator(reader, EstimatorConfig(kind))
         short, long = (plan_step(estimator, pieces_of(40), window) for window in (8, 8000))
@@ -68,7 +68,7 @@ def test_every_estimator_has_a_plan(lab, kind):
 def test_an_unroll_that_does_not_fit_is_told_its_slices(lab, monkeypatch):
     monkeypatch.setattr("dynlm.meta.unroll.NODE_BYTES", 0)  # with weights so few, slices could not save anything else
     model, score, priors = lab
-    rule = RULES["gated"](priors)
+    rule = make("gated", priors)
     with Reader(model, score, rule, priors, ReadConfig(segment=SEGMENT, kernel="eager")) as reader:
         estimator = make_estimator(reader, EstimatorConfig("unroll", slices=(512,)))
         plan = plan_step(estimator, pieces_of(40), 512)
@@ -80,7 +80,7 @@ def test_an_unroll_that_does_not_fit_is_told_its_slices(lab, monkeypatch):
 def test_what_does_not_fit_is_refused_with_what_would():
     lab = make_lab()
     model, score, priors = lab
-    rule = RULES["gated"](priors)
+    rule = make("gated", priors)
     with Reader(model, score, rule, priors, ReadConfig(segment=SEGMENT, kernel="eager")) as reader:
         estimator, window = make_estimator(reader, EstimatorConfig("replay")), 512
         needed = estimator.footprint(window)

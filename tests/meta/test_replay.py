@@ -7,82 +7,28 @@ import pytest
 import torch
 
 from dynlm.adapt import ReadConfig, Reader, Step
-from dynlm.data.segments import article_segments
 from dynlm.meta.recording import RecordConfig, Recording
 from dynlm.meta.replay import Replay, ReplayConfig, sampling_error
 from dynlm.meta.sampling import sample_coordinates
 from dynlm.meta.unroll import Unroll, UnrollConfig
 from dynlm.optim.base import Seen
-from dynlm.optim.diagonal import Diagonal
-from dynlm.optim.gated import Gated
-from dynlm.optim.handmade import RMS, SGD, Adam
-from dynlm.optim.linear import Linear, LinearConfig
-from dynlm.optim.mlp import MLP
-from dynlm.optim.recurrent import GRUCell, LSTMCell
-from lab import START, make_article, make_lab
+from dynlm.optim.handmade import SGD
+from lab import make_lab
+from support.rules import READING, make
+from support.windows import SEGMENT, flat, gradients, read_window
 
-SEGMENT = 5
 TRUST = ReadConfig.trust  # on these few weights it binds, so that every engine must keep to it
 FUSED, PLAIN = ReplayConfig(), ReplayConfig(fused=False, memory=0)  # no memory: the smallest blocks
-SETTINGS = {"lr": 3e-2, "eps": 1e-3, "decay": 1e-2}
-
-
-def away(rule):
-    """Double precision, moved from the start so that every gate and every input has a part in the result.
-
-    Not further: reading would turn chaotic, and rounding grow from segment to segment.
-    """
-    generator = torch.Generator().manual_seed(5)
-    rule = rule.double()
-    with torch.no_grad():
-        for parameter in rule.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    return rule
-
-
-RULES = {
-    "sgd": lambda priors: SGD(0.3, 0.01),
-    "rms": lambda priors: RMS(**SETTINGS),
-    "adam": lambda priors: Adam(0.02, 1e-3, 0.01),
-    "linear": lambda priors: Linear(LinearConfig(-0.2, 0.05)),
-    "gated": lambda priors: away(Gated.started_at(SETTINGS, priors, hidden=3)),
-    "diagonal": lambda priors: away(Diagonal.started_at(SETTINGS, priors, hidden=3)),
-    "mlp": lambda priors: away(MLP.started_at(SETTINGS, priors, hidden=3, tensor_hidden=2)),
-    "lstm": lambda priors: away(LSTMCell.started_at(SETTINGS, priors, hidden=3)),
-    "gru": lambda priors: away(GRUCell.started_at(SETTINGS, priors, hidden=3)),
-}
-
-
-def read_window(lab, rule, n_tokens, carry=0, record=None):
-    """Read ``carry`` segments, then a recorded window; returns (recording, position before it, pieces, weights)."""
-    model, score, priors = lab
-    pieces = list(article_segments(make_article(n_tokens, seed=3).ids_T, START, SEGMENT))
-    with Reader(model, score, rule, priors, ReadConfig(segment=SEGMENT, kernel="eager")) as reader:
-        for piece in pieces[:carry]:
-            reader.segment(*piece)
-        start = reader.snapshot()
-        everything = sample_coordinates([t.numel() for t in reader.thetas], 0, torch.Generator())
-        recording = Recording(reader, everything, len(pieces), record)
-        weights = [0.1 + 0.05 * t for t in range(len(pieces) - carry)]
-        for piece, weight in zip(pieces[carry:], weights, strict=True):
-            recording.add(reader.segment(*piece), reader.state.clock.step, weight)
-        return recording, start, pieces[carry:], weights, reader.adapted
-
-
-def gradients(rule):
-    result = {name: p.grad.clone() for name, p in rule.named_parameters() if p.grad is not None}
-    rule.zero_grad(set_to_none=True)
-    return result
 
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("carry", [0, 3])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", READING)
 @pytest.mark.parametrize("engine", [FUSED, PLAIN], ids=["fused", "plain"])
 def test_replay_equals_unroll(engine, name, carry, layers):
     lab = make_lab(layers=layers)
     _, score, priors = lab
-    rule = RULES[name](priors)
+    rule = make(name, priors)
     recording, start, pieces, weights, adapted = read_window(lab, rule, 42, carry)
     Replay(rule, engine)(recording)
     replayed = gradients(rule)
@@ -94,9 +40,9 @@ def test_replay_equals_unroll(engine, name, carry, layers):
         torch.testing.assert_close(replayed[key], expected, rtol=1e-9, atol=1e-13, msg=lambda m, k=key: f"{k}: {m}")
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", READING)
 def test_every_meta_parameter_is_reached(lab, name):
-    rule = RULES[name](lab[2])
+    rule = make(name, lab[2])
     recording, *_ = read_window(lab, rule, 42)
     Replay(rule)(recording)
     assert set(gradients(rule)) == {name for name, _ in rule.named_parameters()}
@@ -104,7 +50,7 @@ def test_every_meta_parameter_is_reached(lab, name):
 
 def test_unroll_meta_loss_is_what_reading_scored(lab):
     model, score, priors = lab
-    rule = RULES["gated"](priors)
+    rule = make("gated", priors)
     _, start, pieces, weights, adapted = read_window(lab, rule, 42)
     with Reader(model, score, rule, priors, ReadConfig(segment=SEGMENT, kernel="eager")) as reader:
         means = [reader.segment(*piece).losses_S.mean() for piece in pieces]
@@ -153,13 +99,9 @@ def resample(recording, generator, n_sampled):
     return sampled
 
 
-def flat(rule):
-    return torch.cat([g.flatten() for g in gradients(rule).values()])
-
-
 @pytest.mark.parametrize("name", ["rms", "adam"])
 def test_sampled_replay_is_unbiased(lab, name):
-    rule = RULES[name](lab[2])
+    rule = make(name, lab[2])
     recording, *_ = read_window(lab, rule, 20)
     replay, generator, draws = Replay(rule), torch.Generator().manual_seed(1), []
     replay(recording)
@@ -174,7 +116,7 @@ def test_sampled_replay_is_unbiased(lab, name):
 
 
 def test_measured_sampling_error_covers_the_true_one(lab):
-    rule = RULES["rms"](lab[2])
+    rule = make("rms", lab[2])
     recording, *_ = read_window(lab, rule, 30)
     replay, generator = Replay(rule), torch.Generator().manual_seed(2)
     rule.lr.grad = torch.tensor(7.0, dtype=torch.float64)
@@ -199,7 +141,7 @@ def test_measured_sampling_error_covers_the_true_one(lab):
 @pytest.mark.parametrize("where", ["device", "cpu", "disk"])
 @pytest.mark.parametrize("dtype", ["weights", "bf16"])
 def test_recordings_elsewhere_and_in_half_precision(lab, where, dtype):
-    rule = RULES["gated"](lab[2])
+    rule = make("gated", lab[2])
     replay = Replay(rule)
     plain, *_ = read_window(lab, rule, 42)
     kept, *_ = read_window(lab, rule, 42, record=RecordConfig(dtype, where))
@@ -212,7 +154,7 @@ def test_recordings_elsewhere_and_in_half_precision(lab, where, dtype):
 
 @pytest.mark.parametrize("name", ["gated", "lstm", "mlp"])
 def test_blocks_of_every_size_give_the_same_gradient(lab, name, monkeypatch):
-    rule = RULES[name](lab[2])
+    rule = make(name, lab[2])
     recording, *_ = read_window(lab, rule, 42)
     results = []
     for block in (10**9, 97, 7):
@@ -224,7 +166,7 @@ def test_blocks_of_every_size_give_the_same_gradient(lab, name, monkeypatch):
 
 
 def test_blocks_follow_the_budget(lab):
-    rule = RULES["lstm"](lab[2])
+    rule = make("lstm", lab[2])
     recording, *_ = read_window(lab, rule, 42)
     sizes = []
     for memory in (1, 2, 8):

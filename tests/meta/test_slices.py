@@ -8,7 +8,8 @@ from dynlm.allocator import MIB
 from dynlm.meta.slices import SliceCost, choose_slices, leanest
 from dynlm.meta.unroll import Unroll, UnrollConfig
 from dynlm.types import InputError
-from meta.test_replay import RULES, read_window
+from support.rules import make
+from support.windows import read_window
 
 COST = SliceCost(position=20 * MIB, segment=25 * MIB)
 
@@ -45,7 +46,7 @@ def test_the_graph_of_a_segment_is_measured(lab, fused):
     _, score, priors = lab
     costs = {}
     for name in ("sgd", "gated"):
-        rule = RULES[name](priors)
+        rule = make(name, priors)
         _, start, pieces, _, adapted = read_window(lab, rule, 20)
         costs[name] = Unroll(score, rule, adapted, priors, UnrollConfig(fused=fused)).cost(start, pieces[0])
     n = sum(p.theta0.numel() for p in priors)

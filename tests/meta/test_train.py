@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from dynlm.adapt import ReadConfig, Reader
-from dynlm.evaluate.stream import read_articles
+from dynlm.evaluation.stream import read_articles
 from dynlm.interrupt import Interrupted
 from dynlm.meta.estimators import EstimatorConfig
 from dynlm.meta.train import MetaConfig, MetaTrainer, divide_meta_split, meta_train
-from dynlm.optim.library import LEARNED, start_rule
+from dynlm.optim.library import start_rule
+from dynlm.optim.registry import trained
 from dynlm.runs import Run
 from dynlm.types import InputError
 from lab import START, make_article, make_lab
@@ -126,7 +127,7 @@ def test_every_estimator_resumes_exactly(rule, kind):
     assert all(torch.equal(a, b) for a, b in zip(phi(straight), phi(resumed), strict=True))
 
 
-@pytest.mark.parametrize("rule", LEARNED)
+@pytest.mark.parametrize("rule", trained())
 def test_every_cell_gets_a_gradient_in_each_meta_parameter(rule):
     """After a first step, as output layers start at zero and let nothing through before."""
     trainer, _ = make_trainer(replace(CONFIG, rule=rule, articles=1), {**WEAK, "decay": 3e-2})

@@ -1,12 +1,15 @@
 """Tuning: better than the start, the same twice, honest about its edges."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dynlm.adapt import ReadConfig, Reader
-from dynlm.evaluate.stream import read_articles
-from dynlm.meta.tune import DECAY, SPACES, TuneConfig, tune_rule
+from dynlm.evaluation.stream import read_articles
+from dynlm.meta.tune import TuneConfig, tune_rule
 from dynlm.optim.library import make_rule
+from dynlm.optim.registry import DECAY, RULES, tuned
 from dynlm.types import DivergedError, InputError
 from lab import START, make_article, make_lab
 
@@ -20,7 +23,7 @@ def reader_for():
     return lambda rule: Reader(model, score, rule, priors, ReadConfig(segment=8))
 
 
-@pytest.mark.parametrize("kind", SPACES)
+@pytest.mark.parametrize("kind", tuned())
 def test_tuned_settings_beat_static_and_are_repeatable(kind, reader_for):
     texts = [type(a)(a.id, a.title, a.ids_T[:100], 0, 0) for a in ARTICLES[:2]]
     static = read_articles(reader_for(make_rule("static")), texts, START).nats / 200
@@ -40,8 +43,9 @@ def test_pattern_search_improves_on_the_random_half(reader_for):
 
 
 def test_settings_at_the_edge_are_named(reader_for, monkeypatch):
-    low = SPACES["sgd"]["lr"]._replace(low=1e-6, high=1e-5, start=5e-6)
-    monkeypatch.setitem(SPACES, "sgd", {**SPACES["sgd"], "lr": low})
+    space = RULES["sgd"].space
+    low = space["lr"]._replace(low=1e-6, high=1e-5, start=5e-6)
+    monkeypatch.setitem(RULES, "sgd", replace(RULES["sgd"], space={**space, "lr": low}))
     assert "lr" in tune_rule("sgd", reader_for, ARTICLES, START, CONFIG).at_bound
 
 
@@ -53,12 +57,11 @@ def test_errors(reader_for):
 
 
 def test_rates_go_down_until_reading_stays_finite(reader_for, monkeypatch):
-    space = SPACES["sgd"]["lr"]
-    calm = SPACES["sgd"]
-    monkeypatch.setitem(SPACES, "sgd", {**calm, "decay": DECAY.times(1e20)})
+    row, calm = RULES["sgd"], RULES["sgd"].space
+    monkeypatch.setitem(RULES, "sgd", replace(row, space={**calm, "decay": DECAY.times(1e20)}))
     with pytest.raises(DivergedError, match=r"diverged at each of 4 settings, down to lr .*\(tune.trials\)"):
         tune_rule("sgd", reader_for, ARTICLES, START, TuneConfig(trials=8, articles=2, max_tokens=100))
-    monkeypatch.setitem(SPACES, "sgd", {**calm, "lr": space.times(1e3)})
+    monkeypatch.setitem(RULES, "sgd", replace(row, space={**calm, "lr": calm["lr"].times(1e3)}))
     tuned = tune_rule("sgd", reader_for, ARTICLES, START, CONFIG)
     static = read_articles(reader_for(make_rule("static")), CONFIG.excerpts(ARTICLES), START).nats / 200
     assert tuned.nats_per_token < static == tuned.static

@@ -14,8 +14,8 @@ from dynlm.models.params import adapted_parameters
 from dynlm.optim.handmade import RMS, SGD, Adam
 from dynlm.types import InputError
 from lab import START, TransformerScorer, make_article, make_lab, make_transformer_lab
-from meta.oracles import Work, functional_loss
-from meta.test_replay import RULES
+from support.oracles import Work, functional_loss
+from support.rules import make
 
 SEGMENT, N_SEGMENTS = 4, 7
 PIECES = list(article_segments(make_article(SEGMENT * N_SEGMENTS, seed=3).ids_T, START, SEGMENT))
@@ -64,9 +64,9 @@ def run_dropping(lab, rule, **config):
 
 
 @pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("make_rule", [RULES["adam"], RULES["lstm"]], ids=["adam", "lstm"])
-def test_slices_change_nothing_with_dropout_and_carried_state(dropping_lab, make_rule, order):
-    rule = make_rule(dropping_lab[2])
+@pytest.mark.parametrize("name", ["adam", "lstm"])
+def test_slices_change_nothing_with_dropout_and_carried_state(dropping_lab, name, order):
+    rule = make(name, dropping_lab[2])
     loss, grads, position, after = run_dropping(dropping_lab, rule, order=order)
     assert position.hidden is not None
     assert all(g.abs().max() > 0 for g in grads)
@@ -106,14 +106,14 @@ def test_each_level_of_slices_reads_again(lab, slices, again, order):
         calls.append(1)
         return score(*segment)
 
-    rule = RULES["gated"](priors)
+    rule = make("gated", priors)
     unrolled = make_unroll((model, counting, priors), rule, order=order, slices=slices)
     unrolled.run(origin(lab, rule), PIECES, WEIGHTS).loss.backward()
     assert len(calls) == N_SEGMENTS * order + again
 
 
 def test_a_window_goes_on_where_another_ended(dropping_lab):
-    rule = RULES["gated"](dropping_lab[2])
+    rule = make("gated", dropping_lab[2])
     unroll = make_unroll(dropping_lab, rule, slices=(2,))
     torch.manual_seed(11)
     first = unroll.run(origin(dropping_lab, rule), PIECES[:3], WEIGHTS[:3])
@@ -126,7 +126,7 @@ def test_a_window_goes_on_where_another_ended(dropping_lab):
 
 
 def test_the_start_and_the_model_are_left_as_they_were(dropping_lab):
-    rule = RULES["gated"](dropping_lab[2])
+    rule = make("gated", dropping_lab[2])
     start, model = origin(dropping_lab, rule), dropping_lab[0]
     thetas, clock = [t.clone() for t in start.thetas], replace(start.state.clock)
     parameters = {name: (p, p.clone()) for name, p in model.named_parameters(remove_duplicate=False)}

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dynlm.models.gru import gru
+from dynlm.labs.general.gru import gru
+from dynlm.labs.general.nets import GRULanguageModel
 from dynlm.models.light import LightLSTM
 from dynlm.models.lstm import ModelConfig
 from dynlm.models.recurrence import differentiable_twice, lstm_layer
-from dynlm.models.small import GRULanguageModel
 from dynlm.types import InputError
 
 VOCAB = 30

@@ -7,7 +7,7 @@ from dynlm.models.causal import scorer_for
 from dynlm.optim.handmade import SGD
 from dynlm.types import InputError
 from lab import make_article
-from models.test_causal import make_model, make_scorer, pieces_of, priors_for, reader_for
+from support.causal import make_model, make_scorer, pieces_of, priors_for, reader_for
 
 
 @pytest.mark.filterwarnings("ignore:.*quantization:DeprecationWarning", "ignore:.*quantiz:UserWarning")

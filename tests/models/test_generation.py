@@ -7,10 +7,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast, pipeline
 
-from dynlm.cli.kit import DEFAULT_MODEL, SHIPPED
 from dynlm.data.tokenizers import load_tokenizer
 from dynlm.models.generation import CARRIED
 from dynlm.models.lstm import LSTMConfig, LSTMForCausalLM
+from dynlm.session.session import DEFAULT_MODEL, SHIPPED
 from dynlm.types import InputError
 
 VOCAB, NEW = 60, 12
@@ -114,5 +114,5 @@ def test_the_shipped_model_knows_its_start_and_its_end():
     tokenizer = load_tokenizer(shipped / "tokenizer")
     assert [model.config.bos_token_id, model.config.eos_token_id] == [tokenizer.eos_id] * 2
     written = model.generate(max_new_tokens=4, do_sample=False, pad_token_id=0)  # from the start token alone
-    assert written[0, 0] == tokenizer.eos_id
+    assert written[0, 0] == tokenizer.start_id
     assert written.shape[1] > 1

@@ -16,7 +16,7 @@ from dynlm.optim import LearnedOptimizer, load, save_pretrained
 from dynlm.optim.handmade import RMS, SGD, Adam
 from dynlm.types import InputError
 from lab import needs_compiler
-from optimizer_lab import SLOTTED, for_rules, give, make_parameters, moved, run, same
+from support.optimizers import SLOTTED, for_rules, give, make_parameters, moved, run, same
 
 schedulers = torch.optim.lr_scheduler
 
@@ -246,7 +246,7 @@ def test_sharded_parameters_are_refused_in_one_line():
 def test_rules_are_loaded_by_name_file_or_folder(tmp_path):
     path = save_pretrained(load("general"), tmp_path)
     for name in (path, str(path), tmp_path, str(tmp_path), "general"):
-        assert dynlm.load_rule(name).name == "general"
+        assert dynlm.rules.from_pretrained(name).name == "general"
     assert load("sgd").name == "sgd"
     for wrong in ("x" * 5000, "nope", tmp_path / "nope"):
         with pytest.raises(InputError, match="no rule") as caught:

@@ -9,9 +9,9 @@ from dynlm.compiler import find_compiler
 from dynlm.optim.adjoint import FusedAdjoint
 from dynlm.optim.base import Clock, Coordinates
 from lab import make_lab
-from meta.test_replay import RULES
+from support.rules import READING, make
 
-TRACEABLE = [name for name, make in RULES.items() if make(make_lab()[2]).traceable]
+TRACEABLE = [name for name in READING if make(name, make_lab()[2]).traceable]
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
 def test_values_and_every_derivative_agree(name, threads):
     torch.set_num_threads(threads)
     prior = make_lab()[2][0]
-    rule, generator = RULES[name](make_lab()[2]), torch.Generator().manual_seed(0)
+    rule, generator = make(name, make_lab()[2]), torch.Generator().manual_seed(0)
 
     def draw(scale):
         return scale * torch.randn(prior.theta0.shape, generator=generator, dtype=torch.float64)

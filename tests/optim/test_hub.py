@@ -8,12 +8,12 @@ import huggingface_hub
 import pytest
 
 import dynlm.optim
-from dynlm.optim import LearnedOptimizer, hub
+from dynlm.optim import LearnedOptimizer, hub, sharing
 from dynlm.optim.base import Rule
 from dynlm.optim.general import General
 from dynlm.optim.library import make_rule
 from dynlm.types import InputError
-from optimizer_lab import (
+from support.optimizers import (
     for_rules,
     make_parameters,
     moved,
@@ -31,7 +31,7 @@ def test_rules_survive_the_folder(name, tmp_path):
     for place in (tmp_path / "rule", str(tmp_path / "rule"), file):
         again = dynlm.optim.load(place)
         assert isinstance(again, Rule)
-        assert hub.fingerprint(again) == hub.fingerprint(rule)
+        assert sharing.fingerprint(again) == sharing.fingerprint(rule)
     card = (tmp_path / "rule" / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0\n")
     assert f"`{name}`" in card
@@ -49,7 +49,7 @@ def test_rules_that_ship_go_by_name(tmp_path, monkeypatch):
     dynlm.optim.save_pretrained(General(seed=3), tmp_path / "made")
     shutil.copy(tmp_path / "made" / "rule.safetensors", tmp_path / "general.safetensors")
     optimizer = LearnedOptimizer(make_parameters())
-    assert hub.fingerprint(optimizer.rule) == hub.fingerprint(General(seed=3))
+    assert sharing.fingerprint(optimizer.rule) == sharing.fingerprint(General(seed=3))
     with pytest.raises(InputError, match=r"no rule 'other': .* or one of general, static"):
         dynlm.optim.load("other")
 
@@ -65,7 +65,7 @@ def test_hand_made_rules_by_name_have_their_defaults(name):
 def test_the_hub_is_asked_for_what_is_no_path(tmp_path, monkeypatch):
     file, asked = dynlm.optim.save_pretrained(General(), tmp_path), []
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names: asked.append(names) or str(file))
-    assert hub.fingerprint(dynlm.optim.load("somebody/rule")) == hub.fingerprint(General())
+    assert sharing.fingerprint(dynlm.optim.load("somebody/rule")) == sharing.fingerprint(General())
     assert asked == [("somebody/rule", "rule.safetensors")]
 
     def offline(*_):
@@ -85,12 +85,12 @@ def test_a_rule_is_uploaded_as_it_is_saved(monkeypatch):
 
         def upload_folder(self, repo_id, folder_path, commit_message):
             rule = dynlm.optim.load(folder_path)
-            done.append(("upload", repo_id, hub.fingerprint(rule)))
+            done.append(("upload", repo_id, sharing.fingerprint(rule)))
             return "address"
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     assert dynlm.optim.push_to_hub(General(), "somebody/rule") == "address"
-    assert done == [("create", "somebody/rule", True), ("upload", "somebody/rule", hub.fingerprint(General()))]
+    assert done == [("create", "somebody/rule", True), ("upload", "somebody/rule", sharing.fingerprint(General()))]
     with pytest.raises(InputError, match="'rule' is not the name of a hub repository"):
         dynlm.optim.push_to_hub(General(), "rule")
 

@@ -15,7 +15,7 @@ from dynlm.optim.gated import Gated, GatedConfig
 from dynlm.optim.handmade import SGD
 from dynlm.types import InputError
 from lab import needs_compiler
-from optimizer_lab import (
+from support.optimizers import (
     SEE_SURPRISE,
     SHAPES,
     SLOTTED,

@@ -6,89 +6,28 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dynlm.optim.base import Clock, Coordinates, Prior
-from dynlm.optim.diagonal import Diagonal
+from dynlm.optim import registry
+from dynlm.optim.base import Clock, Coordinates
 from dynlm.optim.gated import Gated
-from dynlm.optim.general import General
-from dynlm.optim.handmade import RMS, SGD, Adam, Static
+from dynlm.optim.handmade import RMS, SGD, Adam
 from dynlm.optim.kernel import InPlaceUpdate
-from dynlm.optim.library import HANDMADE, LEARNED, load_rule, make_rule, save_rule
-from dynlm.optim.linear import Linear, LinearConfig
-from dynlm.optim.mlp import MLP
-from dynlm.optim.recurrent import GRUCell, LSTMCell
+from dynlm.optim.library import load_rule, make_rule, start_rule
+from dynlm.optim.sharing import save_rule
 from dynlm.types import InputError
 from lab import needs_compiler
-
-SETTINGS = {"lr": 3e-2, "eps": 1e-3, "decay": 1e-2}
-SHAPES = {"embedding.weight": (17, 5), "bias": (1, 40)}
-
-
-def make_priors(dtype):
-    generator = torch.Generator().manual_seed(0)
-    priors = []
-    for name, shape in SHAPES.items():
-        theta0 = torch.randn(shape, generator=generator, dtype=dtype)
-        rms = torch.rand(shape, generator=generator, dtype=dtype) * 1e-2
-        rms[0, :3] = 0.0  # weights that never saw a gradient
-        priors.append(Prior(name, theta0, rms, float(rms.mean()), 200.0))
-    return priors
+from support.rules import RULES, SETTINGS, make, moved
+from support.steps import assert_fused_is_plain, grads_at, make_priors, run_fused, run_plain
 
 
-def moved(rule, dtype):
-    """Away from its start, so that every part of it counts."""
-    rule = rule.to(dtype)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in rule.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
-    return rule
+def test_the_table_of_the_tests_covers_the_registry():
+    """A rule that is registered is tested by everything that goes over rules: add it to tests/support/rules.py."""
+    assert RULES.keys() == registry.RULES.keys()
 
 
-def rules(dtype):
-    priors = make_priors(dtype)
-    return {
-        "static": Static(),
-        "sgd": SGD(0.3, 0.02),
-        "rms": RMS(**SETTINGS),
-        "adam": Adam(0.02, 1e-3, 0.01),
-        "gated start": Gated.started_at(SETTINGS, priors).to(dtype),
-        "gated": moved(Gated.started_at(SETTINGS, priors, hidden=4), dtype),
-        "diagonal": moved(Diagonal.started_at(SETTINGS, priors, hidden=3), dtype),
-        "mlp": moved(MLP.started_at(SETTINGS, priors), dtype),
-        "linear": Linear(LinearConfig(-0.2, 0.05)),
-        "lstm": moved(LSTMCell.started_at(SETTINGS, priors, hidden=5), dtype),
-        "gru": moved(GRUCell.started_at(SETTINGS, priors, hidden=5), dtype),
-        "general": moved(General(), dtype),
-    }
-
-
-NAMES = list(rules(torch.float64))
-
-
-def grads_at(priors, step):
-    generator = torch.Generator().manual_seed(100 + step)
-    return [torch.randn(p.theta0.shape, generator=generator, dtype=p.theta0.dtype) * 1e-2 for p in priors]
-
-
-def run_plain(rule, priors, n_steps):
-    thetas, state = [p.theta0 for p in priors], rule.init(priors)
-    for step in range(n_steps):
-        state.clock.tick(3.0 + step % 3)
-        thetas, state = rule.update(thetas, grads_at(priors, step), state, priors)
-    return thetas, state
-
-
-def run_fused(rule, priors, n_steps, compiled):
-    thetas, state, fused = [p.theta0.clone() for p in priors], rule.init(priors), InPlaceUpdate(rule, compiled)
-    for step in range(n_steps):
-        state.clock.tick(3.0 + step % 3)
-        fused(thetas, grads_at(priors, step), state, priors)
-    return thetas, state
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RULES)
 def test_contract_shapes_dtypes_and_untouched_inputs(name):
-    rule, priors = rules(torch.float32)[name], make_priors(torch.float32)
+    priors = make_priors(torch.float32)
+    rule = make(name, priors, torch.float32)
     before = [p.theta0.clone() for p in priors]
     thetas, state = run_plain(rule, priors, 3)
     for theta, slots, prior, saved in zip(thetas, state.slots, priors, before, strict=True):
@@ -101,24 +40,26 @@ def test_contract_shapes_dtypes_and_untouched_inputs(name):
         assert torch.equal(prior.theta0, saved)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)])
 def test_fused_step_equals_the_plain_update(name, compiled, dtype, tolerance):
-    rule, priors = rules(dtype)[name], make_priors(dtype)
-    with torch.no_grad():
-        plain, plain_state = run_plain(rule, priors, 7)
-    fused, fused_state = run_fused(rule, priors, 7, compiled)
-    for a, b in zip(plain, fused, strict=True):
-        torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
-    for a_slots, b_slots in zip(plain_state.slots, fused_state.slots, strict=True):
-        for a, b in zip(a_slots, b_slots, strict=True):
-            torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
+    priors = make_priors(dtype)
+    rule = make(name, priors, dtype)
+    assert_fused_is_plain(rule, priors, compiled, tolerance)
 
 
-@pytest.mark.parametrize("name", [name for name, rule in rules(torch.float64).items() if rule.traceable])
+@needs_compiler
+@pytest.mark.parametrize("name", registry.trained())
+def test_fused_step_equals_the_plain_update_where_a_cell_starts(name):
+    priors = make_priors(torch.float64)
+    assert_fused_is_plain(start_rule(name, SETTINGS, priors).double(), priors, True, 1e-11)
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if make(name, make_priors(torch.float64)).traceable])
 def test_scalar_code_equals_matrix_products(name, monkeypatch):
-    rule, (prior, _) = rules(torch.float64)[name], make_priors(torch.float64)
+    priors = make_priors(torch.float64)
+    rule, prior = make(name, priors), priors[0]
     clock = Clock()
     clock.tick(3.0)
     grad = torch.randn_like(prior.theta0)
@@ -170,9 +111,9 @@ def test_rms_is_krauses_rule_with_decay_clipped():
     first = priors[0]
     expected = first.theta0 - 0.01 * grads_at(priors, 0)[0] / (first.rms + 1e-3)  # δ is zero: no pull yet
     torch.testing.assert_close(theta.detach(), expected, rtol=1e-13, atol=1e-15)
-    moved = Coordinates(theta, first.theta0, first.rms, torch.zeros_like(theta), (), ())
+    still = Coordinates(theta, first.theta0, first.rms, torch.zeros_like(theta), (), ())
     rule = RMS(lr=0.01, eps=1e-3, decay=0.9)
-    back, _ = rule.flat_step(moved, (), rule.context(rule.shared([first], theta.new_empty(1, 0), [1]))[0])
+    back, _ = rule.flat_step(still, (), rule.context(rule.shared([first], theta.new_empty(1, 0), [1]))[0])
     strong = 0.9 * first.relative_rms * first.rms >= 1
     assert strong.any()
     assert torch.equal(back[strong], first.theta0[strong])  # at most all the way back
@@ -189,7 +130,7 @@ def test_zero_rate_never_moves_a_weight():
 @needs_compiler
 def test_a_nan_gradient_stays_visible_in_the_compiled_step():
     priors = make_priors(torch.float32)
-    rule = moved(Gated.started_at(SETTINGS, priors), torch.float32)
+    rule = moved(Gated.started_at(SETTINGS, priors))
     for compiled in (False, True):
         thetas, state = [p.theta0.clone() for p in priors], rule.init(priors)
         state.clock.tick(3.0)
@@ -205,7 +146,8 @@ def test_a_nan_gradient_stays_visible_in_the_compiled_step():
 def test_torch_compiles_the_same_step(name, monkeypatch):
     """What a GPU with Triton runs, here by torch's C++ code."""
     monkeypatch.setenv("DYNLM_KERNEL", "torch")
-    rule, priors = rules(torch.float32)[name], make_priors(torch.float32)
+    priors = make_priors(torch.float32)
+    rule = make(name, priors)
     with torch.no_grad():
         plain, _ = run_plain(rule, priors, 3)
     compiled, _ = run_fused(rule, priors, 3, None)
@@ -219,10 +161,10 @@ def test_compiled_kernel_without_a_compiler_is_an_error(monkeypatch):
         InPlaceUpdate(SGD(), compiled=True)
 
 
-@pytest.mark.parametrize("kind", [*HANDMADE, *LEARNED])
+@pytest.mark.parametrize("kind", RULES)
 def test_rules_survive_the_disk(tmp_path, kind):
     priors = make_priors(torch.float32)
-    rule = moved(Gated.started_at(SETTINGS, priors), torch.float32) if kind == "gated" else make_rule(kind)
+    rule = make(kind, priors, torch.float32)
     save_rule(rule, tmp_path / kind, {"trials": 3})
     again, made = load_rule(tmp_path / kind)
     assert made == {"trials": 3}
@@ -247,7 +189,7 @@ def test_broken_rule_files_are_one_clear_line(tmp_path):
 
 def test_unknown_tensors_use_the_shared_network_alone():
     priors = make_priors(torch.float64)
-    rule = moved(Gated.started_at(SETTINGS, priors), torch.float64)
+    rule = moved(Gated.started_at(SETTINGS, priors).double())
     renamed = [p._replace(name=f"other.{p.name}") for p in priors]
     known, _ = run_plain(rule, priors, 2)
     unknown, _ = run_plain(rule, renamed, 2)

@@ -13,7 +13,7 @@ from dynlm.optim.general import General
 from dynlm.optim.handmade import SGD, Adam
 from dynlm.types import InputError
 from lab import needs_compiler
-from optimizer_lab import (
+from support.optimizers import (
     SEE_SURPRISE,
     as_matrix,
     assert_same_state,

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 from dynlm.report.html import write_report
 from dynlm.runs import Run
-from tests.report.conftest import pieces
+from tests.support.evaluations import pieces
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 

@@ -7,8 +7,8 @@ import pytest
 from dynlm.report.html import write_report
 from dynlm.report.tokenmap import write_token_map
 from tests import browser
-from tests.report.conftest import FakeRun, pieces
-from tests.report.test_tokenmap import MEAN, WORDS, make_map
+from tests.support.evaluations import FakeRun, pieces
+from tests.support.tokenmaps import MEAN, WORDS, make_map
 
 pytestmark = pytest.mark.skipif(
     browser.find() is None, reason="no chromium on PATH: the pages were not tried in a browser"

@@ -12,8 +12,8 @@ from dynlm.report.evaluation import load_evaluation
 from dynlm.report.html import write_report
 from dynlm.report.page import percent, plain, ppl, signed, span
 from dynlm.types import InputError
-from tests.report.conftest import pieces
 from tests.report.pages import Page, verdicts
+from tests.support.evaluations import pieces
 
 pytestmark = pytest.mark.usefixtures("quick_figures")
 

@@ -1,0 +1,63 @@
+"""Calibration of the most probable token: expected calibration error (Guo et al. 2017, arXiv:1706.04599).
+
+    ECE = Σ_b n_b / n |accuracy_b − confidence_b|        b: ten bins of equal width of the top probability
+
+A method is honest about what it knows where the share of correct top tokens equals their probability.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dynlm import results
+from dynlm.evaluation.metrics import N_BOOTSTRAP
+
+BINS = 10
+
+
+class Calibration:
+    """Collects (tokens, Σ probability, correct) a bin and article; ``add`` is a ``TappedReader``'s ``watch``."""
+
+    def __init__(self) -> None:
+        self._articles: list[Tensor] = []
+
+    def begin_article(self) -> None:
+        self._articles.append(torch.zeros(BINS, 3, dtype=torch.float64))
+
+    def add(self, log_probs_SV: Tensor, targets_S: Tensor) -> None:
+        log_prob_S, top_S = log_probs_SV.max(1)
+        prob_S = log_prob_S.exp().double().cpu()
+        correct_S = (top_S == targets_S).double().cpu()
+        bin_S = (prob_S * BINS).long().clamp(0, BINS - 1)
+        self._articles[-1].index_add_(0, bin_S, torch.stack([torch.ones_like(prob_S), prob_S, correct_S], 1))
+
+    def summary(self) -> results.Calibration:
+        """Return the error, its interval over articles, and the bins that are not empty."""
+        sums_AB3 = torch.stack(self._articles)
+        n = len(sums_AB3)
+        draws = torch.randint(n, (N_BOOTSTRAP, n), generator=torch.Generator().manual_seed(0))
+        weights = torch.zeros(N_BOOTSTRAP, n, dtype=torch.float64).scatter_add_(
+            1, draws, torch.ones(draws.shape).double()
+        )
+        drawn = (weights @ sums_AB3.flatten(1)).view(-1, BINS, 3)
+        ends = torch.quantile(expected_error(drawn), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        total_B3 = sums_AB3.sum(0)
+        bins: list[results.Bin] = [
+            {
+                "from": b / BINS,
+                "to": (b + 1) / BINS,
+                "tokens": int(tokens),
+                "confidence": confidence / tokens,
+                "accuracy": correct / tokens,
+            }
+            for b, (tokens, confidence, correct) in enumerate(total_B3.tolist())
+            if tokens
+        ]
+        return {"ece": float(expected_error(total_B3)), "ci95": ends, "bins": bins}
+
+
+def expected_error(sums_B3: Tensor) -> Tensor:
+    """ECE of (…, bins, 3) sums."""
+    tokens, confidence, correct = sums_B3.unbind(-1)
+    return (correct - confidence).abs().sum(-1) / tokens.sum(-1).clamp(min=1)

@@ -1,0 +1,107 @@
+"""Reading a set of articles with one method, score before update, and keeping every loss."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynlm import results
+from dynlm.adapt import Reader
+from dynlm.data.segments import article_segments
+from dynlm.evaluation.calibration import Calibration
+from dynlm.evaluation.gates import GateRecorder, Gates
+from dynlm.evaluation.tap import TappedReader
+from dynlm.types import DivergedError, InputError, TokenizedArticle
+
+
+class Scores(NamedTuple):
+    """Losses of one method: one float32 tensor (T,) of nats an article, and the wall-clock seconds of reading."""
+
+    losses: list[Tensor]
+    seconds: float
+    calibration: results.Calibration | None = None
+    """of a tapped reader"""
+    again: Tensor | None = None
+    """(T,) nats of the first article with the weights that the stream has left, without learning (reset never); of
+    rules that learn"""
+    gates: Gates | None = None
+    """of the first articles' updates, where they were watched"""
+
+    @property
+    def nats_per_article(self) -> Tensor:
+        """(articles,) float64 sums."""
+        return torch.stack([losses_T.double().sum() for losses_T in self.losses])
+
+    @property
+    def nats(self) -> float:
+        return float(self.nats_per_article.sum())
+
+
+def read_articles(
+    reader: Reader, articles: Sequence[TokenizedArticle], start_id: int, progress: Callable[[int], Any] | None = None
+) -> Scores:
+    """Read ``articles`` in order inside ``reader``'s context, which puts θ0 back afterwards."""
+    if not articles:
+        raise InputError("no article to read: the chosen split is empty")
+    with reader:
+        reader.begin()
+        started = time.perf_counter()
+        losses = [reader.read(article, start_id, progress).float().cpu() for article in articles]
+        return Scores(losses, time.perf_counter() - started)
+
+
+def read_and_watch(
+    reader: TappedReader,
+    articles: Sequence[TokenizedArticle],
+    start_id: int,
+    progress: Callable[[int], Any] | None = None,
+    gate_articles: int = 0,
+) -> Scores:
+    """As :func:`read_articles`, with calibration and, where nothing is reset, the first article read again.
+
+    Rules that leave θ0 as it is do not read again. The gates of all others are recorded while the first
+    ``gate_articles`` articles are read.
+
+    Raises:
+        DivergedError: a loss that is not finite, with its article and segment.
+    """
+    if not articles:
+        raise InputError("no article to read: the chosen split is empty")
+    calibration, losses, again = Calibration(), [], None
+    recorder = GateRecorder(reader) if gate_articles and reader.rule.reads_gradient else None
+    reader.watch, reader.watch_seconds = calibration.add, 0.0
+    try:
+        with reader:
+            reader.begin()
+            started = time.perf_counter()
+            for number, article in enumerate(articles):
+                calibration.begin_article()
+                try:
+                    with recorder.article() if recorder and number < gate_articles else nullcontext():
+                        losses.append(reader.read(article, start_id, progress).float().cpu())
+                except DivergedError as error:
+                    raise DivergedError(f"article {number} ({article.title!r}): {error}") from None
+            seconds = time.perf_counter() - started - reader.watch_seconds - (recorder.seconds if recorder else 0.0)
+            if reader.config.reset == "never" and reader.rule.reads_gradient:
+                again = score_only(reader, articles[0], start_id).float().cpu()
+    finally:
+        reader.watch = None
+    gates = recorder.gates() if recorder else None
+    return Scores(losses, seconds, calibration.summary(), again, gates)
+
+
+def score_only(reader: Reader, article: TokenizedArticle, start_id: int) -> Tensor:
+    """(T,) nats of the model alone under the present weights, from an empty hidden state; nothing learns or moves."""
+    hidden: Any = None
+    losses = []
+    ids_T = article.ids_T.to(reader.parameters[0].device)
+    with torch.no_grad():
+        for inputs_S, targets_S in article_segments(ids_T, start_id, reader.config.segment):
+            losses_S, hidden = reader.score(inputs_S, targets_S, hidden)
+            losses.append(losses_S)
+    return torch.cat(losses)

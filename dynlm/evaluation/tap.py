@@ -1,0 +1,119 @@
+"""A reader that also sees what the base model works with: its last hidden states and its logits.
+
+Forward hooks collect both while a segment is scored, so scorers and models stay as they are. A scorer may call the
+model several times a segment, or on more text than the segment: the last S positions of what it saw are the segment's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from dynlm.adapt import Reader, Step
+from dynlm.models.light import MODEL_TYPE
+from dynlm.types import InputError
+
+Watch = Callable[[Tensor, Tensor], None]
+"""(log_probs_SV, targets_S) of a segment as it was scored, a cache's share included"""
+
+
+class Tap:
+    """Inside its context, keeps the hidden states that feed a model's output layer, and its logits, without graph."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._states: list[Tensor] = []
+        self._logits: list[Tensor] = []
+
+    def __enter__(self) -> Self:
+        self._handles = [self.model.register_forward_hook(self._see_output)]
+        if getattr(getattr(self.model, "config", None), "model_type", "") == MODEL_TYPE:
+            # its read-out is not called as a module while reading
+            self._handles.append(cast(Any, self.model).layers[-1].register_forward_hook(self._see_layer))
+        elif (head := _output_layer(self.model)) is not None:
+            self._handles.append(head.register_forward_pre_hook(self._see_input))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _see_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if logits is not None:
+            self._logits.append(logits.detach()[0])
+
+    def _see_layer(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._states.append(output[0].detach()[0])
+
+    def _see_input(self, module: nn.Module, inputs: Any) -> None:
+        self._states.append(inputs[0].detach()[0])
+
+    def clear(self) -> None:
+        """Forget what was seen."""
+        self._states.clear()
+        self._logits.clear()
+
+    def states(self, size: int) -> Tensor:
+        """Return (S, D) hidden states that the last ``size`` scores were read out from."""
+        return _last(self._states, size, "hidden states before an output layer (get_output_embeddings)")
+
+    def logits(self, size: int) -> Tensor:
+        """Return (S, V) logits of the last ``size`` positions."""
+        return _last(self._logits, size, "logits")
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    find = getattr(model, "get_output_embeddings", None)
+    layer = find() if find else None
+    return layer if isinstance(layer, nn.Module) else None
+
+
+def _last(parts: list[Tensor], size: int, what: str) -> Tensor:
+    rows = torch.cat(parts) if parts else None
+    if rows is None or rows.dim() != 2 or rows.shape[0] < size:
+        raise InputError(f"the model shows no {what} while it scores: methods with a cache and calibration need them")
+    rows = rows[-size:]
+    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+
+
+class TappedReader(Reader):
+    """A reader whose ``watch`` is shown the distribution over the vocabulary of every token that it scores."""
+
+    needs_states = False
+    """whether ``tapped`` is wanted even where nobody watches"""
+    watch: Watch | None = None
+    watch_seconds = 0.0
+    """time spent on showing: no part of reading"""
+
+    @classmethod
+    def of(cls, reader: Reader) -> Self:
+        """Return the same reading, tapped; ``reader`` itself must not be used meanwhile."""
+        return cls(reader.model, reader.score, reader.rule, reader.priors, reader.config)
+
+    def segment(self, inputs_S: Tensor, targets_S: Tensor, last: bool = False) -> Step:
+        if self.watch is None and not self.needs_states:
+            return super().segment(inputs_S, targets_S, last)
+        with Tap(self.model) as tap:
+            step = super().segment(inputs_S, targets_S, last)
+        with torch.no_grad():
+            return self.tapped(step, targets_S, tap)
+
+    def tapped(self, step: Step, targets_S: Tensor, tap: Tap) -> Step:
+        """Return what becomes of a segment's scores; here they stay as they are."""
+        self.show(lambda: tap.logits(targets_S.numel()).log_softmax(1), targets_S)
+        return step
+
+    def show(self, log_probs_SV: Callable[[], Tensor], targets_S: Tensor) -> None:
+        """Let ``watch`` see a distribution, which is worked out for it alone."""
+        if self.watch is not None:
+            started = time.perf_counter()
+            self.watch(log_probs_SV(), targets_S)
+            self.watch_seconds += time.perf_counter() - started

@@ -1,0 +1,1 @@
+"""Side projects: they use the core, which never uses them."""

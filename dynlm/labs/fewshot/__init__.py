@@ -1,0 +1,1 @@
+"""Starts learned by the MAML family, on few-shot tasks."""

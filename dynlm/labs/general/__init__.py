@@ -1,0 +1,1 @@
+"""A general-purpose optimizer, meta-trained on small training tasks."""

@@ -1,0 +1,355 @@
+"""A reader: a language model that learns while it reads, beside the same model that does not.
+
+Both score the same tokens, each strictly before the update that sees it. Tokens are cut into segments as
+:class:`dynlm.adapt.Reader` cuts an article, whatever the chunks a text comes in.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from dynlm import adapt
+from dynlm.adapt import ReadConfig, Snapshot
+from dynlm.data.spacing import Spacer
+from dynlm.data.texts import Source, Text, as_texts, encode_chunk, surfaces
+from dynlm.evaluation.tap import Tap
+from dynlm.files import replacing
+from dynlm.optim.base import Rule
+from dynlm.optim.handmade import Static
+from dynlm.session.memory import copied, load_memory, save_memory
+from dynlm.session.reading import Reading
+from dynlm.session.session import Session, load_session, shipped_models
+from dynlm.session.step import Step
+from dynlm.types import DivergedError, InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOWER = 0.25
+"""of the learning rate after a divergence"""
+RESTARTS_TOLD = 5
+log = logging.getLogger("dynlm")
+
+
+class Reader:
+    """A language model with its tokenizer and a rule that changes its weights while it reads.
+
+    The model is leased while something is read, or inside a ``with`` block; outside it has its trained weights θ0, bit
+    for bit. What was learned is kept beside it: ``adapted`` lends it out, and ``reset="never"`` reads on from it.
+
+        reader = dynlm.Reader.from_pretrained("wikitext2")
+        reading = reader.read("A text of some hundred words, in which names come again …")
+        print(reading.gain, "nats per token over the same model without learning")
+    """
+
+    def __init__(
+        self, session: Session, rule: Rule | str = "", *, spacing: Literal["auto", "none", "wikitext"] = "auto"
+    ) -> None:
+        """``rule`` is one of the session's by name, or any rule; without one its learned rule, or else rms.
+
+        ``spacing`` puts ordinary text into the spacing of WikiText before it is read; auto does where the model was
+        trained on that and the text has it not.
+        """
+        found = session.rule(rule) if isinstance(rule, str) else rule
+        self.session, self.rule, self.spacing = session, found, spacing
+        self.read_from = ""
+        """the memory that reading goes on from"""
+        self._start: tuple[Snapshot, Any] | None = None
+        self._readers: tuple[adapt.Reader, adapt.Reader] | None = None
+        self._learned: list[Tensor] | None = None
+        self._step: Step | None = None
+        self._depth, self._articles, self._in_word = 0, 0, False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path | PreTrainedModel = "",
+        rule: str | Rule = "",
+        *,
+        tokenizer: object = None,
+        lr: float = 0.0,
+        reset: Literal["article", "never"] = "article",
+        spacing: Literal["auto", "none", "wikitext"] = "auto",
+        **settings: Any,
+    ) -> Reader:
+        """Make a reader of a shipped model, a run directory, or any causal language model of transformers.
+
+        Args:
+            source: the name of a model that ships with dynlm ("" is the default one), a run directory, the folder, hub
+                name or ``.gguf`` file of a model, or a model in memory with its ``tokenizer``.
+            rule: of the run or shipped model, by name; of other models rms, sgd, adam or static, untuned; or any rule.
+            lr: learning rate of an untuned rule; 0 is a cautious one, from the size of the model's gradient.
+            reset: "article" starts each text with the trained weights, "never" reads all texts as one stream.
+            settings: of a model without a run: segment, params, carry, lora_rank, prior_text (see
+                :func:`dynlm.session.ready.ready_session`; without lora_rank for a model in memory).
+
+        Raises:
+            InputError: nothing to read with there, or settings that do not go together.
+        """
+        if isinstance(source, str | Path) and _is_run(source):
+            if lr or settings:
+                name = next(iter(settings), "lr")
+                raise InputError(f"{name} is for a model without a run: a run's own is in its settings and rules")
+            session = load_session(source, reset)
+            return cls(session, _loaded(rule, session), spacing=spacing)
+        from dynlm.session.ready import given_session, ready_session, untuned_rule  # transformers, which takes seconds
+
+        if isinstance(source, str | Path):
+            session = ready_session(source, reset=reset, learns=rule != "static", **settings)
+        else:
+            reading = {name: settings.pop(name) for name in ("segment", "params") if name in settings}
+            session = given_session(source, tokenizer, ReadConfig(reset=reset, **reading), **settings)
+        return cls(
+            session, untuned_rule(rule or "rms", session, lr) if isinstance(rule, str) else rule, spacing=spacing
+        )
+
+    def __repr__(self) -> str:
+        return f"Reader({self.session!r}, rule {self.rule.name!r})"
+
+    def __enter__(self) -> Reader:
+        """Lease the model: inside, its weights are those that reading has reached."""
+        if self._depth == 0:
+            static, adapted = self._readers = self._readers or self.pair()
+            static.__enter__()
+            adapted.__enter__()
+            if self._learned is not None:
+                for theta, learned in zip(adapted.thetas, self._learned, strict=True):
+                    theta.data.copy_(learned)
+        self._depth += 1
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
+        assert self._readers is not None
+        static, adapted = self._readers
+        try:
+            if error is None or isinstance(error, GeneratorExit):  # of a loop over steps that is left
+                self._finish()
+            self._step = None
+        finally:
+            self._learned = [theta.detach().clone() for theta in adapted.thetas]
+            adapted.__exit__(kind, error, trace)
+            static.__exit__(kind, error, trace)
+
+    def pair(self) -> tuple[adapt.Reader, adapt.Reader]:
+        """Make (static, adapted): the first reads with a copy of the model, the other with a copy of the rule."""
+        session = self.session
+        frozen, rule = copy.deepcopy(session.model), copy.deepcopy(self.rule).requires_grad_(False)
+        static = adapt.Reader(frozen, session.scorer(frozen), Static(), session.priors, session.config)
+        return static, session.reader(rule)
+
+    @property
+    def _pair(self) -> tuple[adapt.Reader, adapt.Reader]:
+        assert self._readers is not None  # inside the lease
+        return self._readers
+
+    def read(self, *sources: Source) -> Reading:
+        """Read texts in order and return every loss, with and without learning.
+
+        A source is a text, a :class:`~pathlib.Path` (.txt, .md, .html, .jsonl), or an :class:`Article`.
+
+        Raises:
+            InputError: nothing to read, a file that cannot be read, a string that is the name of a file.
+            DivergedError: the trained weights themselves give a loss that is not finite.
+        """
+        reading = self.reading()
+        with self:
+            for text in as_texts(*sources):
+                for _ in self.steps(text, reading):
+                    pass
+        reading.end()
+        return reading
+
+    def reading(self, *, tokens: bool = True, words: bool = True) -> Reading:
+        """Return an empty record for :meth:`steps`; without ``tokens`` and ``words`` it stays small."""
+        return Reading(self.session, self.rule, self.read_from, tokens=tokens, words=words)
+
+    def steps(self, source: Source, reading: Reading | None = None) -> Iterator[Step]:
+        """Read one text segment by segment: each step is scored, handed out, and learned from when the loop goes on.
+
+        ``reading`` collects what was read.
+        """
+        reading = self.reading(tokens=False, words=False) if reading is None else reading
+        for text in as_texts(source):
+            with self:
+                yield from self._steps(text, reading)
+
+    def _steps(self, text: Text, reading: Reading) -> Iterator[Step]:
+        if self._articles == 0 or self.session.config.reset == "article":
+            self.forget()
+        self._articles += 1
+        reading.begin(text.title)
+        size, previous = self.session.config.segment, self.session.tokenizer.start_id
+        ids: list[int] = []
+        texts: list[str] = []
+        tokens, self._in_word = self._tokens(), False
+        for chunk in text.chunks:
+            new_ids, new_texts = tokens(chunk)
+            ids += new_ids
+            texts += new_texts
+            whole = len(ids) - len(ids) % size
+            for at in range(0, whole, size):
+                yield self._scored(previous, ids[at : at + size], texts[at : at + size], reading)
+                self._finish()
+                previous = ids[at + size - 1]
+            del ids[:whole], texts[:whole]
+        if ids:
+            yield self._scored(previous, ids, texts, reading)
+            self._finish()
+
+    def forget(self) -> None:
+        """Go back to the trained weights, or to the memory that was loaded: what was read since is gone."""
+        with self:
+            static, adapted = self._pair
+            self._step = None
+            static.begin()
+            adapted.begin()
+            if self._start is not None:
+                position, static.hidden = self._start
+                adapted.resume(copied(position))
+
+    @contextmanager
+    def adapted(self) -> Iterator[PreTrainedModel]:
+        """Lend the model with what was learned in its weights; afterwards it has its trained ones, bit for bit."""
+        with self:
+            self._finish()
+            if not hasattr(self.session.model, "config"):
+                raise InputError("this reader was loaded for reading only: make one with Reader.from_pretrained")
+            yield cast("PreTrainedModel", self.session.model)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save the adapted weights, low-rank ones merged, and the tokenizer as a folder of transformers.
+
+        Raises:
+            InputError: a folder that holds files already.
+        """
+        target = Path(folder)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise InputError(f"{target} exists: give the name of a new folder")
+        from dynlm.models.lora import merged  # transformers, which takes seconds
+
+        with self.adapted() as model, replacing(target) as temporary:
+            merged(model).save_pretrained(temporary)
+            self.session.tokenizer.pretrained().save_pretrained(temporary)
+
+    def save_memory(self, path: str | Path) -> None:
+        """Write what reading changed, to read on from there: :meth:`load_memory` of a reader of the same model.
+
+        Raises:
+            InputError: weights that the last update left not finite.
+        """
+        with self:
+            self._finish()
+            save_memory(Path(path), *self._pair, self._belongs())
+
+    def load_memory(self, path: str | Path) -> None:
+        """Begin each text from a memory that :meth:`save_memory` wrote.
+
+        Raises:
+            InputError: no memory, or one of another model or rule.
+        """
+        with self:
+            memory = load_memory(Path(path), self._pair[1], self._belongs())
+            size = self.session.config.segment
+            if memory.segment not in (None, size):
+                log.warning(f"{path} was made with updates every {memory.segment} tokens; now they come every {size}")
+            self._start, self.read_from = (memory.position, memory.static_hidden), str(path)
+            self.forget()
+
+    def _belongs(self) -> dict[str, Any]:
+        """Return what a saved memory must agree with."""
+        return self.session.fingerprints(self.rule) | {"carry": self.session.carry}
+
+    def _tokens(self) -> Callable[[str], tuple[list[int], list[str]]]:
+        """For the chunks of one text: (ids, the stretch of the text that each stands for)."""
+        tokenizer = self.session.tokenizer
+        wished = self.session.spacing if self.spacing == "auto" else self.spacing
+        spacer = Spacer(auto=self.spacing == "auto") if wished == "wikitext" else None
+
+        def tokens(chunk: str) -> tuple[list[int], list[str]]:
+            spaced = spacer(chunk) if spacer else None
+            source = spaced.text if spaced else chunk
+            ids = encode_chunk(tokenizer, source)
+            texts = surfaces(tokenizer.pieces(ids), source)
+            return ids, spaced.originals(texts) if spaced else texts
+
+        return tokens
+
+    def _scored(self, previous: int, ids: Sequence[int], texts: list[str], reading: Reading) -> Step:
+        """Score a segment under both weights. An error leaves both readers where they were before it."""
+        started, totals = perf_counter(), reading.totals
+        readers = static, adapted = self._pair
+        piece = (torch.tensor([previous, *ids[:-1]]), torch.tensor(ids))
+        on_device = piece[0].to(adapted.parameters[0].device), piece[1].to(adapted.parameters[0].device)
+        hidden = [reader.hidden for reader in readers]
+        try:
+            static_S = static.segment(*on_device).losses_S
+            with Tap(self.session.model) as tap:
+                try:
+                    scored = adapted.scored(*on_device)
+                except DivergedError:
+                    self._start_anew(hidden[0], reading)
+                    tap.clear()
+                    scored = adapted.scored(*on_device)
+        except BaseException:
+            for reader, before in zip(readers, hidden, strict=True):
+                reader.hidden = before
+            raise
+        self._step = step = Step(texts, piece, static_S, scored, reader=adapted, tap=tap, totals=totals)
+        unknown = (text for token, text in zip(ids, texts, strict=True) if token == self.session.tokenizer.unk_id)
+        totals.unknown_bytes += len("".join(unknown).encode())
+        self._in_word = totals.count("".join(texts), self._in_word)
+        totals.seconds += perf_counter() - started
+        reading.add(texts, step.static, step.losses)
+        return step
+
+    def _finish(self) -> None:
+        """Make the update of the step that was handed out last."""
+        step, self._step = self._step, None
+        if step is not None:
+            step.update()
+
+    def _start_anew(self, static_hidden: Any, reading: Reading) -> None:
+        """Go on after a divergence from θ0, as if nothing had been learned, with a lower rate of a hand-made rule."""
+        adapted, totals = self._pair[1], reading.totals
+        told, rate = "", getattr(adapted.rule, "lr", None)
+        if adapted.rule.kind == "hand-made" and isinstance(rate, Tensor):
+            rate.data.mul_(LOWER)
+            told = f" with lr {float(rate):.3g}"
+        adapted.hidden = static_hidden
+        totals.restarts += 1
+        if totals.restarts <= RESTARTS_TOLD:
+            log.warning(
+                f"reading with {adapted.rule.name} diverged after {totals.tokens:,} tokens; "
+                f"it goes on from the trained weights{told}"
+            )
+
+
+def _is_run(source: str | Path) -> bool:
+    """Return whether ``source`` is a run directory or the name of a shipped model."""
+    return not str(source) or (Path(source) / "recipe.json").is_file() or str(source) in shipped_models()
+
+
+def _loaded(rule: str | Rule, session: Session) -> str | Rule:
+    """Return the rule itself where its name is none of the session's: a file, a folder, or a name of the hub."""
+    if isinstance(rule, Rule) or rule in ("", "static", *session.held()):
+        return rule
+    if not Path(rule).exists() and "/" not in rule:
+        return rule  # the session says what it holds
+    from dynlm.optim.hub import load
+
+    return load(rule)

@@ -1,0 +1,186 @@
+"""What the stages after training share, and meta-train: each works from the files of the one before."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property
+
+import torch
+
+from dynlm import runs
+from dynlm.adapt import make_priors, measure_priors
+from dynlm.changes import Changes, changing
+from dynlm.data.articles import Corpus, DataConfig, load_corpus, load_texts
+from dynlm.data.segments import article_segments
+from dynlm.data.tokenizers import load_tokenizer, tokenize
+from dynlm.evaluation.stream import read_articles
+from dynlm.kept import free, is_finished
+from dynlm.meta.train import MetaProgress, MetaTrainer, divide_meta_split, meta_train
+from dynlm.methods import STATELESS, STATIC, Method
+from dynlm.models.causal import CausalScorer, scorer_for
+from dynlm.models.params import adapted_parameters
+from dynlm.models.ready import load_base
+from dynlm.optim.base import Prior, Rule
+from dynlm.optim.library import start_rule
+from dynlm.optim.registry import RULES
+from dynlm.optim.sharing import save_rule
+from dynlm.progress import Bar
+from dynlm.session.session import Session, open_run, read_prior
+from dynlm.stages.recipe import Recipe, recipe_of_run, require_same
+from dynlm.stamps import Stamp
+from dynlm.threads import choose_threads
+from dynlm.types import Article, InputError, TokenizedArticle
+
+USUAL = {"sgd": "tune", "rms": "tune", "adam": "tune", "gated": "meta-train"}
+"""rules that a comparison usually has, and the commands that make them"""
+
+
+class Bench(Session):
+    """The session of a run directory with the settings of a recipe; its corpus and prior come when first used."""
+
+    run: runs.Run
+    stamp: Stamp
+
+    def __init__(self, recipe: Recipe, *, any_text: bool = False) -> None:
+        """``any_text``: ``recipe.data`` may name another source, whose texts are only read."""
+        run = runs.Run(recipe.run)
+        trained = recipe_of_run(run.require(run.recipe, "train"))
+        self.other: DataConfig | None = None
+        if any_text and recipe.data.source != trained.data.source:
+            self.other, recipe = recipe.data, dataclasses.replace(recipe, data=trained.data)
+            print(f"note: {self.other.source} is not what this run was trained on", flush=True)
+        require_same(recipe, trained)
+        _, stamp = open_run(run)
+        if stamp.finished and run.retraining.recipe.exists():
+            print("note: the base model is being trained again; the earlier one is used until then", flush=True)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model, params = load_base(run.model, recipe.lora, recipe.read.params, device)
+        self.recipe = dataclasses.replace(recipe, read=dataclasses.replace(recipe.read, params=params))
+        super().__init__(
+            model,
+            lambda model: scorer_for(model, recipe.context),
+            load_tokenizer(run.tokenizer),
+            self._measured,
+            self.recipe.read,
+            source=str(run.path),
+            run=run,
+            stamp=stamp,
+        )
+        print(f"threads: {choose_threads(recipe.threads, model.num_parameters())}", flush=True)
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        corpus = load_corpus(self.recipe.data)
+        advice = "put back the texts or the split that the run was trained on, or train in another --run"
+        self.stamp.require("data", corpus.fingerprint, f"data.source {self.recipe.data.source!r}", advice)
+        return corpus
+
+    def finished(self) -> runs.Json:
+        """Return what a finished rule, cache or start says of itself: the base model that it belongs to."""
+        return {"model": self.stamp.fingerprints["model"], "finished": True}
+
+    def texts(self, split: str, limit: int = 0) -> tuple[Article, ...]:
+        """Return the first articles of a split of the corpus, or of another source."""
+        found = load_texts(self.other, split) if self.other else self.corpus.split(split)
+        return found[: limit or None]
+
+    def train_texts(self) -> Iterator[str]:
+        """Yield the text that the model was trained on; nothing where another source is read and it is not at hand."""
+        try:
+            yield from (article.text for article in self.corpus.train)
+        except InputError:
+            if self.other is None:
+                raise
+
+    def articles(self, split: str, limit: int = 0) -> list[TokenizedArticle]:
+        return tokenize(self.tokenizer, self.texts(split, limit))
+
+    def _measured(self) -> list[Prior]:
+        """θ0 and its static RMS: from the run directory, or measured and kept there."""
+        adapted = adapted_parameters(self.model, self.config.params)
+        settings = {
+            "params": [a.name for a in adapted],
+            "segment": self.config.segment,
+            "tokens": self.recipe.prior.tokens,
+            "model": self.stamp.fingerprints["model"],
+        }
+        if isinstance(self.score, CausalScorer):
+            settings["context"] = asdict(self.recipe.context)
+        if self.run.prior.is_file():
+            _, meta = runs.read_tensors(self.run.prior)
+            if meta == settings:
+                return make_priors(adapted, read_prior(self.run.prior, adapted)[0])
+        pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for article in tokenize(self.tokenizer, _first_tokens(self.corpus.split("train"), self.recipe.prior.tokens)):
+            ids_T = article.ids_T.to(self.device)
+            pieces.extend(article_segments(ids_T, self.tokenizer.start_id, self.config.segment))
+        pieces = pieces[: max(1, self.recipe.prior.tokens // self.config.segment)]
+        with Bar(len(pieces), "static RMS of the gradient", "segment") as bar:
+            priors = measure_priors(self.model, self.score, bar.over(pieces), self.config.params)
+        runs.write_tensors(self.run.prior, {p.name: p.rms for p in priors}, settings)
+        return priors
+
+
+def _first_tokens(articles: tuple[Article, ...], tokens: int) -> list[Article]:
+    """Enough articles for so many tokens, taking a token as one byte at the least."""
+    chosen, n_bytes = [], 0
+    for article in articles:
+        if n_bytes >= 8 * tokens:
+            break
+        chosen.append(article)
+        n_bytes += article.n_bytes
+    return chosen
+
+
+def meta_training(recipe: Recipe) -> runs.Json:
+    """Return a learned rule, from the tuned hand-made rule that it starts at, on the meta-training articles."""
+    bench, kind = Bench(recipe), recipe.meta.rule
+    stage = Method("meta-train", recipe.meta.seed).stem
+    target, checkpoint = bench.run.rule(str(Method(kind, recipe.meta.seed))), bench.run.checkpoint(stage)
+    free(target, recipe, checkpoint)
+    articles, held_back = divide_meta_split(bench.articles("meta"), recipe.meta)
+    start = bench.rule(RULES[kind].start).settings()
+    rule = start_rule(kind, start, bench.priors, recipe.meta.seed, recipe.meta.hidden)
+    reader, stamp = bench.reader(rule), bench.finished()
+    trainer = MetaTrainer(reader, articles, bench.tokenizer.start_id, recipe.meta, stamp["model"])
+    tokens, kept = sum(map(len, held_back)), is_finished(target)
+    if not recipe.resume and checkpoint.exists():
+        with changing(bench.run.path) as new:
+            new.remove(checkpoint)
+
+    def validate() -> float:
+        return read_articles(reader, held_back, bench.tokenizer.start_id).nats / tokens
+
+    def save_best(best: Rule, progress: MetaProgress, new: Changes, finished: bool = False) -> None:
+        if finished or not kept:  # an earlier rule stays until this one is finished
+            made = {"progress": progress._asdict(), "config": asdict(recipe.meta), "start": start}
+            save_rule(best, new.at(target), {**made, **stamp, "finished": finished})
+
+    progress = meta_train(trainer, validate, bench.run, save_best, recipe.resume, stage)
+    reader.restore()
+    with changing(bench.run.path) as new:
+        save_best(trainer.best, progress, new, finished=True)
+        new.remove(checkpoint)
+    print(f"best meta-validation {progress.best:.4f} nats/token; {progress.seconds / 60:.1f} minutes")
+    return {"meta_validation_nats_per_token": progress.best, "steps": progress.step, "seconds": progress.seconds}
+
+
+def methods_of(run: runs.Run, chosen: Sequence[str]) -> list[str]:
+    """Return the methods to read with: those chosen, or the baselines and every rule that the run holds.
+
+    Raises:
+        InputError: a method that is named twice.
+    """
+    chosen = [str(Method.parse(name)) for name in chosen]
+    if len(set(chosen)) < len(chosen):
+        twice = next(name for name in chosen if chosen.count(name) > 1)
+        raise InputError(f"evaluate.methods names {twice!r} twice: name each method once")
+    if chosen:
+        return chosen
+    held = run.rules()
+    missing = [f"{name} (`dynlm {made_by}`)" for name, made_by in USUAL.items() if name not in held]
+    if missing:
+        print(f"note: this run has no {', '.join(missing)}: they are left out", flush=True)
+    return [STATIC, STATELESS, *held]

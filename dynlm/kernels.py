@@ -24,7 +24,7 @@ MOST_PLANS = 1000  # of sizes that are remembered
 
 
 class Long(NamedTuple):
-    """A whole number, ``long`` in C, of which the shapes of arrays are made."""
+    """A whole number, ``long`` in C, that seldom changes: the shapes of arrays are worked out once for all of them."""
 
     name: str
 
@@ -62,7 +62,7 @@ class _Declared:
         self.plans: dict[tuple[Any, ...], _Plan] = {}
 
     def lines(self, at: Sequence[str] = ("", "", "")) -> list[str]:
-        """C that declares them; ``at`` is where its sizes, numbers and arrays begin."""
+        """Return C that declares them; ``at`` is where its sizes, numbers and arrays begin."""
         lines = [f"const long {name} = sizes[{at[0]}{i}];" for i, name in enumerate(self.sizes)]
         lines += [f"const double {name} = numbers[{at[1]}{i}];" for i, name in enumerate(self.numbers)]
         for i, array in enumerate(self.arrays):
@@ -111,7 +111,7 @@ class Kernel:
         )
 
     def serves(self, *tensors: Tensor) -> bool:
-        """Whether the kernel exists for the tensors' dtype and devices; where it does not, its plain form is due."""
+        """Return whether the kernel exists for the tensors' dtype and devices; otherwise its plain form is due."""
         return supported(*tensors) and self.builds(tensors[0].dtype)
 
     def builds(self, dtype: torch.dtype) -> bool:
@@ -187,7 +187,7 @@ class Kernel:
             raise InputError(f"kernel {self.name!r} takes {name}{where} as {expected}, and got {_shown(array)}")
 
     def _plan(self, declared: _Declared, dtype: torch.dtype, *sizes: int) -> _Plan:
-        """Name, dtype and shape of each array at these sizes, and whether it changes."""
+        """Return name, dtype and shape of each array at these sizes, and whether it changes."""
         names = ("n", *self.once.sizes, *(self.each.sizes if declared is self.each else ()))
         named, plan = dict(zip(names, sizes, strict=True)), []
         for array in declared.arrays:

@@ -15,7 +15,7 @@ from dynlm.labs.general.gru import gru
 from dynlm.meta.replay import Replay
 from dynlm.models.recurrence import lstm_layer
 from dynlm.optim.adjoint import FusedAdjoint
-from dynlm.optim.base import Clock, Coordinates, Prior
+from dynlm.optim.base import Clock, Coordinates, Prior, Rule
 from dynlm.optim.kernel import InPlaceUpdate, ReplayWork, Scale
 from dynlm.types import InputError
 from lab import needs_compiler
@@ -276,15 +276,40 @@ def test_kernels_and_steps_are_copied_and_pickled(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["gated", "lstm"])
-def test_a_kernel_is_printed_once_and_not_at_every_segment(name, monkeypatch):
-    printed, make = [], Kernel.__init__
+def test_a_kernel_is_printed_and_shapes_are_worked_out_once_and_not_at_every_segment(name, monkeypatch):
+    printed, make, planned, plan = [], Kernel.__init__, [], Kernel._plan
     monkeypatch.setattr(Kernel, "__init__", lambda *args, **options: (printed.append(args), make(*args, **options))[1])
+    monkeypatch.setattr(Kernel, "_plan", lambda *args: (planned.append(args), plan(*args))[1])
     rule = moved(name)
     step, state, thetas = InPlaceUpdate(rule), rule.init(priors()), [p.theta0.clone() for p in priors()]
+    of_first = 0
     for _ in range(4):
         state.clock.tick(3.0)
         step(thetas, [draw(*s, seed=20) for s in SHAPES], state, priors())
+        of_first = of_first or len(planned)
     assert len(printed) == 1
+    assert of_first > 0
+    assert len(planned) == of_first
+
+
+@pytest.mark.parametrize("name", ["rms", "gated"])
+def test_what_the_context_reads_of_the_priors_is_made_once_and_follows_them(name, monkeypatch):
+    rule, asked, shared = moved(name), [], Rule.shared
+    monkeypatch.setattr(Rule, "shared", lambda *args: (asked.append(args), shared(*args))[1])
+    kept, grads = InPlaceUpdate(rule), [draw(*s, seed=20) for s in SHAPES]
+    others = [p._replace(mean_rms=2.0, relative_rms=0.5) for p in priors()]
+    for of_model, n_asked in ((priors(), 1), (others, 2), (priors(), 3)):
+        ends = []
+        for step in (kept, InPlaceUpdate(rule)):
+            state, thetas = rule.init(of_model), [p.theta0.clone() for p in of_model]
+            for _ in range(3):
+                state.clock.tick(3.0)
+                step(thetas, grads, state, [*of_model])
+            ends.append(thetas)
+            if step is kept:
+                assert len(asked) == n_asked
+        del asked[n_asked:]
+        assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 def test_there_is_no_other_door():

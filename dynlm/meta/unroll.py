@@ -25,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 
 from dynlm.adapt import Scorer, Snapshot, detach, largest_norms, within_trust
 from dynlm.allocator import give_back_memory
-from dynlm.compiler import supported
 from dynlm.meta.buffers import BufferLog, unchanged_buffers
 from dynlm.meta.slices import SliceCost
 from dynlm.models.params import Adapted, as_matrix, pointed
@@ -80,8 +79,7 @@ class Unroll:
             raise InputError(f"slices {config.slices} must fall from the outermost level inwards")
         self.score, self.rule, self.adapted, self.priors, self.config = score, rule, adapted, priors, config
         self.largest = largest_norms(priors, trust)
-        fused = config.fused and rule.traceable and supported(*(prior.theta0 for prior in priors))
-        self.step = FusedAdjoint(rule) if fused else None
+        self.step = FusedAdjoint(rule) if config.fused else None
 
     def run(self, start: Snapshot, pieces: Sequence[Piece], weights: Sequence[float]) -> Unrolled:
         """Unroll ``pieces`` from ``start``, which is left as it was. Hidden states are detached between segments."""

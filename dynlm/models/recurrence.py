@@ -158,8 +158,7 @@ _BACK = Kernel(
   }
   free(grad_c);""",
     (
-        Long("steps"),
-        Long("H"),
+        *map(Long, ("steps", "H")),
         Array("grad", "steps, H"),
         Array("c_to_gates", "steps, 3, H"),
         Array("h_to_gate", "steps, H"),
@@ -175,8 +174,8 @@ def _run_back_in_c(grad_TH: Tensor, factors: Factors, weight_hh: Tensor) -> Tens
     """Return the same, without a call into torch at every step."""
     n_steps, width = grad_TH.shape
     grad_gates = grad_TH.new_empty(n_steps, 4 * width)
-    arrays = {"grad": grad_TH, **factors._asdict(), "weight": weight_hh, "gates": grad_gates}
-    _BACK({"steps": n_steps, "H": width, **arrays})
+    arrays = {"grad": grad_TH, "weight": weight_hh, "gates": grad_gates}
+    _BACK({"steps": n_steps, "H": width, **arrays, **factors._asdict()})
     return grad_gates
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dynlm.optim.base import Coordinates, Rule, Slots
-from dynlm.optim.kernel import Fused, TracedKernels, Work, arrays_of
+from dynlm.optim.kernel import InPlaceUpdate, TracedKernels, Work, arrays_of
 from dynlm.optim.source import adjoint_kernel, numbered
 
 
@@ -21,32 +21,30 @@ class FusedAdjoint:
     """Stands in for ``Rule.flat_step`` in ``Rule.update``: differentiable once in θ, θ0, g, the state and φ."""
 
     def __init__(self, rule: Rule) -> None:
-        self.rule, self.forwards = rule, Fused(rule)
+        self.rule, self.forwards = rule, InPlaceUpdate(rule)
         self.kernels = TracedKernels(rule, adjoint_kernel)
 
     def __call__(self, w: Coordinates, slots: Slots, context_N: Tensor) -> tuple[Tensor, Slots]:
-        work = Work([w], [slots], context_N[None], 0, None)
-        if not (self.forwards.serves(work) and self.kernels(len(w.row), len(w.col)).builds(w.theta.dtype)):
+        there = w._replace(theta=w.theta.detach().clone(), theta0=w.theta0.detach(), grad=w.grad.detach())
+        new = tuple(slot.detach().clone() for slot in slots)
+        done = self.forwards.fused(Work([there], [new], context_N.detach()[None], 0, None))
+        if not done or not self.kernels(len(w.row), len(w.col)).builds(w.theta.dtype):
             return self.rule.flat_step(w, slots, context_N)
-        theta, *new = _Node.apply(self, w, context_N, w.theta, w.theta0, w.grad, *slots)  # type: ignore[no-untyped-call]
-        return theta, tuple(new)
+        moving = context_N, w.theta, w.theta0, w.grad, *slots
+        theta, *new_slots = _Node.apply(self, w, (there.theta, *new), *moving)  # type: ignore[no-untyped-call]
+        return theta, tuple(new_slots)
 
 
 class _Node(torch.autograd.Function):
-    """(context, θ, θ0, g, state) ↦ (new θ, new state)."""
+    """(context, θ, θ0, g, state) ↦ (new θ, new state), which are worked out already."""
 
     @staticmethod
-    def forward(
-        ctx: Any, fused: FusedAdjoint, w: Coordinates, context_N: Tensor, *moving: Tensor
-    ) -> tuple[Tensor, ...]:
-        theta, theta0, grad, *slots = (t.detach() for t in moving)
-        new, new_slots = theta.clone(), tuple(slot.clone() for slot in slots)
-        there = w._replace(theta=new, theta0=theta0, grad=grad)
-        fused.forwards.step(there, new_slots, context_N.detach())
+    def forward(ctx: Any, fused: FusedAdjoint, w: Coordinates, new: Slots, *moving: Tensor) -> Slots:
+        context_N, theta, theta0, grad, *slots = (t.detach() for t in moving)
         ctx.fused, ctx.n_slots, ctx.n_row = fused, len(slots), len(w.row)
         # all that is large is saved, not kept: so a checkpoint can drop it
         ctx.save_for_backward(context_N, theta, theta0, w.rms, grad, *slots, *w.row, *w.col)
-        return new, *new_slots
+        return new
 
     @staticmethod
     @once_differentiable
@@ -60,4 +58,4 @@ class _Node(torch.autograd.Function):
         adjoint_arrays = {"d_theta": d_theta, **numbered("d_slot", d_slots), "d_grad": d_grad, "d_theta0": d_theta0}
         context = {"threads": threads, "context": context_N, "context_grad": d_context}
         ctx.fused.kernels(len(w.row), len(w.col))({**context, **arrays_of(w, tuple(slots)), **adjoint_arrays})
-        return None, None, d_context.sum(0).to(context_N), d_theta, d_theta0, d_grad, *d_slots
+        return None, None, None, d_context.sum(0).to(context_N), d_theta, d_theta0, d_grad, *d_slots

@@ -7,8 +7,6 @@ for other dtypes, or with ``DYNLM_KERNEL=eager``. Plain references: ``Rule.updat
 
 from __future__ import annotations
 
-import abc
-import os
 from collections.abc import Callable, Hashable, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -36,7 +34,7 @@ class TracedKernels:
         self._printed: dict[Hashable, Kernel] = {}
 
     def __call__(self, n_row: int, n_col: int, **options: Any) -> Kernel:
-        key = (n_row, n_col, *options.values())
+        key = (n_row, n_col, *sorted(options.items()))
         if key not in self._printed:
             self._printed[key] = self.printer(trace_step(self.rule, n_row, n_col), **options)
         return self._printed[key]
@@ -66,115 +64,10 @@ class Work(NamedTuple):
         return supported(*(w.theta for w in self.ws)) and all(t.is_contiguous() for t in changing)
 
 
-class Backend(abc.ABC):
-    """One way of doing an update."""
-
-    def __init__(self, rule: Rule) -> None:
-        self.rule = rule
-
-    @abc.abstractmethod
-    def serves(self, work: Work) -> bool:
-        """Return whether this backend can do it."""
-
-    def run(self, work: Work) -> None:
-        """Do it, one tensor at a time."""
-        for number, (w, slots, context_N) in enumerate(zip(work.ws, work.slots, work.context_nN, strict=True)):
-            before = None if work.scales is None else w.theta.clone()
-            for place, (slot, new) in enumerate(zip(slots, self.step(w, slots, context_N), strict=False)):
-                slot.copy_(rounded(new, slot.dtype, work.age, number, place))
-            if work.scales and before is not None:
-                lr, keep = work.scales[number]
-                w.theta.sub_(before).mul_(lr).add_(before, alpha=keep)
-
-    @abc.abstractmethod
-    def step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> Slots:
-        """Write the new weights of one tensor, and return its new slots where they are not written yet."""
-
-
-class Fused(Backend):
-    """C traced from the rule's step: all tensors in one pass over their memory."""
-
-    def __init__(self, rule: Rule) -> None:
-        super().__init__(rule)
-        self.kernels = TracedKernels(rule, update_kernel)
-
-    def kernel(self, work: Work) -> Kernel:
-        w, slots = work.ws[0], work.slots[0]
-        state = "bf16" if slots and slots[0].dtype == torch.bfloat16 else "T"
-        return self.kernels(len(w.row), len(w.col), state=state, scaled=work.scales is not None)
-
-    def serves(self, work: Work) -> bool:
-        return self.rule.traceable and work.in_c() and self.kernel(work).builds(work.context_nN.dtype)
-
-    def run(self, work: Work) -> None:
-        each = [arrays_of(w, slots) for w, slots in zip(work.ws, work.slots, strict=True)]
-        for of_tensor, scale in zip(each, work.scales or (), strict=False):
-            of_tensor.update(lr=scale.lr, keep=scale.keep)
-        self.kernel(work)({"threads": torch.get_num_threads(), "age": work.age, "context": work.context_nN}, each)
-
-    def step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> Slots:
-        self.run(Work([w], [slots], context_N[None], 0, None))
-        return ()
-
-
-class Own(Backend):
-    """The C that a rule brings for a single tensor, which writes the slots itself."""
-
-    def __init__(self, rule: Rule) -> None:
-        super().__init__(rule)
-        self.kernels: dict[Hashable, Kernel | None] = {}
-
-    def kernel(self, w: Coordinates) -> Kernel | None:
-        shape = len(w.row), len(w.col)
-        if shape not in self.kernels:
-            self.kernels[shape] = self.rule.step_kernel(*shape)
-        return self.kernels[shape]
-
-    def serves(self, work: Work) -> bool:
-        if self.rule.traceable or not work.in_c() or any(slot.dtype != work.context_nN.dtype for slot in work.slots[0]):
-            return False  # it has no slots of half precision
-        kernel = self.kernel(work.ws[0])
-        return kernel is not None and kernel.builds(work.context_nN.dtype)
-
-    def step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> Slots:
-        kernel = self.kernel(w)
-        assert kernel is not None
-        kernel({"threads": torch.get_num_threads(), "context": context_N, **arrays_of(w, slots)})
-        return ()
-
-
-class Plain(Backend):
-    """The rule's step as it is."""
-
-    def serves(self, work: Work) -> bool:
-        return True
-
-    def step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> Slots:
-        theta, new_slots = self.rule.flat_step(w, tuple(slot.to(w.theta.dtype) for slot in slots), context_N)
-        w.theta.copy_(theta)
-        return new_slots
-
-
-class TorchCompiled(Plain):
-    """``torch.compile`` makes one kernel of it: Triton on a GPU, anything with ``DYNLM_KERNEL=torch``."""
-
-    compiled: Callable[[Coordinates, Slots, Tensor], Slots] | None = None
-
-    def serves(self, work: Work) -> bool:
-        chosen, on_gpu = os.environ.get("DYNLM_KERNEL"), work.context_nN.is_cuda
-        asked = chosen == "torch" or (chosen != "eager" and on_gpu and find_spec("triton") is not None)
-        return self.rule.traceable and asked
-
-    def step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> Slots:
-        if self.compiled is None:
-            self.compiled = torch.compile(super().step, dynamic=True)
-        return self.compiled(w, slots, context_N)
-
-
 class InPlaceUpdate:
-    """Applies a rule in place, by the first backend that serves. Holds no state of the rule's.
+    """Applies a rule in place. Its backends are asked in turn to do it and say whether they have.
 
-    ``compiled``: None takes the fastest backend there is, False torch alone, and with True a missing compiler is an
+    Holds no state of the rule's. ``compiled``: False leaves the plain backend alone; with True a missing compiler is an
     error.
     """
 
@@ -183,8 +76,11 @@ class InPlaceUpdate:
         if compiled and (reason := why_not()):
             raise InputError(f"read.kernel is 'compiled', but {reason}: install gcc, or use 'auto'")
         kernel_choice()  # a wrong one is told before anything is read
-        kinds = (Plain,) if compiled is False else (Fused, Own, TorchCompiled, Plain)
-        self.backends: list[Backend] = [kind(rule) for kind in kinds]
+        fast = [] if compiled is False else [self.fused, self.own, self.torch_compiled]
+        self.backends = [*fast, self.plain]
+        self.kernels = TracedKernels(rule, update_kernel)
+        self._own: dict[Hashable, Kernel | None] = {}
+        self._compiled: Callable[[Coordinates, Slots, Tensor], Slots] | None = None
         self._known: tuple[object, Shared] | None = None
 
     @torch.no_grad()
@@ -209,17 +105,79 @@ class InPlaceUpdate:
         ]
         scales = scales if scales and any(scale != Scale() for scale in scales) else None
         work = Work(ws, state.slots, context_nN.to(thetas[0].dtype), state.clock.step, scales)
-        next(backend for backend in self.backends if backend.serves(work)).run(work)
+        next(backend for backend in self.backends if backend(work))  # who has done it is the last to be asked
         return seen
 
     def _shared(self, priors: Sequence[Prior], seen: Seen, step: int) -> Shared:
-        """What the context reads. What it says of the priors is made once, as they do not change while reading."""
+        """Return what the context reads. What it says of the priors is made once: they stay as they are."""
         scalars = seen.scalars
-        key = scalars.dtype, scalars.device, [(p.name, p.mean_rms, p.relative_rms) for p in priors]
+        key = scalars.dtype, scalars.device, [(self.rule.index_of(p), p.mean_rms, p.relative_rms) for p in priors]
         if self._known is None or self._known[0] != key:
             self._known = key, self.rule.shared(priors, scalars, [step])
         now = torch.tensor([step], dtype=torch.float64, device=scalars.device)
         return self._known[1]._replace(scalars=scalars, step=now)
+
+    def fused(self, work: Work) -> bool:
+        """Run C traced from the rule's step: all tensors in one pass over their memory."""
+        if not (self.rule.traceable and work.in_c()):
+            return False
+        w, slots = work.ws[0], work.slots[0]
+        state = "bf16" if slots and slots[0].dtype == torch.bfloat16 else "T"
+        kernel = self.kernels(len(w.row), len(w.col), state=state, scaled=work.scales is not None)
+        if not kernel.builds(w.theta.dtype):
+            return False
+        each = [arrays_of(*of_tensor) for of_tensor in zip(work.ws, work.slots, strict=True)]
+        for arrays, scale in zip(each, work.scales or (), strict=False):
+            arrays.update(lr=scale.lr, keep=scale.keep)
+        kernel({"threads": torch.get_num_threads(), "age": work.age, "context": work.context_nN}, each)
+        return True
+
+    def own(self, work: Work) -> bool:
+        """Run the C that a rule brings for one tensor, which writes its slots itself, none of half precision."""
+        w, slots = work.ws[0], work.slots[0]
+        if self.rule.traceable or not work.in_c() or any(slot.dtype != w.theta.dtype for slot in slots):
+            return False
+        shape = len(w.row), len(w.col)
+        if shape not in self._own:
+            self._own[shape] = self.rule.step_kernel(*shape)
+        kernel = self._own[shape]
+        if kernel is None or not kernel.builds(w.theta.dtype):
+            return False
+
+        def step(w: Coordinates, slots: Slots, context_N: Tensor) -> Slots:
+            kernel({"threads": torch.get_num_threads(), "context": context_N, **arrays_of(w, slots)})
+            return ()
+
+        return _one_by_one(work, step)
+
+    def torch_compiled(self, work: Work) -> bool:
+        """Let ``torch.compile`` make one kernel of the step: Triton on a GPU, anything with ``DYNLM_KERNEL=torch``."""
+        triton = work.context_nN.is_cuda and find_spec("triton") is not None
+        if not self.rule.traceable or not (kernel_choice() == "torch" or (kernel_choice() != "eager" and triton)):
+            return False
+        self._compiled = self._compiled or torch.compile(self._step, dynamic=True)
+        return _one_by_one(work, self._compiled)
+
+    def plain(self, work: Work) -> bool:
+        """Take the rule's step as it is."""
+        return _one_by_one(work, self._step)
+
+    def _step(self, w: Coordinates, slots: Slots, context_N: Tensor) -> Slots:
+        theta, new_slots = self.rule.flat_step(w, tuple(slot.to(w.theta.dtype) for slot in slots), context_N)
+        w.theta.copy_(theta)
+        return new_slots
+
+
+def _one_by_one(work: Work, step: Callable[[Coordinates, Slots, Tensor], Slots]) -> bool:
+    """Go by a ``step`` that writes the weights of one tensor, and returns its new slots if it has not written them."""
+    for number, (w, slots, context_N) in enumerate(zip(work.ws, work.slots, work.context_nN, strict=True)):
+        before = w.theta.clone() if work.scales else w.theta
+        for place, (slot, new) in enumerate(zip(slots, step(w, slots, context_N), strict=False)):
+            slot.copy_(rounded(new, slot.dtype, work.age, number, place))
+        if work.scales:
+            lr, keep = work.scales[number]
+            w.theta.sub_(before).mul_(lr).add_(before, alpha=keep)
+    return True
 
 
 def arrays_of(w: Coordinates, slots: Slots) -> dict[str, Tensor | float]:

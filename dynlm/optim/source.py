@@ -93,7 +93,7 @@ def update_kernel(traced: Traced, state: Literal["T", "bf16"] = "T", scaled: boo
         f"{slot}[i] = {f'narrow({v}, seed + {k} * 0xC2B2AE3Du, (uint32_t)i)' if half else v};"
         for k, (slot, v) in enumerate(zip(slots, rest, strict=True))
     ]
-    seed = "const uint32_t seed = (uint32_t)age * 0x9E3779B1u + (uint32_t)k * 0x85EBCA77u;" if half else "(void)age;"
+    seed = "const uint32_t seed = (uint32_t)(long)age * 0x9E3779B1u + (uint32_t)k * 0x85EBCA77u;" if half else ""
     body = f"""
   #pragma omp parallel num_threads(threads)
   for (long k = 0; k < n; k++) {{
@@ -118,7 +118,7 @@ def update_kernel(traced: Traced, state: Literal["T", "bf16"] = "T", scaled: boo
     return Kernel(
         "step",
         body,
-        (Long("threads"), Long("age"), Array("context", f"n, {traced.n_context}")),
+        (Long("threads"), Double("age"), Array("context", f"n, {traced.n_context}")),
         (
             *map(Long, "RC"),
             *map(Double, ("lr", "keep") if scaled else ()),

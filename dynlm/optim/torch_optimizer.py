@@ -268,8 +268,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         tensors = [s["tensor"] for s in states] if rule.tensor_width else [t.new_empty(0) for t in thetas]
         now = Clock(states[0]["step"] + 1, clock.loss, clock.baseline)
         state = RuleState(slots, rule.join_memory(parts, self._memory_kind), torch.stack(tensors), now)
-        update = self._update_on(thetas[0].device)
-        update(thetas, [a.grad for a in batch], state, priors, [a.scale for a in batch])
+        grads, scales = [a.grad for a in batch], [a.scale for a in batch]
+        self._update_on(thetas[0].device)(thetas, grads, state, priors, scales)
         parts = rule.split_memory(state.memory, len(batch))
         for own, part, tensor in zip(states, parts, state.tensors, strict=True):
             own |= {"step": now.step} | {f"memory{k}": m for k, m in enumerate(part)}

@@ -73,7 +73,10 @@ def test_steps_equal_the_functional_update(name, kernel, monkeypatch):
 
 
 @for_rules
-def test_groups_have_their_own_rate_and_decay_and_are_seen_together(name):
+@pytest.mark.parametrize("kernel", ["eager", pytest.param("compiled", marks=needs_compiler)])
+def test_groups_have_their_own_rate_and_decay_and_are_seen_together(name, kernel, monkeypatch):
+    if kernel == "compiled":
+        monkeypatch.delenv("DYNLM_KERNEL")
     a, b, c, d = parameters = make_parameters()
     unit = moved(name).reference_lr
     groups = [{"params": [a, b], "lr": 0.5 * unit}, {"params": [c], "weight_decay": 0.1 / unit}]

@@ -5,8 +5,9 @@ The public names load their modules when first used; importing the package runs 
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from dynlm.lazy import lazy
 
 __version__ = "0.1.0"
 
@@ -45,26 +46,22 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from dynlm.types import Article as Article
     from dynlm.types import InputError as InputError
 else:
-    _HOME = {
-        "dynlm.data.articles": ("load_corpus",),
-        "dynlm.models.causal": ("load_model",),
-        "dynlm.models.lstm": ("LSTMForCausalLM",),
-        "dynlm.optim.base": ("Rule",),
-        "dynlm.optim.torch_optimizer": ("LearnedOptimizer",),
-        "dynlm.session.api": ("audit", "evaluate", "meta_train", "tune"),
-        "dynlm.session.evaluation": ("Results",),
-        "dynlm.session.reader": ("Reader",),
-        "dynlm.session.reading": ("Reading",),
-        "dynlm.types": ("Article", "InputError"),
-    }
-
-    def __getattr__(name):
-        if name == "rules":
-            return importlib.import_module("dynlm.rules")
-        for module, names in _HOME.items():
-            if name in names:
-                return getattr(importlib.import_module(module), name)
-        raise AttributeError(f"module 'dynlm' has no attribute {name!r}")
+    __getattr__ = lazy(
+        __name__,
+        {
+            "dynlm.data.articles": ("load_corpus",),
+            "dynlm.models.causal": ("load_model",),
+            "dynlm.models.lstm": ("LSTMForCausalLM",),
+            "dynlm.optim.base": ("Rule",),
+            "dynlm.optim.torch_optimizer": ("LearnedOptimizer",),
+            "dynlm.rules": (),
+            "dynlm.session.api": ("audit", "evaluate", "meta_train", "tune"),
+            "dynlm.session.evaluation": ("Results",),
+            "dynlm.session.reader": ("Reader",),
+            "dynlm.session.reading": ("Reading",),
+            "dynlm.types": ("Article", "InputError"),
+        },
+    )
 
     def __dir__():
         return [*__all__, "__version__"]

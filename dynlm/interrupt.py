@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from types import FrameType, TracebackType
+from typing import Self
 
 
 class Interrupted(KeyboardInterrupt):
@@ -16,15 +17,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruptible:
-    """Inside, the first SIGINT or SIGTERM only sets ``asked``, for the work to look at between steps."""
+    """Inside, the first signal that ends a process only sets ``asked``, for the work to look at between steps."""
 
     asked: int = 0
     """the signal's number, 0 without one"""
 
-    def __enter__(self) -> Interruptible:
+    def __enter__(self) -> Self:
         self._before = {}
         with contextlib.suppress(ValueError):  # not in the main thread, which alone gets signals
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in self.signals():
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -33,6 +34,10 @@ class Interruptible:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def signals(self) -> list[int]:
+        """Return the signals to take: Ctrl-C, and SIGTERM, which schedulers and containers send."""
+        return [signal.SIGINT, signal.SIGTERM]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.asked:

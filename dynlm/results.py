@@ -217,9 +217,8 @@ class Summary(TypedDict):
 
 
 class Circumstances(TypedDict):
-    """What was read, with what."""
+    """What was read with, and how much."""
 
-    data: Data
     reset: str
     segment: Count
     model: Model
@@ -234,6 +233,7 @@ class Circumstances(TypedDict):
 class Results(Circumstances):
     """All of it."""
 
+    data: Data
     methods: dict[str, MethodResult]
     seeds: NotRequired[dict[str, Seeds]]
     comparisons: NotRequired[list[Comparison]]

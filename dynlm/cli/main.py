@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import logging
 import os
 import re
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
+from functools import partial
 from importlib import import_module, resources
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dynlm
 from dynlm.claim import claim, recover
-from dynlm.cli.terminal import tell, usage_errors
+from dynlm.cli.terminal import noted, tell, usage_errors
 from dynlm.interrupt import Interrupted
 from dynlm.progress import hush_libraries, set_quiet
 from dynlm.runs import Json, Run
@@ -104,7 +104,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dynlm {dynlm.__version__}")
         return 0
     hush_libraries()
-    _hear_library(arguments[0])
     try:
         _run(arguments[0], arguments[1:])
     except InputError as error:
@@ -126,29 +125,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell("interrupted: what was finished is whole, the rest was not saved")
         return 130
     return 0
-
-
-class _Told(logging.Handler):
-    """Shows what the library logs as notes: of a stage in its log, of `dynlm read` beside the text."""
-
-    reads = False
-
-    def emit(self, record: logging.LogRecord) -> None:
-        note = f"note: {record.getMessage()}"
-        if self.reads:
-            tell(note)
-        else:
-            print(note, flush=True)
-
-
-TOLD = _Told()
-
-
-def _hear_library(command: str) -> None:
-    TOLD.reads = command == "read"
-    library = logging.getLogger("dynlm")
-    library.propagate = False
-    library.addHandler(TOLD)  # once: a handler that is there is not added again
 
 
 def _usage() -> str:
@@ -179,7 +155,7 @@ def _run(name: str, arguments: list[str]) -> None:
     if recipe.resume and not command.resumes:
         raise InputError(f"`dynlm {name}` has nothing to resume: leave --resume out, or add --overwrite to start again")
     set_quiet(recipe.quiet)
-    with redirect_stdout(sys.stderr) if recipe.json else nullcontext():
+    with redirect_stdout(sys.stderr) if recipe.json else nullcontext(), noted(partial(print, flush=True)):
         print(f"run directory: {recipe.run}", flush=True)
         with nullcontext() if name == "plan" else claim(run, begins=command.begins, writes=name != "audit"):
             figures = stage(name)(recipe) or {}

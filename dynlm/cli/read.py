@@ -18,7 +18,7 @@ from typing import Annotated, BinaryIO, Literal
 import tyro
 
 from dynlm.cli.stop import Stop, Stopped
-from dynlm.cli.terminal import Color, Screen, Theme, tell, usage_errors
+from dynlm.cli.terminal import Color, Screen, Theme, noted, tell, usage_errors
 from dynlm.data.texts import STDIN, Text, read_texts
 from dynlm.progress import Bar
 from dynlm.session.reader import Reader
@@ -121,6 +121,7 @@ def _let_go_of_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+@noted(tell)
 def read(settings: ReadSettings, stdin: BinaryIO | None = None) -> Totals:
     """Read all texts, show them, and write what was asked for; after an error and a signal too, of what was read.
 
@@ -248,18 +249,17 @@ def _reader(settings: ReadSettings) -> Reader:
         return Reader(load_session(settings.run, settings.resets, light=True), settings.rule, spacing=settings.spacing)
     if settings.run:
         raise InputError(f"--model {settings.model} and --run {settings.run}: give one of them")
-    from dynlm.session.ready import ready_session, untuned_rule  # transformers, which takes seconds
-
     try:
-        session = ready_session(
+        return Reader.of_model(
             settings.model,
+            settings.rule,
+            lr=settings.lr,
+            spacing=settings.spacing,
             reset=settings.resets,
             carry=settings.carry,
             lora_rank=settings.lora_rank,
             prior_text=settings.prior_text,
-            learns=settings.rule != "static",
         )
-        return Reader(session, untuned_rule(settings.rule or "rms", session, settings.lr), spacing=settings.spacing)
     except InputError as error:
         message = str(error)
         for of_library, flag in FLAGS:

@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 from collections.abc import Iterable, Iterator
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
+
+from dynlm.interrupt import Interruptible
 
 
 class Stopped(Exception):  # noqa: N818 (not an error)
     """Reading was interrupted between two segments: all that was read is whole."""
 
 
-class Stop:
+class Stop(Interruptible):
     """Signals that end a process as a wish: while text is waited for it ends at once, else after the segment. A second
     one is Ctrl-C.
 
-    Taken are Ctrl-C, SIGTERM, which schedulers and containers send, and SIGHUP, which a closing terminal sends.
+    Taken is SIGHUP too, which a closing terminal sends; a hang-up that ``nohup`` ignores stays ignored.
     """
 
-    def __init__(self) -> None:
-        self.waits, self.asked = False, 0
-        """``asked``: the number of the signal, 0 without one"""
+    waits = False
 
-    def __enter__(self) -> Stop:
-        self.before: dict[int, Any] = {}
-        with contextlib.suppress(ValueError):  # not in the main thread, which alone is interrupted
-            for number in _signals():
-                self.before[number] = signal.signal(number, self._handle)
-        return self
+    def signals(self) -> list[int]:
+        hang_up = getattr(signal, "SIGHUP", None)  # not on Windows
+        heard = hang_up is not None and signal.getsignal(hang_up) is not signal.SIG_IGN
+        return [*super().signals(), *([hang_up] if heard and hang_up is not None else [])]
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         again, self.asked = self.asked, number
         if self.waits or again:
             raise KeyboardInterrupt
@@ -66,10 +56,3 @@ class Stop:
             if chunk is None:
                 return
             yield chunk
-
-
-def _signals() -> list[int]:
-    """Those to take; a hang-up that ``nohup`` ignores stays ignored."""
-    hang_up = getattr(signal, "SIGHUP", None)  # not on Windows
-    heard = hang_up is not None and signal.getsignal(hang_up) is not signal.SIG_IGN
-    return [signal.SIGINT, signal.SIGTERM, *([hang_up] if heard and hang_up is not None else [])]

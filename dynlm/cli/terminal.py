@@ -6,10 +6,11 @@ Lines are broken by the terminal, not here: it does so again when its width chan
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from typing import Literal, TextIO
 
@@ -32,6 +33,30 @@ LIGHT_BACKGROUNDS = {7, 9, 10, 11, 12, 13, 14, 15}
 def tell(message: str) -> None:
     """One line for the person, on standard error."""
     print(f"dynlm: {printable(message)}", file=sys.stderr, flush=True)
+
+
+class _Notes(logging.Handler):
+    """Says what the library logs."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self.say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(f"note: {record.getMessage()}")
+
+
+@contextmanager
+def noted(say: Callable[[str], None]) -> Iterator[None]:
+    """Inside, say what the library logs, as notes: a stage in its log, ``dynlm read`` beside the text."""
+    library, handler = logging.getLogger("dynlm"), _Notes(say)
+    propagated, library.propagate = library.propagate, False
+    library.addHandler(handler)
+    try:
+        yield
+    finally:
+        library.removeHandler(handler)
+        library.propagate = propagated
 
 
 @contextmanager

@@ -5,8 +5,9 @@ The public names load their modules when first used.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from dynlm.lazy import lazy
 
 __all__ = ["LearnedOptimizer", "Range", "columns", "load", "push_to_hub", "register", "save_pretrained", "scalar"]
 
@@ -20,14 +21,17 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from dynlm.optim.sharing import save_pretrained as save_pretrained
     from dynlm.optim.torch_optimizer import LearnedOptimizer as LearnedOptimizer
 else:
-    _HOME = dict.fromkeys(("push_to_hub", "save_pretrained"), "dynlm.optim.sharing") | {"load": "dynlm.optim.hub"}
-    _HOME |= {"LearnedOptimizer": "dynlm.optim.torch_optimizer", "columns": "dynlm.optim.base"}
-    _HOME |= {"scalar": "dynlm.optim.handmade", "Range": "dynlm.optim.registry", "register": "dynlm.optim.registry"}
-
-    def __getattr__(name):
-        if name in _HOME:
-            return getattr(importlib.import_module(_HOME[name]), name)
-        raise AttributeError(f"module 'dynlm.optim' has no attribute {name!r}")
+    __getattr__ = lazy(
+        __name__,
+        {
+            "dynlm.optim.base": ("columns",),
+            "dynlm.optim.handmade": ("scalar",),
+            "dynlm.optim.hub": ("load",),
+            "dynlm.optim.registry": ("Range", "register"),
+            "dynlm.optim.sharing": ("push_to_hub", "save_pretrained"),
+            "dynlm.optim.torch_optimizer": ("LearnedOptimizer",),
+        },
+    )
 
     def __dir__():
-        return [*globals(), *_HOME]
+        return [*globals(), *__all__]

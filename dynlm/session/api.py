@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from dynlm.session.reader import Reader
 from dynlm.session.ready import given_session, untuned_rule
 from dynlm.session.session import Session
 from dynlm.settings import build
-from dynlm.types import Article, InputError
+from dynlm.types import Article, InputError, TokenizedArticle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,10 +132,8 @@ def meta_train(
     wanted = RULES[config.rule].start
     if start.name != wanted:
         raise InputError(f"start is a rule {start.name!r}: {config.rule} begins at {wanted}, tuned by dynlm.tune")
-    texts, held_back = divide_meta_split(session.tokenize(as_articles(articles)), config)
-    rule = start_rule(config.rule, start.settings(), session.priors, config.seed, config.hidden)
-    reader, start_id, tokens = session.reader(rule), session.tokenizer.start_id, sum(map(len, held_back))
-    trainer = MetaTrainer(reader, texts, start_id, config, session.fingerprints(start)["model"])
+    texts, model = session.tokenize(as_articles(articles)), session.fingerprints(start)["model"]
+    trainer, validate = rule_trainer(session, texts, start.settings(), config, model)
     with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
         run = runs.Run(place)
         run.path.mkdir(parents=True, exist_ok=True)
@@ -144,16 +142,28 @@ def meta_train(
         def save_best(best: Rule, progress: MetaProgress, new: Changes) -> None:
             save_rule(best, new.at(run.rule(config.rule)), {**made, "progress": progress._asdict()})
 
-        progress = meta_training(
-            trainer, lambda: read_articles(reader, held_back, start_id).nats / tokens, run, save_best, resume
-        )
+        progress = meta_training(trainer, validate, run, save_best, resume)
         with changing(run.path) as new:
             save_best(trainer.best, progress, new)
             new.remove(run.checkpoint("meta-train"))
-    reader.restore()
+    trainer.reader.restore()
     best = trainer.best
     best.made = {**made, "progress": progress._asdict()}
     return best
+
+
+def rule_trainer(
+    session: Session, articles: Sequence[TokenizedArticle], start: dict[str, float], config: MetaConfig, model: str
+) -> tuple[MetaTrainer, Callable[[], float]]:
+    """Return the trainer of a learned rule that begins at ``start``, and what reads the articles that choose φ.
+
+    ``start`` are the settings of the tuned rule, ``model`` is the fingerprint that checkpoints keep; nats per token.
+    """
+    texts, held_back = divide_meta_split(articles, config)
+    reader = session.reader(start_rule(config.rule, start, session.priors, config.seed, config.hidden))
+    start_id, tokens = session.tokenizer.start_id, sum(map(len, held_back))
+    trainer = MetaTrainer(reader, texts, start_id, config, model)
+    return trainer, lambda: read_articles(reader, held_back, start_id).nats / tokens
 
 
 def audit(reader: Readable, article: Source, later: Source, *, quick: bool = False) -> list[Verdict]:
@@ -209,8 +219,7 @@ def _texts(source: Source) -> Iterable[Article | Text]:
 
 def _own_methods(source: object, session: Session) -> list[str | Rule]:
     if isinstance(source, Reader):
-        held = next((name for name in session.held() if name == source.rule.name), None)
-        return [held or source.rule] if source.rule.name != "static" else []
+        return [source.rule] if source.rule.name != "static" else []
     return [*session.held()] or ["rms"]
 
 

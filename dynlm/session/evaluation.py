@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import platform
 from collections import Counter
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -28,6 +29,7 @@ from dynlm.evaluation.tap import TappedReader
 from dynlm.methods import Method
 from dynlm.progress import Bar
 from dynlm.report.html import write_report
+from dynlm.session.reading import frame
 from dynlm.session.session import Session, model_fingerprint
 from dynlm.stamps import fingerprint_files
 from dynlm.types import Article, DivergedError, InputError, TokenizedArticle
@@ -35,6 +37,7 @@ from dynlm.types import Article, DivergedError, InputError, TokenizedArticle
 if TYPE_CHECKING:
     import pandas
 
+log = logging.getLogger("dynlm")
 Column = Literal["bits_per_byte", "gain_nats_per_token", "word_ppl", "token_ppl", "nats", "tokens_per_s"]
 Read = Callable[[str, Reader, list[TokenizedArticle]], Scores]
 """(method, its reader, articles): every loss"""
@@ -89,19 +92,8 @@ class Results:
         Raises:
             InputError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError:
-            raise InputError("pandas is not installed: install it, or use the figures in `data`") from None
-        columns: tuple[Column, ...] = (
-            "bits_per_byte",
-            "gain_nats_per_token",
-            "word_ppl",
-            "token_ppl",
-            "nats",
-            "tokens_per_s",
-        )
-        return pandas.DataFrame({name: [self[m][name] for m in self.methods] for name in columns}, index=self.methods)
+        columns: tuple[Column, ...] = get_args(Column)
+        return frame({name: [self[method][name] for method in self.methods] for name in columns}, self.methods)
 
     def save(self, folder: str | Path) -> None:
         """Write FOLDER/evaluate/results.json and, beside it, every loss (dynlm.evaluation.compare)."""
@@ -128,7 +120,7 @@ def evaluate_readers(
     train_texts: Iterable[str] = (),
     gate_articles: int = 8,
     read: Read | None = None,
-    note: Callable[[str], None] = print,
+    about: results.Data | None = None,
 ) -> Results:
     """Read ``texts`` with every reader; a method that diverges is left out, with a note.
 
@@ -137,6 +129,7 @@ def evaluate_readers(
         train_texts: the text that the model was trained on, for the gain by how often it holds a word.
         gate_articles: of how many articles COPY, UPDATE and FLUSH are recorded.
         read: reads with one method; it may take what was kept from before.
+        about: where the texts come from, as results.json says it; they are given, without it.
 
     Raises:
         InputError: no text, no ``static``.
@@ -158,10 +151,10 @@ def evaluate_readers(
             if name == "static":
                 raise
             diverged[name] = str(error)
-            note(f"note: {name} diverged and is left out: {error}")
+            log.warning(f"{name} diverged and is left out: {error}")
     lost = lost_share(tokenizer, (session.spaced(text).text for text in texts))
     if lost:
-        note(f"note: the tokenizer loses {lost:.2%} of the text, so bits per byte are not given")
+        log.warning(f"the tokenizer loses {lost:.2%} of the text, so bits per byte are not given")
     counts = count(articles)
     described = {name: describe(name, readers[name].rule, settings_of(readers[name])) for name in scores}
     summary = summarize(scores, described, counts, lossless=not lost)
@@ -169,7 +162,8 @@ def evaluate_readers(
     config = session.config
     breakdowns = break_down(scores, Reading(articles, tokenizer, words, config.segment, config.reset))
     data: results.Results = {
-        **circumstances(session, texts, counts),
+        "data": about or read_of(texts),
+        **circumstances(session, counts),
         **summary,
         "breakdowns": breakdowns,
         "diverged": diverged,
@@ -197,19 +191,25 @@ def settings_of(reader: Reader) -> dict[str, float]:
     return {**reader.rule.settings(), **{f"cache.{name}": value for name, value in of_cache.items()}}
 
 
-def circumstances(session: Session, texts: Sequence[Article], counts: Counts) -> results.Circumstances:
-    """Return what results.json says of articles, model and versions."""
+def read_of(
+    texts: Sequence[Article], source: str = "given", split: str = "test", fingerprint: str = ""
+) -> results.Data:
+    """Return what results.json says of the texts; ``fingerprint`` is that of the corpus, or else of them alone."""
+    return {
+        "source": source,
+        "split": split,
+        "titles": [text.title for text in texts],
+        "fingerprint": fingerprint or Corpus((), (), (), tuple(texts)).fingerprint,
+    }
+
+
+def circumstances(session: Session, counts: Counts) -> results.Circumstances:
+    """Return what results.json says of model, sizes and versions."""
     import transformers
 
     model, tokenizer = session.model, session.tokenizer
     prints: Mapping[str, Any] = session.stamp.fingerprints if session.stamp else {}
     return {
-        "data": {
-            "source": "given",
-            "split": "test",
-            "titles": [text.title for text in texts],
-            "fingerprint": Corpus((), (), (), tuple(texts)).fingerprint,
-        },
         "reset": session.config.reset,
         "segment": session.config.segment,
         "model": {

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from dynlm import adapt
-from dynlm.adapt import ReadConfig, Snapshot
+from dynlm.adapt import Snapshot
 from dynlm.data.spacing import Spacer
 from dynlm.data.texts import Source, Text, as_texts, encode_chunk, surfaces
 from dynlm.evaluation.tap import Tap
 from dynlm.files import replacing
 from dynlm.optim.base import Rule
 from dynlm.optim.handmade import Static
+from dynlm.optim.hub import load
 from dynlm.session.memory import copied, load_memory, save_memory
 from dynlm.session.reading import Reading
 from dynlm.session.session import Session, load_session, shipped_models
@@ -68,7 +69,7 @@ class Reader:
         self._readers: tuple[adapt.Reader, adapt.Reader] | None = None
         self._learned: list[Tensor] | None = None
         self._step: Step | None = None
-        self._depth, self._articles, self._in_word = 0, 0, False
+        self._depth = 0
 
     @classmethod
     def from_pretrained(
@@ -102,16 +103,28 @@ class Reader:
                 raise InputError(f"{name} is for a model without a run: a run's own is in its settings and rules")
             session = load_session(source, reset)
             return cls(session, _loaded(rule, session), spacing=spacing)
+        return cls.of_model(source, rule, tokenizer=tokenizer, lr=lr, spacing=spacing, reset=reset, **settings)
+
+    @classmethod
+    def of_model(
+        cls,
+        source: str | Path | PreTrainedModel,
+        rule: str | Rule = "",
+        *,
+        tokenizer: object = None,
+        lr: float = 0.0,
+        spacing: Literal["auto", "none", "wikitext"] = "auto",
+        **settings: Any,
+    ) -> Reader:
+        """Make a reader of a model of transformers, whatever else lies in its folder: see :meth:`from_pretrained`."""
         from dynlm.session.ready import given_session, ready_session, untuned_rule  # transformers, which takes seconds
 
         if isinstance(source, str | Path):
-            session = ready_session(source, reset=reset, learns=rule != "static", **settings)
+            session = ready_session(source, **settings)
         else:
-            reading = {name: settings.pop(name) for name in ("segment", "params") if name in settings}
-            session = given_session(source, tokenizer, ReadConfig(reset=reset, **reading), **settings)
-        return cls(
-            session, untuned_rule(rule or "rms", session, lr) if isinstance(rule, str) else rule, spacing=spacing
-        )
+            session = given_session(source, tokenizer, **settings)
+        found = untuned_rule(rule or "rms", session, lr) if isinstance(rule, str) else rule
+        return cls(session, found, spacing=spacing)
 
     def __repr__(self) -> str:
         return f"Reader({self.session!r}, rule {self.rule.name!r})"
@@ -149,8 +162,9 @@ class Reader:
         """Make (static, adapted): the first reads with a copy of the model, the other with a copy of the rule."""
         session = self.session
         frozen, rule = copy.deepcopy(session.model), copy.deepcopy(self.rule).requires_grad_(False)
-        static = adapt.Reader(frozen, session.scorer(frozen), Static(), session.priors, session.config)
-        return static, session.reader(rule)
+        priors = session.priors if rule.reads_gradient else session.still
+        static = adapt.Reader(frozen, session.scorer(frozen), Static(), priors, session.config)
+        return static, session.reader(rule, priors=priors)
 
     @property
     def _pair(self) -> tuple[adapt.Reader, adapt.Reader]:
@@ -168,8 +182,8 @@ class Reader:
         """
         reading = self.reading()
         with self:
-            for text in as_texts(*sources):
-                for _ in self.steps(text, reading):
+            for source in sources:
+                for _ in self.steps(source, reading):
                     pass
         reading.end()
         return reading
@@ -189,14 +203,13 @@ class Reader:
                 yield from self._steps(text, reading)
 
     def _steps(self, text: Text, reading: Reading) -> Iterator[Step]:
-        if self._articles == 0 or self.session.config.reset == "article":
+        if self.session.config.reset == "article":
             self.forget()
-        self._articles += 1
         reading.begin(text.title)
         size, previous = self.session.config.segment, self.session.tokenizer.start_id
         ids: list[int] = []
         texts: list[str] = []
-        tokens, self._in_word = self._tokens(), False
+        tokens = self._tokens()
         for chunk in text.chunks:
             new_ids, new_texts = tokens(chunk)
             ids += new_ids
@@ -312,7 +325,7 @@ class Reader:
         self._step = step = Step(texts, piece, static_S, scored, reader=adapted, tap=tap, totals=totals)
         unknown = (text for token, text in zip(ids, texts, strict=True) if token == self.session.tokenizer.unk_id)
         totals.unknown_bytes += len("".join(unknown).encode())
-        self._in_word = totals.count("".join(texts), self._in_word)
+        totals.count("".join(texts))
         totals.seconds += perf_counter() - started
         reading.add(texts, step.static, step.losses)
         return step
@@ -350,6 +363,4 @@ def _loaded(rule: str | Rule, session: Session) -> str | Rule:
         return rule
     if not Path(rule).exists() and "/" not in rule:
         return rule  # the session says what it holds
-    from dynlm.optim.hub import load
-
     return load(rule)

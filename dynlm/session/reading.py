@@ -6,10 +6,10 @@ On streams memory stays flat where neither tokens nor words are asked for; of wo
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,11 @@ class Record:
     adapted: array[float] = field(default_factory=lambda: array("f"))
     articles: list[tuple[str, int]] = field(default_factory=list)
     """(title, number of its first token)"""
+
+    def spans(self) -> list[tuple[str, int, int]]:
+        """Return (title, number of the first token, tokens) of each text."""
+        stops = [*(start for _, start in self.articles[1:]), len(self.texts)]
+        return [(title, start, stop - start) for (title, start), stop in zip(self.articles, stops, strict=True)]
 
 
 class Reading:
@@ -118,7 +123,7 @@ class Reading:
 
     def begin(self, title: str) -> None:
         """Begin a new text."""
-        self.totals.articles += 1
+        self.totals.begin()
         if self.words and self.session.config.reset == "article":
             self.words.end_text()
         if self.record:
@@ -177,7 +182,6 @@ class Reading:
         record, words = self._kept(), self.words
         if words is None:
             raise InputError("the words were not kept: read with words=True")
-        starts = [start for _, start in record.articles]
         return {
             "rule": self.rule.name,
             "provenance": self.provenance(),
@@ -187,8 +191,7 @@ class Reading:
             "words_mean": words.mean(),
             "words_limit": words.limit or None,
             "articles": [
-                {"title": title, "first_token": start, "tokens": stop - start}
-                for (title, start), stop in zip(record.articles, [*starts[1:], len(record.texts)], strict=True)
+                {"title": title, "first_token": start, "tokens": tokens} for title, start, tokens in record.spans()
             ],
             "tokens": {
                 "text": record.texts,
@@ -203,18 +206,12 @@ class Reading:
         Raises:
             InputError: the tokens were not kept, or pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError:
-            raise InputError("pandas is not installed: install it, or use to_dict()") from None
         record = self._kept()
-        starts = [start for _, start in record.articles]
-        lengths = [stop - start for start, stop in zip(starts, [*starts[1:], len(record.texts)], strict=True)]
-        titles = [title for (title, _), n in zip(record.articles, lengths, strict=True) for _ in range(n)]
+        titles = [title for title, _, tokens in record.spans() for _ in range(tokens)]
         columns = {"article": titles, "token": record.texts, "static": record.static, "adapted": record.adapted}
-        frame = pandas.DataFrame(columns)
-        frame["gain"] = frame["static"] - frame["adapted"]
-        return frame
+        rows = frame(columns)
+        rows["gain"] = rows["static"] - rows["adapted"]
+        return rows
 
     def _kept(self) -> Record:
         if self.record is None:
@@ -235,3 +232,16 @@ class Reading:
             "torch": torch.__version__,
         }
         return told | {f"rule: {name}": value for name, value in rule.settings().items()}
+
+
+def frame(columns: Mapping[str, Any], index: Sequence[str] | None = None) -> pandas.DataFrame:
+    """Return columns of equal length as a table.
+
+    Raises:
+        InputError: pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError:
+        raise InputError("pandas is not installed: install it, or use the figures as dict and JSON") from None
+    return pandas.DataFrame(columns, index=index)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dynlm.adapt import ReadConfig, Reader, Scorer, make_priors
 from dynlm.claim import recover
@@ -27,13 +27,15 @@ from dynlm.evaluation.cache import CachedReader, load_cache
 from dynlm.evaluation.stateless import StatelessScorer
 from dynlm.methods import STATELESS, STATIC, Method
 from dynlm.models.light import LightLSTM, is_light, load_light
-from dynlm.models.params import Adapted, adapted_parameters
+from dynlm.models.params import adapted_parameters
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.general import General
 from dynlm.optim.handmade import Static
 from dynlm.optim.library import load_rule
 from dynlm.optim.registry import made_by, trained
+from dynlm.optim.sharing import fingerprint
 from dynlm.runs import Json, Run, read_json, read_tensors, require_layout
+from dynlm.session.prior import read_prior
 from dynlm.settings import Positive, build, check
 from dynlm.stamps import Stamp, fingerprint_files, read_stamped, unfinished
 from dynlm.types import Article, InputError, TokenizedArticle
@@ -93,6 +95,14 @@ class Session:
     def priors(self) -> Sequence[Prior]:
         """θ0 and its static RMS, of each adapted tensor."""
         return self._priors() if callable(self._priors) else self._priors
+
+    @property
+    def still(self) -> Sequence[Prior]:
+        """The priors of a reader that learns nothing: θ0 alone where its static RMS is not known yet."""
+        if "priors" in vars(self) or not callable(self._priors):
+            return self.priors
+        adapted = adapted_parameters(self.model, self.config.params)
+        return make_priors(adapted, [torch.ones_like(a.matrix_RC) for a in adapted])
 
     @cached_property
     def score(self) -> Scorer:
@@ -196,9 +206,7 @@ class Session:
 
     def fingerprints(self, rule: Rule) -> Json:
         """Return the fingerprints of θ0 and of ``rule``."""
-        from dynlm.optim.sharing import fingerprint
-
-        return {"model": model_fingerprint(self.priors, self.model), "rule": fingerprint(rule)}
+        return {"model": model_fingerprint(self.still, self.model), "rule": fingerprint(rule)}
 
 
 def model_fingerprint(priors: Sequence[Prior], model: nn.Module | None = None) -> str:
@@ -269,18 +277,6 @@ class Known(TypedDict, total=False):
 
     spacing: Spacing
     home: Positive | None
-
-
-def read_prior(path: Path, adapted: Sequence[Adapted]) -> tuple[list[Tensor], Json]:
-    """Return the static RMS of each adapted parameter, and how it was measured.
-
-    Raises:
-        InputError: numbers of other parameters, or that no RMS can be.
-    """
-    tensors, measured = read_tensors(path)
-    layout = {a.name: a.matrix_RC for a in adapted}
-    require_layout(path, tensors, layout, least=0.0, advice=": run `dynlm tune` again, with the same read.params")
-    return [tensors[a.name].to(a.matrix_RC) for a in adapted], measured
 
 
 def _known(run: Run) -> tuple[Spacing, float | None]:

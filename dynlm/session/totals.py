@@ -43,6 +43,8 @@ class Totals:
     adapted: float = 0.0
     """nats"""
     seconds: float = 0.0
+    in_word: bool = False
+    """the stretch that was counted last ends within a word"""
 
     @property
     def gain(self) -> float:
@@ -62,14 +64,19 @@ class Totals:
         """Whether perplexities by word are worth telling."""
         return max(self.perplexity(self.static), self.perplexity(self.adapted)) < SANE_PERPLEXITY
 
-    def count(self, text: str, in_word: bool) -> bool:
-        """Count words, lines and bytes of a stretch, which may begin within a word; return whether it ends in one."""
+    def begin(self) -> None:
+        """Begin a new text."""
+        self.articles += 1
+        self.in_word = False
+
+    def count(self, text: str) -> None:
+        """Count words, lines and bytes of a stretch, which may begin and end within a word."""
         if not text:
-            return in_word
+            return
         self.bytes += len(text.encode())
         self.lines += text.count("\n")
-        self.words += len(text.split()) - (in_word and not text[0].isspace())
-        return not text[-1].isspace()
+        self.words += len(text.split()) - (self.in_word and not text[0].isspace())
+        self.in_word = not text[-1].isspace()
 
     def figures(self) -> Json:
         """The sums, and per reader nats per token, bits per byte and word perplexity (null beyond all numbers)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-from dynlm.data.tokenizers import tokenize
 from dynlm.evaluation.audit import Verdict, adds_up, verdicts
 from dynlm.results import load_results
 from dynlm.runs import Json
@@ -22,7 +21,7 @@ def audit_stage(recipe: Recipe) -> Json:
     evaluated = list(load_results(bench.run.results)["methods"]) if bench.run.results.is_file() else []
     methods = methods_of(bench.run, evaluated or config.methods)
     texts = bench.texts(config.split, config.max_articles)
-    articles = tokenize(bench.tokenizer, texts)
+    articles = bench.tokenize(texts)
     failed, checks = 0, list[Json]()
 
     def tell(method: str, verdict: Verdict) -> None:

@@ -13,7 +13,7 @@ from dynlm.optim.sharing import fingerprint
 from dynlm.report.maps import require_titles
 from dynlm.report.svg import formats
 from dynlm.results import load_results
-from dynlm.session.evaluation import evaluate_readers, read_method, report_of_run, settings_of, told
+from dynlm.session.evaluation import evaluate_readers, read_method, read_of, report_of_run, settings_of, told
 from dynlm.session.session import model_fingerprint
 from dynlm.stages.recipe import Recipe
 from dynlm.stages.run import Bench, methods_of
@@ -45,12 +45,10 @@ def evaluate(recipe: Recipe) -> runs.Json:
         save_part(path, scores, made)
         return scores
 
-    results = evaluate_readers(readers, bench, texts, train_texts=bench.train_texts(), read=read)
+    corpus = "" if bench.other else bench.stamp.fingerprints["data"]  # which the texts were compared with
+    about = read_of(texts, recipe.data.source, config.split, corpus)
+    results = evaluate_readers(readers, bench, texts, train_texts=bench.train_texts(), read=read, about=about)
     results.data["asked"] = asked
-    read_of = results.data["data"]
-    read_of["source"], read_of["split"] = recipe.data.source, config.split
-    if bench.other is None:
-        read_of["fingerprint"] = bench.corpus.fingerprint
     results.save(bench.run.path)
     print(results.table())
     report(recipe)

@@ -10,24 +10,22 @@ from functools import cached_property
 import torch
 
 from dynlm import runs
-from dynlm.adapt import make_priors, measure_priors
+from dynlm.adapt import make_priors
 from dynlm.changes import Changes, changing
 from dynlm.data.articles import Corpus, DataConfig, load_corpus, load_texts
-from dynlm.data.segments import article_segments
-from dynlm.data.tokenizers import load_tokenizer, tokenize
-from dynlm.evaluation.stream import read_articles
+from dynlm.data.tokenizers import load_tokenizer
 from dynlm.kept import free, is_finished
-from dynlm.meta.train import MetaProgress, MetaTrainer, divide_meta_split, meta_train
+from dynlm.meta.train import MetaProgress, meta_train
 from dynlm.methods import STATELESS, STATIC, Method
 from dynlm.models.causal import CausalScorer, scorer_for
 from dynlm.models.params import adapted_parameters
 from dynlm.models.ready import load_base
 from dynlm.optim.base import Prior, Rule
-from dynlm.optim.library import start_rule
 from dynlm.optim.registry import RULES
 from dynlm.optim.sharing import save_rule
-from dynlm.progress import Bar
-from dynlm.session.session import Session, open_run, read_prior
+from dynlm.session.api import rule_trainer
+from dynlm.session.prior import measured, read_prior
+from dynlm.session.session import Session, open_run
 from dynlm.stages.recipe import Recipe, recipe_of_run, require_same
 from dynlm.stamps import Stamp
 from dynlm.threads import choose_threads
@@ -95,7 +93,7 @@ class Bench(Session):
                 raise
 
     def articles(self, split: str, limit: int = 0) -> list[TokenizedArticle]:
-        return tokenize(self.tokenizer, self.texts(split, limit))
+        return self.tokenize(self.texts(split, limit))
 
     def _measured(self) -> list[Prior]:
         """θ0 and its static RMS: from the run directory, or measured and kept there."""
@@ -112,26 +110,10 @@ class Bench(Session):
             _, meta = runs.read_tensors(self.run.prior)
             if meta == settings:
                 return make_priors(adapted, read_prior(self.run.prior, adapted)[0])
-        pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for article in tokenize(self.tokenizer, _first_tokens(self.corpus.split("train"), self.recipe.prior.tokens)):
-            ids_T = article.ids_T.to(self.device)
-            pieces.extend(article_segments(ids_T, self.tokenizer.start_id, self.config.segment))
-        pieces = pieces[: max(1, self.recipe.prior.tokens // self.config.segment)]
-        with Bar(len(pieces), "static RMS of the gradient", "segment") as bar:
-            priors = measure_priors(self.model, self.score, bar.over(pieces), self.config.params)
+        train = self.corpus.split("train")
+        priors = measured(self.model, self.score, train, self.tokenizer, self.config, self.recipe.prior.tokens)
         runs.write_tensors(self.run.prior, {p.name: p.rms for p in priors}, settings)
         return priors
-
-
-def _first_tokens(articles: tuple[Article, ...], tokens: int) -> list[Article]:
-    """Enough articles for so many tokens, taking a token as one byte at the least."""
-    chosen, n_bytes = [], 0
-    for article in articles:
-        if n_bytes >= 8 * tokens:
-            break
-        chosen.append(article)
-        n_bytes += article.n_bytes
-    return chosen
 
 
 def meta_training(recipe: Recipe) -> runs.Json:
@@ -140,18 +122,11 @@ def meta_training(recipe: Recipe) -> runs.Json:
     stage = Method("meta-train", recipe.meta.seed).stem
     target, checkpoint = bench.run.rule(str(Method(kind, recipe.meta.seed))), bench.run.checkpoint(stage)
     free(target, recipe, checkpoint)
-    articles, held_back = divide_meta_split(bench.articles("meta"), recipe.meta)
-    start = bench.rule(RULES[kind].start).settings()
-    rule = start_rule(kind, start, bench.priors, recipe.meta.seed, recipe.meta.hidden)
-    reader, stamp = bench.reader(rule), bench.finished()
-    trainer = MetaTrainer(reader, articles, bench.tokenizer.start_id, recipe.meta, stamp["model"])
-    tokens, kept = sum(map(len, held_back)), is_finished(target)
+    start, stamp, kept = bench.rule(RULES[kind].start).settings(), bench.finished(), is_finished(target)
+    trainer, validate = rule_trainer(bench, bench.articles("meta"), start, recipe.meta, stamp["model"])
     if not recipe.resume and checkpoint.exists():
         with changing(bench.run.path) as new:
             new.remove(checkpoint)
-
-    def validate() -> float:
-        return read_articles(reader, held_back, bench.tokenizer.start_id).nats / tokens
 
     def save_best(best: Rule, progress: MetaProgress, new: Changes, finished: bool = False) -> None:
         if finished or not kept:  # an earlier rule stays until this one is finished
@@ -159,7 +134,7 @@ def meta_training(recipe: Recipe) -> runs.Json:
             save_rule(best, new.at(target), {**made, **stamp, "finished": finished})
 
     progress = meta_train(trainer, validate, bench.run, save_best, recipe.resume, stage)
-    reader.restore()
+    trainer.reader.restore()
     with changing(bench.run.path) as new:
         save_best(trainer.best, progress, new, finished=True)
         new.remove(checkpoint)

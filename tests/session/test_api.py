@@ -215,6 +215,23 @@ def test_a_model_of_transformers_is_read_from_its_folder_and_from_memory(ready, 
         dynlm.Reader.from_pretrained(model, rule="rms", tokenizer="ordinary")
 
 
+def test_a_reader_that_learns_nothing_leaves_the_prior_to_those_that_do(ready):
+    """Its own reading needs none; the rules that are compared with it later get the measured one."""
+    still = dynlm.Reader.from_pretrained(ready[1], rule="static")
+    assert still.read(TEXT).gain == 0
+    assert "priors" not in vars(still.session)
+    articles = [text(i, 60) for i in range(2)]
+    expected = dynlm.evaluate(dynlm.Reader.from_pretrained(ready[1]), articles, ["rms"])
+    assert dynlm.evaluate(still, articles, ["rms"])["rms"]["nats"] == expected["rms"]["nats"]
+
+
+def test_a_reader_is_evaluated_with_its_own_rule(reader):
+    """Not with the one of the same name that the run holds."""
+    slower = dynlm.Reader(reader.session, dynlm.rules.RMS(lr=1e-5))
+    results = dynlm.evaluate(slower, [text(1, 100)])
+    assert results["rms"]["nats"] == pytest.approx(slower.read(dynlm.Article("a", "A", text(1, 100))).nats, rel=1e-6)
+
+
 def test_low_rank_weights_are_merged_into_what_is_saved(ready, tmp_path):
     from transformers import AutoModelForCausalLM
 

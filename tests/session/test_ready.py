@@ -8,11 +8,12 @@ from itertools import permutations
 
 import pytest
 
-import dynlm.session.ready
+import dynlm.session.prior
 from dynlm.cli.main import main
 from dynlm.meta.tune import search_space
 from dynlm.optim.handmade import RMS, Static
 from dynlm.optim.registry import RULES, tuned
+from dynlm.session.reader import Reader
 from dynlm.session.ready import CAUTION, PRIOR_TOKENS, ready_session, untuned_rule
 from support.commands import fails
 
@@ -81,15 +82,15 @@ def test_rules_start_where_tuning_starts(model, tmp_path):
 
 def test_the_prior_is_measured_on_few_segments_and_not_at_all_where_nothing_is_learned(model, text, monkeypatch):
     measured = []
-    real = dynlm.session.ready.measure_priors
+    real = dynlm.session.prior.measure_priors
 
     def spy(model, score, pieces, params):
         pieces = list(pieces)
         measured.append(sum(inputs_S.numel() for inputs_S, _ in pieces))
         return real(model, score, iter(pieces), params)
 
-    monkeypatch.setattr(dynlm.session.ready, "measure_priors", spy)
-    assert ready_session(model, prior_text=[text], learns=False).priors
+    monkeypatch.setattr(dynlm.session.prior, "measure_priors", spy)
+    assert Reader(ready_session(model, prior_text=[text]), "static").read(TEXT).gain == 0
     assert measured == []
     for rule in tuned():
         untuned_rule(rule, ready_session(model, prior_text=[text]))

@@ -15,8 +15,8 @@ from dynlm.meta import train as meta_train
 from dynlm.models import train as base_train
 from dynlm.models.causal import load_model
 from dynlm.runs import Run, read_tensors, write_tensors
+from dynlm.session import api
 from dynlm.stages import evaluate as evaluation
-from dynlm.stages import run as stages
 from dynlm.stages.recipe import load_recipe
 from support.commands import fails, files
 
@@ -240,7 +240,7 @@ def test_an_unfinished_rule_says_so_and_an_old_checkpoint_is_not_taken_up(copy, 
         dies(arguments)
         assert read_tensors(path)[1]["made"]["finished"] is False
         first = path.read_bytes()
-        patch.setattr(stages, "read_articles", mortal(stages.read_articles, 0))
+        patch.setattr(api, "read_articles", mortal(api.read_articles, 0))
         dies([*arguments, "--overwrite"])
     assert path.read_bytes() == first
     fails(capsys, [*arguments, "--resume"], "nothing is left to resume: add --overwrite")

@@ -61,7 +61,11 @@ class Record:
 
 
 class Reading:
-    """Texts as they were read. ``words`` and ``record`` are None where nobody asked for them."""
+    """Texts as they were read: the losses of every token, in nats, and what is made of them.
+
+    ``totals`` are the sums. ``words`` and ``record`` are None where nobody asked for them. ``len`` counts tokens,
+    ``str`` tells the totals in four lines.
+    """
 
     def __init__(self, session: Session, rule: Rule, read_from: str = "", *, tokens: bool = True, words: bool = True):
         self.session, self.rule, self.read_from, self.totals = session, rule, read_from, Totals()
@@ -88,12 +92,12 @@ class Reading:
 
     @property
     def nats(self) -> float:
-        """The loss of all tokens with learning."""
+        """The loss of all tokens with learning, in nats."""
         return self.totals.adapted
 
     @property
     def static_nats(self) -> float:
-        """The loss of all tokens under the trained weights."""
+        """The loss of all tokens under the trained weights, in nats."""
         return self.totals.static
 
     @property

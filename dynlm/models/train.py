@@ -34,6 +34,8 @@ class TrainConfig(Settings):
 
     epochs: Count = 8
     """passes over the train split"""
+    max_steps: Whole = 0
+    """training, and the rate's cycle with it, ends after so many steps; 0: after the passes"""
     batch_size: Count = 32
     """parallel streams"""
     segment: Count = 64
@@ -166,6 +168,8 @@ class _Trainer:
         self.steps_per_epoch = math.ceil((length - 1) / config.segment)
         self.steps_per_validation = math.ceil(self.steps_per_epoch / config.validations_per_epoch)
         self.total_steps = self.steps_per_epoch * config.epochs
+        if config.max_steps:
+            self.total_steps = min(self.total_steps, config.max_steps)
         self.tokens_per_step = config.batch_size * config.segment
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
@@ -191,7 +195,7 @@ class _Trainer:
             streams = streams[self.local].to(self.accelerator.device)
             if first == 0:
                 self.hidden = None
-            for index in range(first, self.steps_per_epoch):
+            for index in range(first, min(self.steps_per_epoch, first + self.total_steps - self.progress.step)):
                 window = streams[:, index * segment : (index + 1) * segment + 1]
                 loss = self._step(window)
                 self.progress = self.progress._replace(step=self.progress.step + 1)

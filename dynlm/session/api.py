@@ -54,7 +54,8 @@ def evaluate(
         reader_or_model: a reader, what :meth:`Reader.from_pretrained` takes, or a model of transformers.
         articles: texts, files or articles; each is read from the trained weights (read.reset article).
         methods: rules, by name or themselves, and what ``evaluate.methods`` of a recipe takes (``static``,
-            ``stateless``, ``rms+cache``). Without any: static and the reader's own rule, or every rule that there is.
+            ``stateless``, ``rms+cache``, ``gated+mix``). Without any: static and the reader's own rule, or every rule
+            that there is.
         gate_articles: of how many articles COPY, UPDATE and FLUSH are recorded.
 
     Raises:
@@ -171,11 +172,15 @@ def audit(reader: Readable, article: Source, later: Source, *, quick: bool = Fal
 
     ``quick`` reads short excerpts: a tenth of the time, and blind to what happens only after some segments.
     """
-    session, rule = as_session(reader), reader.rule if isinstance(reader, Reader) else None
+    session, rule, method = as_session(reader), None, None
+    if isinstance(reader, Reader):
+        rule, method = reader.rule, reader.method
     texts = [session.spaced(text) for text in as_articles([article, later])]
     first, second = session.tokenize(texts[:2])
 
     def make_reader() -> InnerReader:
+        if method:
+            return session.method(method)
         return session.reader(copy.deepcopy(rule if rule is not None else session.rule()))
 
     found = audit_method(
@@ -219,7 +224,7 @@ def _texts(source: Source) -> Iterable[Article | Text]:
 
 def _own_methods(source: object, session: Session) -> list[str | Rule]:
     if isinstance(source, Reader):
-        return [source.rule] if source.rule.name != "static" else []
+        return [source.method or source.rule] if source.method or source.rule.name != "static" else []
     return [*session.held()] or ["rms"]
 
 

@@ -24,6 +24,7 @@ from dynlm.evaluation.breakdowns import Reading, break_down
 from dynlm.evaluation.cache import CachedReader
 from dynlm.evaluation.compare import describe, summarize, write_results
 from dynlm.evaluation.metrics import Counts, count
+from dynlm.evaluation.mixture import MixedReader
 from dynlm.evaluation.stream import Scores, read_and_watch
 from dynlm.evaluation.tap import TappedReader
 from dynlm.methods import Method
@@ -175,19 +176,20 @@ def evaluate_readers(
 def read_method(
     name: str, reader: Reader, articles: list[TokenizedArticle], start_id: int, gate_articles: int = 0
 ) -> Scores:
-    """Read with one method; ``gate_articles`` counts for nothing with a cache, beside which a rule does as alone."""
+    """Read with one method; ``gate_articles`` counts for nothing beside a cache or mixture: a rule does as alone."""
     tapped = reader if isinstance(reader, TappedReader) else TappedReader.of(reader)
     if tapped.rule.reads_gradient:
         with suppress(DivergedError), tapped:  # kernels are built outside the timed pass
             tapped.read(dataclasses.replace(articles[0], ids_T=articles[0].ids_T[:128]), start_id)
     with Bar(total=sum(map(len, articles)), desc=f"read {name}", unit="token", unit_scale=True) as bar:
-        gate_articles = 0 if Method.parse(name).cache else gate_articles
+        gate_articles = 0 if Method.parse(name).beside else gate_articles
         return read_and_watch(tapped, articles, start_id, bar.update, gate_articles)
 
 
 def settings_of(reader: Reader) -> dict[str, float]:
     """Return the settings of a reader's rule, and of its cache where there is one."""
-    of_cache = asdict(reader.cache) if isinstance(reader, CachedReader) else {}
+    cache = reader.cache if isinstance(reader, CachedReader | MixedReader) else None
+    of_cache = asdict(cache) if cache else {}
     return {**reader.rule.settings(), **{f"cache.{name}": value for name, value in of_cache.items()}}
 
 

@@ -63,8 +63,18 @@ class Record:
 class Reading:
     """Texts as they were read. ``words`` and ``record`` are None where nobody asked for them."""
 
-    def __init__(self, session: Session, rule: Rule, read_from: str = "", *, tokens: bool = True, words: bool = True):
+    def __init__(
+        self,
+        session: Session,
+        rule: Rule,
+        read_from: str = "",
+        *,
+        method: str = "",
+        tokens: bool = True,
+        words: bool = True,
+    ) -> None:
         self.session, self.rule, self.read_from, self.totals = session, rule, read_from, Totals()
+        self.method = method or rule.name
         self.record = Record() if tokens else None
         self.words = Occurrences(WORDS) if words else None
 
@@ -72,11 +82,11 @@ class Reading:
         totals = self.totals
         return (
             f"Reading({totals.tokens:,} tokens, {totals.bits(totals.static):.3f} bits per byte static, "
-            f"{totals.bits(totals.adapted):.3f} {self.rule.name}, gain {self.gain:+.3f} nats per token)"
+            f"{totals.bits(totals.adapted):.3f} {self.method}, gain {self.gain:+.3f} nats per token)"
         )
 
     def __str__(self) -> str:
-        return "\n".join(self.totals.told(self.rule.name))
+        return "\n".join(self.totals.told(self.method))
 
     def __len__(self) -> int:
         return self.totals.tokens
@@ -159,7 +169,7 @@ class Reading:
         if words is None or not record.texts:
             raise InputError("nothing was read, or its words were not kept: there is no page to write")
         shown = TokenMap(
-            self.rule.name,
+            self.method,
             record.articles,
             record.texts,
             record.static,
@@ -183,7 +193,7 @@ class Reading:
         if words is None:
             raise InputError("the words were not kept: read with words=True")
         return {
-            "rule": self.rule.name,
+            "rule": self.method,
             "provenance": self.provenance(),
             "totals": self.totals.figures(),
             "note": self.note or None,

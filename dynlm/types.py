@@ -35,7 +35,13 @@ class DivergedError(InputError):
 
 @dataclass(frozen=True)
 class Article:
-    """A unit of reading. ``text`` ends with a newline; nothing of the source is dropped."""
+    """A unit of reading. Nothing of the source is dropped.
+
+    Attributes:
+        id: tells it from the others of its corpus; splits are drawn from it.
+        title: shown in reports.
+        text: ends with a newline.
+    """
 
     id: str
     title: str
@@ -54,7 +60,7 @@ class Article:
 
 @dataclass(frozen=True)
 class TokenizedArticle:
-    """An article as token ids, with the exact word and byte counts of its text."""
+    """An article as token ids (T,), with the exact word and byte counts of its text."""
 
     id: str
     title: str

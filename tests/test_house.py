@@ -33,7 +33,7 @@ CLEAN = {
     "dynlm/data/__init__.py": "",
     "dynlm/data/high.py": DOC + "from dynlm.low import x\n\n\ndef f(a, b):\n    return a, b, x\n",
     "tests/test_low.py": "def test_one():\n    assert True\n" * 3,
-    "README.md": "The map: `dynlm/low.py`, `data/high.py`. See https://example.org/home/page\n",
+    "docs/architecture.md": "The map: `dynlm/low.py`, `data/high.py`. See https://example.org/home/page\n",
 }
 
 
@@ -93,8 +93,16 @@ OFFENDERS = [
     ),
     ("check_test_imports", {"tests/test_b.py": "def f():\n    import tests.conftest\n"}, "imports tests.conftest"),
     ("check_test_share", {"dynlm/more.py": DOC + "x = 1\n" * 100}, "tests: 6 lines for 109 lines of dynlm"),
-    ("check_file_map", {"dynlm/data/low.py": DOC}, "README.md: the file map does not name dynlm/data/low.py"),
-    ("check_file_map", {"README.md": "`dynlm/old.py`"}, "README.md: names dynlm/old.py, which does not exist"),
+    (
+        "check_file_map",
+        {"dynlm/data/low.py": DOC},
+        "docs/architecture.md: the file map does not name dynlm/data/low.py",
+    ),
+    (
+        "check_file_map",
+        {"docs/architecture.md": "`dynlm/old.py`"},
+        "docs/architecture.md: names dynlm/old.py, which does not exist",
+    ),
     (
         "check_machine_paths",
         {"docs/LOG.md": f"one\nsee {MACHINE}\n"},
@@ -141,7 +149,12 @@ def test_main_prints_every_offender(tmp_path: Path, capsys: pytest.CaptureFixtur
     plant(tmp_path, {"dynlm/utils.py": "import pickle\n"})
     assert house.main([str(tmp_path)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["dynlm/utils.py", "dynlm/utils.py", "README.md", "dynlm/utils.py"]
+    assert [line.split(":")[0] for line in lines] == [
+        "dynlm/utils.py",
+        "dynlm/utils.py",
+        "docs/architecture.md",
+        "dynlm/utils.py",
+    ]
 
 
 def test_main_prints_the_figures_of_a_clean_repository(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

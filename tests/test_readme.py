@@ -11,107 +11,96 @@ import pytest
 import torch
 
 import dynlm
-from dynlm.cli.main import COMMANDS
-from dynlm.meta.replay import Replay
-from dynlm.optim.registry import tuned
 from golden import text
-from lab import make_article, make_lab, make_transformer_lab
-from support.rules import make
-from support.windows import gradients, read_window
+from support.pages import PAGES, ROOT, blocks, run, runs
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+README = PAGES["README.md"]
 
 
-def test_the_rule_of_the_readme_reads_and_gets_a_meta_gradient(own_rules):
-    names = {}
-    exec(BLOCKS[1], names)
-    rule = names["SignDescent"](1e-2)
-    recording, *_ = read_window(make_lab(), rule, 30)
-    Replay(rule)(recording)
-    assert gradients(rule)["lr"] != 0
-    assert tuned()[-1] == "sign"
+def make_articles(numbers):
+    return [dynlm.Article(str(i), f"Text {i}", text(i, 60)) for i in numbers]
 
 
-def test_the_unroll_of_the_readme_differentiates():
-    lab = make_lab()
-    rule = make("gated", lab[2])
-    _, start, pieces, weights, _ = read_window(lab, rule, 30)
-    names = {"model": lab[0], "score": lab[1], "priors": lab[2], "rule": rule, "start": start}
-    exec(BLOCKS[2], names | {"pieces": pieces, "weights": weights})
-    assert all(g.abs().max() > 0 for g in gradients(rule).values())
+def test_the_readme_is_short_and_shows_the_picture_first():
+    lines = README.splitlines()
+    assert len(lines) <= 120
+    assert "](docs/picture.svg)" in "\n".join(lines[:8])
 
 
-def test_the_front_door_of_the_readme_opens(tmp_path, monkeypatch, one_thread):
+@runs("README.md")
+def test_the_readme_reads_evaluates_and_optimizes(ready, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    articles = [dynlm.Article(str(i), f"Text {i}", text(i, 60)) for i in range(7)]
-    names = {
-        "text": text(8, 120),
-        "articles": articles[:2],
-        "other_articles": articles[2:],
-        "prompt": torch.tensor([[5]]),
-    }
-    code = BLOCKS[0].replace("trials=20", "trials=2").replace("steps=100", "steps=2, articles=1, truncation=8")
-    exec(code, names)
-    assert (tmp_path / "page.html").read_text().endswith("</html>")
+    shutil.copytree(ready[1], "my-model")
+    Path("my-text.txt").write_text(text(8, 300))
+    names = {"articles_to_tune_on": make_articles(range(2, 5)), "articles": make_articles(range(2))}
+    names |= {"model": torch.nn.Linear(2, 2)}
+    run("README.md", names, trials="2")
+    assert Path("page.html").read_text().endswith("</html>")
     assert names["reading"].gain > 0
-    assert names["results"].methods[0] == "static"
-    assert names["gated"].made["start"] == names["rms"].settings()
+    assert sorted(names["results"].methods) == ["rms", "static"]
+    assert Path("report/report.html").read_text().endswith("</html>")
+    assert all("mlp" in prior.name for prior in names["reader"].session.priors)
+    assert [group["lr"] for group in names["optimizer"].param_groups] == [1e-3]
 
 
-def test_the_training_loop_of_the_readme_learns():
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(40, 32, 64, generator=generator)
-    batches = [(x, x[:, :10].argmax(1)) for x in inputs]
-    names = {"batches": batches}
-    torch.manual_seed(0)
-    exec(BLOCKS[3], names)
-    with torch.no_grad():
-        logits = names["model"](inputs[-1])
-    assert torch.nn.functional.cross_entropy(logits, batches[-1][1]) < 1.5  # from ln 10 = 2.3
+def test_the_optimizer_of_the_readme_is_one_changed_word():
+    (line,) = [line for line in blocks("README.md")[2].splitlines() if line.startswith("optimizer = ")]
+    ours, _, theirs = line.partition("  # was ")
+    torch_line = ours.replace("LearnedOptimizer", theirs).replace("model.parameters()", "[torch.zeros(2)]")
+    names = {"torch": torch}
+    exec(torch_line, names)
+    assert type(names["optimizer"]) is torch.optim.AdamW
 
 
-def test_the_trainer_of_the_readme_trains(tmp_path):
-    model, *_ = make_transformer_lab(torch.float32)
-    before = [p.detach().clone() for p in model.parameters()]
-    ids = make_article(16 * 16).ids_T.view(16, 16)
-    rows = [{"input_ids": row, "labels": row} for row in ids]
-    names = {"model": model, "folder": str(tmp_path), "train_dataset": rows}
-    exec(BLOCKS[4].replace("report_to=[]", 'report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True'), names)
-    losses = [record["train_loss"] for record in names["trainer"].state.log_history if "train_loss" in record]
-    assert losses[0] < 3.1  # from ln 23
-    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+def test_every_link_of_the_readme_leads_somewhere():
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    assert len(targets) > 15
+    assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
-@pytest.mark.parametrize("line", re.findall(r"^    dynlm (\S+) +(\S+\.toml)", README, re.MULTILINE))
-def test_commands_and_recipes_of_the_readme_exist(line):
-    command, recipe = line
-    assert command in COMMANDS
-    assert (ROOT / recipe).is_file()
-
-
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"`?((?:scripts|docs)/[\w.]+)", README))))
-def test_files_of_the_readme_exist(path):
-    assert (ROOT / path).exists()
-
-
-def test_every_figure_of_the_readme_is_the_one_in_docs_results():
+def test_every_figure_is_the_one_in_docs_results():
     """Byte for byte: `scripts/figures` takes each figure from a result file by its key."""
     done = subprocess.run([sys.executable, ROOT / "scripts" / "figures", "--check"], capture_output=True, text=True)
-    assert done.returncode == 0, f"run scripts/figures, or edit docs/results/readme.md.j2\n{done.stdout}{done.stderr}"
+    assert done.returncode == 0, f"run scripts/figures, or edit docs/results/*.md.j2\n{done.stdout}{done.stderr}"
 
 
-@pytest.mark.parametrize("figure", ["111.77", "0.963", "[0.0242, 0.0311]", "2,412.07", "390,631", "57k"])
-def test_one_wrong_digit_among_the_figures_is_found(figure, tmp_path):
-    for folder in ("docs/results", "scripts"):
+FIGURES = {
+    "README.md": ["111.77", "[0.3907, 0.4850]", "390,631", "0.773"],
+    "docs/results.md": ["111.77", "0.963", "[0.0242, 0.0311]", "2,412.07", "390,631", "57k"],
+    "docs/guide/streams.md": ["364.06"],
+}
+
+
+@pytest.fixture
+def twin(tmp_path):
+    """A copy of what scripts/figures reads and writes, to falsify."""
+    for folder in ("docs", "scripts"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    return tmp_path
+
+
+def check(twin):
+    return subprocess.run([sys.executable, twin / "scripts" / "figures", "--check"], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("page", "figure"), [(page, figure) for page, found in FIGURES.items() for figure in found])
+def test_one_wrong_digit_among_the_figures_is_found(page, figure, twin):
     digit = re.search(r"\d", figure[::-1])
-    place = README.index(figure) + len(figure) - 1 - digit.start()
-    wrong = README[:place] + str((int(README[place]) + 1) % 10) + README[place + 1 :]
-    (tmp_path / "README.md").write_text(wrong, encoding="utf-8")
-    command = [sys.executable, tmp_path / "scripts" / "figures", "--check"]
-    assert subprocess.run(command, capture_output=True).returncode == 1
+    place = PAGES[page].index(figure) + len(figure) - 1 - digit.start()
+    wrong = PAGES[page][:place] + str((int(PAGES[page][place]) + 1) % 10) + PAGES[page][place + 1 :]
+    (twin / page).write_text(wrong, encoding="utf-8")
+    done = check(twin)
+    assert done.returncode == 1
+    assert page in done.stdout
+
+
+def test_a_page_that_has_lost_its_marks_is_found(twin):
+    page = twin / "docs/results.md"
+    page.write_text(page.read_text(encoding="utf-8").replace("<!-- end of figures -->", ""), encoding="utf-8")
+    done = check(twin)
+    assert done.returncode == 1
+    assert "no page shows results" in done.stderr
 
 
 @pytest.mark.skipif(not os.environ.get("CI"), reason="other releases in the ranges are welcome outside of CI")

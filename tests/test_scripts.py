@@ -1,8 +1,10 @@
 """The scripts that the README names run, and write what they say."""
 
 import json
+import re
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,27 @@ def test_ship_packs_a_run_that_reads_as_the_run_does(finished, tmp_path):
     card = (kit / "README.md").read_text()
     assert all(f"| {name} | {figures['bits_per_byte']:.4f} |" in card for name, figures in found.items())
     assert "CC BY-SA 3.0" in (kit / "LICENSE.md").read_text()
+
+
+STRETCH = re.compile(r'(?:<g class="(\w)(\d)"><rect [^>]*/>)?<text xml:space="preserve" [^>]*>([^<]*)<')
+
+
+def test_the_picture_of_the_readme_is_what_the_shipped_model_reads(tmp_path):
+    """Character by character, but for rounding, which may move a gain over the bound of a shade."""
+    run("picture", tmp_path / "picture.svg")
+    shades = []
+    for path in (SCRIPTS.parent / "docs" / "picture.svg", tmp_path / "picture.svg"):
+        text = path.read_text(encoding="utf-8")
+        assert len(text) < 100_000
+        stretches = STRETCH.findall(text.partition("gain in nats")[0])
+        levels = [
+            int(size or 0) * (-1 if kind == "w" else 1) for kind, size, shown in stretches for _ in unescape(shown)
+        ]
+        shades.append(("".join(unescape(shown) for *_, shown in stretches), levels))
+    (words, old), (same_words, new) = shades
+    assert words == same_words
+    assert "".join(words.split()) == "".join((SCRIPTS.parent / "docs" / "picture.txt").read_text().split())
+    moved = [abs(a - b) for a, b in zip(old, new, strict=True)]
+    assert max(moved) <= 1, "run scripts/picture"
+    assert sum(moved) <= 0.02 * len(moved), "run scripts/picture"
+    assert old.count(4) > 50  # names that came again

@@ -63,7 +63,14 @@ class DataConfig(Settings):
 
 @dataclass(frozen=True)
 class Corpus:
-    """The four splits. ``meta`` is unseen by the base model, and is not held-out evaluation text either."""
+    """The four splits.
+
+    Attributes:
+        train: what base models and tokenizers are trained on.
+        meta: unseen by the base model: rules are tuned and meta-trained on it. Tokenizers see it.
+        valid: what ``evaluate`` reads unless another split is asked for.
+        test: read at the very end.
+    """
 
     train: tuple[Article, ...]
     meta: tuple[Article, ...]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -90,7 +91,7 @@ def as_texts(*sources: Source) -> Iterator[Text]:
             yield Text(source.id, source.title, _chunks(_nonempty(source.title, [source.text])))
         elif isinstance(source, Path):
             yield from read_texts([str(source)])
-        elif len(source) < 4096 and "\n" not in source and Path(source).is_file():
+        elif len(source) < 4096 and "\n" not in source and os.path.isfile(source):
             raise InputError(f"{source!r} is the name of a file: give Path({source!r}) to read what is in it")
         else:
             yield Text(

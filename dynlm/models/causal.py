@@ -208,10 +208,14 @@ def scorer_for(model: PreTrainedModel, config: ContextConfig | None = None) -> L
 def load_model(
     source: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, download: bool = False
 ) -> PreTrainedModel:
-    """A base model: a folder of ``dynlm train`` or ``save_pretrained``, a ``.gguf`` file, or a causal model of the hub.
+    """Load a base model, in evaluation mode.
 
-    Weights in half precision become float32 unless ``dtype`` says otherwise: small updates would be rounded away.
-    Nothing is downloaded unless ``download`` allows it, and never with ``HF_HUB_OFFLINE=1``.
+    Args:
+        source: a folder of ``dynlm train`` or ``save_pretrained``, a ``.gguf`` file, or a causal model of the hub.
+        device: where its weights go.
+        dtype: of its weights; None keeps float32 and makes float32 of half precision, where small updates would be
+            rounded away.
+        download: allow a download; without it, and always with ``HF_HUB_OFFLINE=1``, the hub's cache must hold it.
 
     Raises:
         InputError: a missing, truncated or foreign model folder; a hub name that is not cached.

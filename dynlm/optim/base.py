@@ -160,7 +160,7 @@ class Rule(nn.Module, abc.ABC):
         return sharing.push_to_hub(self, repo_id, license=license)
 
     def init(self, priors: Sequence[Prior]) -> RuleState:
-        """Return the state at θ0: all zeros."""
+        """Return the state at θ0, one entry for each prior: all zeros."""
         width = (self.slot_width,) if self.slot_width else ()
         slots = [tuple(p.theta0.new_zeros(p.theta0.shape + width) for _ in range(self.n_slots)) for p in priors]
         return RuleState(slots, None, priors[0].theta0.new_zeros(len(priors), self.tensor_width))
@@ -236,7 +236,7 @@ class Rule(nn.Module, abc.ABC):
         return self.step(w, slots, self.split(context_N.to(w.theta.dtype)))
 
     def settings(self) -> dict[str, float]:
-        """Hyperparameters by name, for reports."""
+        """Return the hyperparameters by name, for reports."""
         return {name: float(p.detach()) for name, p in self.named_parameters() if p.numel() == 1}
 
     def update(
@@ -266,6 +266,9 @@ class Rule(nn.Module, abc.ABC):
 
 
 def columns(shared: Shared, *numbers: Tensor) -> Tensor:
-    """(…, n, k) from k numbers, each (…, n), (…, 1) or one for all: a context without networks."""
+    """Return a context without networks: (…, n, k), double precision, from k numbers of n tensors.
+
+    Each number is (…, n), (…, 1) or one for all.
+    """
     shape = shared.scalars.shape[:-1]
     return torch.stack([x.to(torch.float64).expand(shape) for x in numbers], -1)

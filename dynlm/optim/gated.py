@@ -27,7 +27,7 @@ N_OUTPUTS = 4  # log2 of UPDATE's multiplier, two momentum shares, shift of FLUS
 
 @dataclass(frozen=True)
 class GatedConfig(CellConfig):
-    """The gated cell."""
+    """The gated cell: the rms rule that it starts at, the tensors that it knows, and its sizes."""
 
     hidden: Size = 4
     """units of the shared network"""
@@ -36,7 +36,11 @@ class GatedConfig(CellConfig):
 
 
 class Gated(GatingNetwork):
-    """See the module's docstring. A few hundred meta-parameters, two state floats a weight."""
+    """COPY, UPDATE and FLUSH from a small network that all weights share: a few hundred meta-parameters φ in all.
+
+    Two state numbers a weight. :func:`dynlm.meta_train` makes one from a tuned rms rule; a fresh one is that of its
+    configuration, with ``seed`` for the first layer of its network, whose last layer is zero.
+    """
 
     name = "gated"
     n_slots = 2

@@ -46,7 +46,15 @@ class HandMade(Rule):
 
 
 class SGD(HandMade):
-    """Gradient descent with decay to the prior. ``lr`` is per nat of mean segment loss."""
+    """Gradient descent with decay to the prior: θ ← θ − η g + λ (θ0 − θ).
+
+    Args:
+        lr: η, a step for each nat of mean segment loss and unit of weight.
+        decay: λ, the share of θ − θ0 that a segment takes away.
+
+    Raises:
+        InputError: a setting that is negative or not finite.
+    """
 
     name = "sgd"
     context_shapes = ((), ())
@@ -69,7 +77,18 @@ class SGD(HandMade):
 
 
 class RMS(HandMade):
-    """Dynamic evaluation with a static RMS (Krause et al. 2017). R is clipped so that decay never overshoots θ0."""
+    """Dynamic evaluation with a static RMS r (Krause et al. 2017): θ ← θ − η g / (r + ε) + min(λ R, 1) (θ0 − θ).
+
+    R is r over its mean over tensors, and clipped so that decay never overshoots θ0.
+
+    Args:
+        lr: η, how far a weight moves at a gradient of its usual size.
+        eps: ε, in units of the gradient.
+        decay: λ, the share of θ − θ0 that a segment takes away from a weight of typical r.
+
+    Raises:
+        InputError: a setting that is negative or not finite.
+    """
 
     name = "rms"
     context_shapes = ((), (), ())
@@ -89,7 +108,17 @@ class RMS(HandMade):
 
 
 class Adam(HandMade):
-    """Adam with decay to the prior; moments start at zero in each article and are bias-corrected."""
+    """Adam with decay to the prior; moments start at zero in each article and are bias-corrected.
+
+    Args:
+        lr: η, about how far a weight moves in a segment.
+        eps: ε, in units of the gradient.
+        decay: λ, the share of θ − θ0 that a segment takes away.
+        beta1, beta2: decays of the moments, a segment, below 1.
+
+    Raises:
+        InputError: a setting that is out of its bounds.
+    """
 
     name = "adam"
     n_slots = 2

@@ -25,8 +25,12 @@ from dynlm.types import InputError
 class Range(NamedTuple):
     """A log-uniform range and where its search starts, in units of the model at hand.
 
-    ``unit``: "rms" is the mean static RMS r of the gradient. For learning rates a nat that the loss of a segment would
-    fall by to first order in one step: "gradient" of a step along g, "direction" of one along g / (r + ε).
+    Attributes:
+        low, high: its ends, above 0.
+        start: where the search starts.
+        unit: "" is the number itself, "rms" the mean static RMS r of the gradient. For learning rates a nat that the
+            loss of a segment would fall by to first order in one step: "gradient" of a step along g, "direction" of one
+            along g / (r + ε).
     """
 
     low: float
@@ -35,6 +39,7 @@ class Range(NamedTuple):
     unit: Literal["", "rms", "gradient", "direction"] = ""
 
     def times(self, factor: float) -> Range:
+        """Return the range with all three numbers multiplied."""
         return Range(self.low * factor, self.high * factor, self.start * factor)
 
 
@@ -57,7 +62,11 @@ RULES: dict[str, Row] = {}
 def register(rule: type[Rule], space: Mapping[str, Range] | None = None, start: str = "") -> None:
     """Make a rule known by its name: to be made, saved, loaded, tuned in ``space`` and meta-trained from ``start``.
 
-    Without arguments its constructor must give a rule with these parameters, for its numbers to be loaded into.
+    Args:
+        rule: a class with a ``name``. Without arguments its constructor must give a rule with these parameters, for its
+            numbers to be loaded into.
+        space: what tuning searches, by argument of the constructor, ``lr`` among them; None: it is not tuned.
+        start: the tuned rule at whose settings meta-training starts this one (``started_at``); "": it is not trained.
 
     Raises:
         InputError: a name that is taken or that no method can have, a space or a start that does not fit the rule.

@@ -34,7 +34,14 @@ def save_rule(rule: Rule, path: Path, made: runs.Json | None = None) -> None:
 def save_pretrained(rule: Rule, folder: str | Path, made: runs.Json | None = None, license: str = "apache-2.0") -> Path:
     """Write ``rule.safetensors`` and a model card into ``folder``; returns the rule's file.
 
-    ``made`` says how the rule was found (recipe, steps, seed, …) and stands in both; None: as it was loaded.
+    Args:
+        rule: any rule.
+        folder: made where it does not exist.
+        made: how the rule was found (recipe, steps, seed, …), which stands in both; None: as it was loaded.
+        license: of the rule, as the hub writes it.
+
+    Raises:
+        InputError: a place that cannot be written.
     """
     path, made = Path(folder) / FILE, rule.made if made is None else made
     save_rule(rule, path, made)
@@ -44,6 +51,11 @@ def save_pretrained(rule: Rule, folder: str | Path, made: runs.Json | None = Non
 
 def push_to_hub(rule: Rule, repo_id: str, made: runs.Json | None = None, license: str = "apache-2.0") -> str:
     """Upload a rule as ``user/repo``, which is made where it does not exist; returns the address of the commit.
+
+    Args:
+        rule: any rule.
+        repo_id: ``user/repo``.
+        made, license: as for :func:`save_pretrained`.
 
     Raises:
         InputError: a name of another form, or a hub that refuses or does not answer.

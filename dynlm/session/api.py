@@ -58,8 +58,12 @@ def evaluate(
             that there is.
         gate_articles: of how many articles COPY, UPDATE and FLUSH are recorded.
 
+    Returns:
+        Losses of every token in nats; gains in nats per token, paired with static reading, with 95 % intervals.
+
     Raises:
         InputError: no article, a method that is not there or is named twice.
+        DivergedError: static reading itself gives a loss that is not finite. Other methods are left out, with a note.
     """
     session = as_session(reader_or_model)
     chosen = list(methods) or ["static", *_own_methods(reader_or_model, session)]
@@ -83,8 +87,14 @@ def tune(
 ) -> Rule:
     """Find the settings of a hand-made rule with the fewest nats a token on articles that the model was not trained on.
 
-    ``settings`` are those of :class:`dynlm.meta.tune.TuneConfig`: trials, articles, max_tokens, seed. How the rule was
-    found is its ``made``.
+    Args:
+        reader_or_model: as for :func:`evaluate`.
+        articles: what is read in each trial.
+        rule: sgd, rms, adam, or one that :func:`dynlm.optim.register` made known.
+        settings: of :class:`dynlm.meta.tune.TuneConfig`: trials, articles, max_tokens, seed.
+
+    Returns:
+        The rule; how it was found is its ``made``.
 
     Raises:
         InputError: no article, a rule that has nothing to tune.
@@ -124,6 +134,9 @@ def meta_train(
         folder: where the best rule so far, the log and the checkpoint are kept; without one nothing is.
         resume: go on from the checkpoint in ``folder``.
         settings: of :class:`dynlm.meta.train.MetaConfig`: rule, steps, articles, truncation, lr, seed, estimator, …
+
+    Returns:
+        The rule with the fewest nats per token on the articles kept aside; how it was trained is its ``made``.
 
     Raises:
         InputError: fewer than two articles, a start of another kind, settings that cannot be.
@@ -168,9 +181,19 @@ def rule_trainer(
 
 
 def audit(reader: Readable, article: Source, later: Source, *, quick: bool = False) -> list[Verdict]:
-    """Check that a reader scores before it learns, and leaves nothing behind; ``later`` is read after ``article``.
+    """Check that a reader scores before it learns, and leaves nothing behind.
 
-    ``quick`` reads short excerpts: a tenth of the time, and blind to what happens only after some segments.
+    Args:
+        reader: as for :func:`evaluate`; its own rule is audited.
+        article: a text of some thousand tokens.
+        later: another text, which is read after ``article``.
+        quick: read short excerpts: a tenth of the time, and blind to what happens only after some segments.
+
+    Returns:
+        A verdict for each check: its name, whether it passed, and what was found.
+
+    Raises:
+        InputError: nothing to read.
     """
     session, rule, method = as_session(reader), None, None
     if isinstance(reader, Reader):

@@ -57,12 +57,17 @@ class Reader:
     def __init__(
         self, session: Session, rule: Rule | str = "", *, spacing: Literal["auto", "none", "wikitext"] = "auto"
     ) -> None:
-        """``rule`` is one of the session's by name, or any rule; without one its learned rule, or else rms.
+        """Make a reader of a session; :meth:`from_pretrained` makes both.
 
-        A name with ``+cache`` or ``+mix`` reads with the rule's cache or mixture beside it (dynlm.methods).
+        Args:
+            session: model, tokenizer, prior, settings and rules.
+            rule: one of the session's by name, or any rule; without one its learned rule, or else rms. A name with
+                ``+cache`` or ``+mix`` reads with the rule's cache or mixture beside it (dynlm.methods).
+            spacing: "wikitext" puts ordinary text into the spacing of WikiText before it is read; "auto" does where the
+                model was trained on that and the text has it not.
 
-        ``spacing`` puts ordinary text into the spacing of WikiText before it is read; auto does where the model was
-        trained on that and the text has it not.
+        Raises:
+            InputError: a rule that the session has not.
         """
         self.session, self.spacing = session, spacing
         self.method: str | None = None
@@ -186,7 +191,7 @@ class Reader:
         return self._readers
 
     def read(self, *sources: Source) -> Reading:
-        """Read texts in order and return every loss, with and without learning.
+        """Read texts in order and return every loss in nats, with and without learning.
 
         A source is a text, a :class:`~pathlib.Path` (.txt, .md, .html, .jsonl), or an :class:`Article`.
 
@@ -210,7 +215,13 @@ class Reader:
     def steps(self, source: Source, reading: Reading | None = None) -> Iterator[Step]:
         """Read one text segment by segment: each step is scored, handed out, and learned from when the loop goes on.
 
-        ``reading`` collects what was read.
+        Args:
+            source: as for :meth:`read`.
+            reading: collects what is read.
+
+        Raises:
+            InputError: as :meth:`read`, and another reader that reads with this model.
+            DivergedError: the trained weights themselves give a loss that is not finite.
         """
         reading = self.reading(tokens=False, words=False) if reading is None else reading
         for text in as_texts(source):
@@ -220,6 +231,7 @@ class Reader:
     def _steps(self, text: Text, reading: Reading) -> Iterator[Step]:
         if self.session.config.reset == "article":
             self.forget()
+        self._finish()  # of a loop over steps that was left inside a lease
         reading.begin(text.title)
         size, previous = self.session.config.segment, self.session.tokenizer.start_id
         ids: list[int] = []
@@ -252,7 +264,11 @@ class Reader:
 
     @contextmanager
     def adapted(self) -> Iterator[PreTrainedModel]:
-        """Lend the model with what was learned in its weights; afterwards it has its trained ones, bit for bit."""
+        """Lend the model with what was learned in its weights; afterwards it has its trained ones, bit for bit.
+
+        Raises:
+            InputError: a reader of `dynlm read`, whose LSTM is no model of transformers.
+        """
         with self:
             self._finish()
             if not hasattr(self.session.model, "config"):

@@ -61,7 +61,11 @@ class Record:
 
 
 class Reading:
-    """Texts as they were read. ``words`` and ``record`` are None where nobody asked for them."""
+    """Texts as they were read: the losses of every token, in nats, and what is made of them.
+
+    ``totals`` are the sums. ``words`` and ``record`` are None where nobody asked for them. ``len`` counts tokens,
+    ``str`` tells the totals in four lines.
+    """
 
     def __init__(
         self,
@@ -98,12 +102,12 @@ class Reading:
 
     @property
     def nats(self) -> float:
-        """The loss of all tokens with learning."""
+        """The loss of all tokens with learning, in nats."""
         return self.totals.adapted
 
     @property
     def static_nats(self) -> float:
-        """The loss of all tokens under the trained weights."""
+        """The loss of all tokens under the trained weights, in nats."""
         return self.totals.static
 
     @property

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from dynlm.data.texts import LONG_LINE, encode_chunk, read_texts, surfaces
+from dynlm.data.texts import LONG_LINE, as_texts, encode_chunk, read_texts, surfaces
 from dynlm.data.tokenizers import SentencePieceTokenizer, TokenizerConfig, WordTokenizer
 from dynlm.types import InputError
 
@@ -164,3 +164,10 @@ def test_chunks_have_the_tokens_of_the_whole(tokenizer):
         chunks = ["The quick", " fox\n"]
     ids = [i for chunk in chunks for i in encode_chunk(tokenizer, chunk)]
     assert ids == tokenizer.encode("".join(chunks))
+
+
+@pytest.mark.parametrize("text", ["It went on. " * 30, "on/and/on " * 60, "a\0b"])
+def test_a_line_that_no_file_can_be_called_is_a_text(text):
+    """A file system knows no name of 300 characters, and says so with an error of its own."""
+    (found,) = as_texts(text)
+    assert found.article().text.rstrip("\n") == text.replace("\0", "\N{REPLACEMENT CHARACTER}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,17 @@ def test_a_loop_that_is_left_has_learned_from_its_last_step(reader):
     with reader.adapted():
         assert same(weights(reader), step.after)
         assert not same(weights(reader), before)
+
+
+def test_a_stream_whose_loop_is_left_inside_a_lease_has_learned_from_its_last_step():
+    gains = []
+    for leased in (False, True):
+        reader = dynlm.Reader(load_session(reset="never"), "rms")
+        with reader if leased else nullcontext():
+            for _ in reader.steps(TEXT):
+                break
+            gains.append(reader.read(TEXT).gain)
+    assert gains[0] == gains[1]
 
 
 def test_two_readers_of_one_model_do_not_read_at_once(reader, kit):

@@ -58,6 +58,7 @@ def context(shared: Shared) -> torch.Tensor:
 def loading() -> None:
     assert_type(dynlm.load_model("folder"), PreTrainedModel)
     assert_type(dynlm.load_corpus(DataConfig()), Corpus)
+    assert_type(dynlm.load_corpus("my/*.txt", meta_articles=8), Corpus)
     assert_type(dynlm.LSTMForCausalLM(LSTMConfig()), dynlm.LSTMForCausalLM)
     assert_type(dynlm.InputError("one line"), dynlm.InputError)
 

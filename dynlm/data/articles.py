@@ -27,6 +27,7 @@ from dynlm.data import stdlib, wikitext
 from dynlm.data.hub import read_hub
 from dynlm.data.rows import Columns, from_rows, is_wikitext, joined_lines, make_article, split_of_name, texts_of
 from dynlm.files import why_unreadable
+from dynlm.lazy import optional
 from dynlm.settings import Seed, Settings, Whole, build
 from dynlm.types import Article, InputError
 
@@ -251,8 +252,9 @@ def _json_rows(path: Path) -> Iterable[Mapping[str, Any]]:
 
 
 def _parquet_rows(path: Path) -> Iterable[Mapping[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
+    with optional(str(path)):
+        import pyarrow
+        import pyarrow.parquet
 
     try:
         return pyarrow.parquet.read_table(path).to_pylist()  # type: ignore[no-any-return]

@@ -14,18 +14,20 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
-
-import optuna
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from dynlm.adapt import Reader
 from dynlm.evaluation.stream import read_articles
+from dynlm.lazy import optional
 from dynlm.methods import Method, MethodName
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.library import make_rule
 from dynlm.optim.registry import RULES, Range, tuned
 from dynlm.settings import Count, NotEmpty, Seed, Settings, Whole
 from dynlm.types import DivergedError, InputError, TokenizedArticle
+
+if TYPE_CHECKING:
+    import optuna
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,9 @@ def tune_rule(
         InputError: a rule without search space, no article.
         DivergedError: no setting that was tried reads to the end.
     """
+    with optional("tuning"):
+        import optuna
+
     if kind not in tuned():
         raise InputError(f"rule {kind!r} has no search space: tune one of {', '.join(tuned())}")
     texts = config.excerpts(articles)

@@ -25,6 +25,7 @@ from dynlm.interrupt import Interrupted, Interruptible
 from dynlm.models.lstm import Hidden, LSTMForCausalLM
 from dynlm.progress import Bar
 from dynlm.settings import AnyFloat, Count, NotNegative, Positive, Seed, Settings, Share, Whole
+from dynlm.tracking import Track, untracked
 from dynlm.types import InputError, TokenizedArticle, perplexity
 
 
@@ -75,10 +76,13 @@ def train_base_model(
     run: runs.Run,
     save_best: Callable[[LSTMForCausalLM, Changes], None],
     resume: bool = False,
+    *,
+    track: Track = untracked,
 ) -> Progress:
     """Train ``model`` on (train, valid) articles; ``save_best`` gets it after each best validation.
 
-    What it writes through the changes that it gets, the log and the checkpoint change together.
+    What it writes through the changes that it gets, the log and the checkpoint change together. ``track`` gets the
+    loss of each step and of each validation, in nats per token.
 
     Raises:
         InputError: a loss that is not finite (earlier files stay), or a checkpoint that does not fit.
@@ -94,12 +98,14 @@ def train_base_model(
         for loss in trainer.steps():
             bar.update()
             step = trainer.progress.step
+            track({"train": loss}, step)
             seconds = time.perf_counter() - started
             if step % 10 == 0:
                 speed = trainer.tokens_per_step * step / seconds
                 bar.set_postfix_str(f"{speed:,.0f} tokens/s, loss {loss:.3f} nats/token")
             if step % trainer.steps_per_validation == 0 or step == trainer.total_steps:
                 _validate(trainer, run, save_best, loss, seconds)
+                track({"valid": trainer.records[-1]["valid"]}, step)
                 bar.write(trainer.told())
             if signals.asked and step < trainer.total_steps:
                 _leave(trainer, run, signals.asked, time.perf_counter() - started)

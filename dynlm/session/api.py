@@ -32,6 +32,7 @@ from dynlm.session.reader import Reader
 from dynlm.session.ready import given_session, untuned_rule
 from dynlm.session.session import Session
 from dynlm.settings import build
+from dynlm.tracking import Tracker, tracking
 from dynlm.types import Article, InputError, TokenizedArticle
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ def meta_train(
     folder: str | Path | None = None,
     *,
     resume: bool = False,
+    trackers: Sequence[str | Tracker] = (),
     **settings: Any,
 ) -> Rule:
     """Train a learned rule from a tuned hand-made one, on articles that the model was not trained on.
@@ -133,6 +135,7 @@ def meta_train(
         start: the hand-made rule that the learned one begins at: rms for gated and mlp.
         folder: where the best rule so far, the log and the checkpoint are kept; without one nothing is.
         resume: go on from the checkpoint in ``folder``.
+        trackers: get each loss: names that accelerate knows (tensorboard, wandb, …), or trackers like accelerate's.
         settings: of :class:`dynlm.meta.train.MetaConfig`: rule, steps, articles, truncation, lr, seed, estimator, …
 
     Returns:
@@ -156,7 +159,8 @@ def meta_train(
         def save_best(best: Rule, progress: MetaProgress, new: Changes) -> None:
             save_rule(best, new.at(run.rule(config.rule)), {**made, "progress": progress._asdict()})
 
-        progress = meta_training(trainer, validate, run, save_best, resume)
+        with tracking(trackers, "meta-train", run.trackers, made) as track:
+            progress = meta_training(trainer, validate, run, save_best, resume, track=track)
         with changing(run.path) as new:
             save_best(trainer.best, progress, new)
             new.remove(run.checkpoint("meta-train"))

@@ -27,9 +27,10 @@ from dynlm.evaluation.metrics import Counts, count
 from dynlm.evaluation.mixture import MixedReader
 from dynlm.evaluation.stream import Scores, read_and_watch
 from dynlm.evaluation.tap import TappedReader
+from dynlm.lazy import optional
 from dynlm.methods import Method
 from dynlm.progress import Bar
-from dynlm.report.html import write_report
+from dynlm.report import tables
 from dynlm.session.reading import frame
 from dynlm.session.session import Session, model_fingerprint
 from dynlm.stamps import fingerprint_files
@@ -74,8 +75,13 @@ class Results:
         found = self.data["methods"]
         return sorted(found, key=lambda name: -found[name]["nats"])
 
-    def table(self) -> str:
-        """Return a line for each method: bits per byte, gain with its 95 % interval, word perplexity, speed."""
+    def table(self, form: Literal["text", "markdown", "latex", "csv"] = "text") -> str:
+        """Return a line for each method: bits per byte, gain with its 95 % interval, word perplexity, speed.
+
+        Forms other than ``text`` are tables to paste (dynlm.report.tables).
+        """
+        if form != "text":
+            return tables.table(self.data, form)
         lines = []
         for name in self.methods:
             method = self[name]
@@ -105,6 +111,9 @@ class Results:
     def report(self, folder: str | Path) -> Path:
         """Save, and write FOLDER/report.html, which needs nothing but itself; returns its path."""
         self.save(folder)
+        with optional("a report"):
+            from dynlm.report.html import write_report
+
         return write_report(runs.Run(folder), pieces=self.tokenizer.pieces, vocab_size=self.tokenizer.vocab_size)
 
 
@@ -244,6 +253,9 @@ def report_of_run(run: runs.Run, formats: str = "", titles: Sequence[str] = ()) 
     Raises:
         InputError: no evaluation, or one that was made with another tokenizer.
     """
+    with optional("a report"):
+        from dynlm.report.html import write_report
+
     run.require(run.results, "evaluate")
     used = results.load_results(run.results).get("tokenizer", {}).get("fingerprint")
     if run.tokenizer.is_dir() and used not in (None, fingerprint_files(run.tokenizer)):

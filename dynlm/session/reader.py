@@ -24,6 +24,7 @@ from dynlm.data.spacing import Spacer
 from dynlm.data.texts import Source, Text, as_texts, encode_chunk, surfaces
 from dynlm.evaluation.tap import TappedReader
 from dynlm.files import replacing
+from dynlm.lazy import optional
 from dynlm.methods import Method
 from dynlm.optim.base import Rule
 from dynlm.optim.handmade import Static
@@ -131,7 +132,8 @@ class Reader:
         **settings: Any,
     ) -> Reader:
         """Make a reader of a model of transformers, whatever else lies in its folder: see :meth:`from_pretrained`."""
-        from dynlm.session.ready import given_session, ready_session, untuned_rule  # transformers, which takes seconds
+        with optional("a model of transformers"):
+            from dynlm.session.ready import given_session, ready_session, untuned_rule  # which takes seconds
 
         if isinstance(source, str | Path):
             session = ready_session(source, **settings)
@@ -312,7 +314,7 @@ class Reader:
             memory = load_memory(Path(path), self._pair[1], self._belongs())
             size = self.session.config.segment
             if memory.segment not in (None, size):
-                log.warning(f"{path} was made with updates every {memory.segment} tokens; now they come every {size}")
+                log.info(f"{path} was made with updates every {memory.segment} tokens; now they come every {size}")
             self._start, self.read_from = (memory.position, memory.static_hidden), str(path)
             self.forget()
 

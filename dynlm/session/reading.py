@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import dynlm
+from dynlm.lazy import optional
 from dynlm.optim.base import Rule
 from dynlm.printable import printable
 from dynlm.report.words import Occurrences
@@ -167,7 +168,8 @@ class Reading:
         Raises:
             InputError: the tokens or words were not kept, or nothing was read.
         """
-        from dynlm.report.tokenmap import TokenMap, write_token_map  # matplotlib, which takes a second
+        with optional("a page"):
+            from dynlm.report.tokenmap import TokenMap, write_token_map  # matplotlib, which takes a second
 
         record, words = self._kept(), self.words
         if words is None or not record.texts:

@@ -26,6 +26,7 @@ from dynlm.data.tokenizers import Tokenizer, load_tokenizer, tokenize
 from dynlm.evaluation.cache import CacheConfig, CachedReader, load_cache
 from dynlm.evaluation.mixture import MixedReader, load_mixture
 from dynlm.evaluation.stateless import StatelessScorer
+from dynlm.lazy import optional
 from dynlm.methods import STATELESS, STATIC, Method
 from dynlm.models.light import LightLSTM, is_light, load_light
 from dynlm.models.params import adapted_parameters
@@ -329,10 +330,11 @@ def _load_model(
     recurrent = is_light(folder)
     if light and recurrent:
         return load_light(folder), _itself, params, Session.carry
-    from dynlm.models.causal import scorer_for  # seconds of imports
-    from dynlm.models.context import ContextConfig
-    from dynlm.models.lora import LoraSettings
-    from dynlm.models.ready import load_base
+    with optional("a model of transformers"):
+        from dynlm.models.causal import scorer_for  # seconds of imports
+        from dynlm.models.context import ContextConfig
+        from dynlm.models.lora import LoraSettings
+        from dynlm.models.ready import load_base
 
     context = build(ContextConfig, settings.get("context", {}), f"{run.recipe}: context")
     lora = build(LoraSettings, settings.get("lora", {"rank": 0}), f"{run.recipe}: lora")

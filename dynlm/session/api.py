@@ -133,7 +133,8 @@ def meta_train(
         reader_or_model: as for :func:`evaluate`.
         articles: some are kept aside to choose φ (``validation_articles``).
         start: the hand-made rule that the learned one begins at: rms for gated and mlp.
-        folder: where the best rule so far, the log and the checkpoint are kept; without one nothing is.
+        folder: where the best rule so far, the log, the checkpoint and what trackers write are kept; without one
+            nothing is.
         resume: go on from the checkpoint in ``folder``.
         trackers: get each loss: names that accelerate knows (tensorboard, wandb, …), or trackers like accelerate's.
         settings: of :class:`dynlm.meta.train.MetaConfig`: rule, steps, articles, truncation, lr, seed, estimator, …

@@ -57,6 +57,9 @@ class Mixture(nn.Module):
         n_features: F, as :func:`count_features` counts them.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, n_sources: int, n_features: int) -> None:
         super().__init__()
         self.hidden, self.out = nn.Linear(n_features, HIDDEN), nn.Linear(HIDDEN, n_sources)
@@ -73,7 +76,8 @@ class Mixture(nn.Module):
 
     def mix(self, sources: Sources) -> Tensor:
         """Return log p of the targets (S,)."""
-        return (self(sources) + sources.log_probs_SK).logsumexp(1)
+        log_weights_SK: Tensor = self(sources)
+        return (log_weights_SK + sources.log_probs_SK).logsumexp(1)
 
 
 def count_features(learns: bool, cached: bool) -> int:
@@ -141,7 +145,7 @@ class MixedReader(TappedReader):
         sources = self._sources(log_static_SV, log_adapted_SV, attention, targets_S)
         if self.mixture is None:
             return self.kept(scored, sources)
-        log_weights_SK = self.mixture(sources)
+        log_weights_SK: Tensor = self.mixture(sources)
 
         def log_probs_SV() -> Tensor:
             rows = [log_adapted_SV] if log_static_SV is None else [log_static_SV, log_adapted_SV]

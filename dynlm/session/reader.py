@@ -28,10 +28,9 @@ from dynlm.lazy import optional
 from dynlm.methods import Method
 from dynlm.optim.base import Rule
 from dynlm.optim.handmade import Static
-from dynlm.optim.hub import load
 from dynlm.session.memory import copied, load_memory, save_memory
 from dynlm.session.reading import Reading
-from dynlm.session.session import Session, load_session, shipped_models
+from dynlm.session.session import Session, is_run, load_session, loaded_rule
 from dynlm.session.step import Step
 from dynlm.types import DivergedError, InputError
 
@@ -112,12 +111,12 @@ class Reader:
         Raises:
             InputError: nothing to read with there, or settings that do not go together.
         """
-        if isinstance(source, str | Path) and _is_run(source):
+        if isinstance(source, str | Path) and is_run(source):
             if lr or settings:
                 name = next(iter(settings), "lr")
                 raise InputError(f"{name} is for a model without a run: a run's own is in its settings and rules")
             session = load_session(source, reset)
-            return cls(session, _loaded(rule, session), spacing=spacing)
+            return cls(session, loaded_rule(rule, session), spacing=spacing)
         return cls.of_model(source, rule, tokenizer=tokenizer, lr=lr, spacing=spacing, reset=reset, **settings)
 
     @classmethod
@@ -389,17 +388,3 @@ class Reader:
                 f"reading with {adapted.rule.name} diverged after {totals.tokens:,} tokens; "
                 f"it goes on from the trained weights{told}"
             )
-
-
-def _is_run(source: str | Path) -> bool:
-    """Return whether ``source`` is a run directory or the name of a shipped model."""
-    return not str(source) or (Path(source) / "recipe.json").is_file() or str(source) in shipped_models()
-
-
-def _loaded(rule: str | Rule, session: Session) -> str | Rule:
-    """Return the rule itself where its name is none of the session's: a file, a folder, or a name of the hub."""
-    if isinstance(rule, Rule) or rule in ("", "static", *session.held()):
-        return rule
-    if not Path(rule).exists() and "/" not in rule:
-        return rule  # the session says what it holds
-    return load(rule)

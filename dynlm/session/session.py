@@ -33,6 +33,7 @@ from dynlm.models.params import adapted_parameters
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.general import General
 from dynlm.optim.handmade import Static
+from dynlm.optim.hub import load
 from dynlm.optim.library import load_rule
 from dynlm.optim.registry import made_by, trained
 from dynlm.optim.sharing import fingerprint
@@ -295,6 +296,20 @@ def load_session(
 def shipped_models() -> list[str]:
     """Return the names of the models that come with the package."""
     return sorted(path.parent.name for path in SHIPPED.glob("*/recipe.json"))
+
+
+def is_run(source: str | Path) -> bool:
+    """Return whether ``source`` is a run directory or the name of a shipped model."""
+    return not str(source) or (Path(source) / "recipe.json").is_file() or str(source) in shipped_models()
+
+
+def loaded_rule(rule: str | Rule, session: Session) -> str | Rule:
+    """Return the rule itself where its name is none of the session's: a file, a folder, or a name of the hub."""
+    if isinstance(rule, Rule) or rule in ("", "static", *session.held()):
+        return rule
+    if not Path(rule).exists() and "/" not in rule:
+        return rule  # the session says what it holds
+    return load(rule)
 
 
 class Known(TypedDict, total=False):

@@ -56,7 +56,8 @@ def push_to_hub(rule: Rule, repo_id: str, made: runs.Json | None = None, license
     Args:
         rule: any rule.
         repo_id: ``user/repo``.
-        made, license: as for :func:`save_pretrained`.
+        made: how the rule was found, as for :func:`save_pretrained`.
+        license: of the rule, as the hub spells it.
 
     Raises:
         InputError: a name of another form, or a hub that refuses or does not answer.

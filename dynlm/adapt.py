@@ -139,14 +139,23 @@ class Reader:
 
     def snapshot(self) -> Snapshot:
         """Return a copy of the position, to read something else in between."""
-        return Snapshot([theta.clone() for theta in self.thetas], copy.deepcopy(self.state), self.hidden)
+        return Snapshot([theta.clone() for theta in self.thetas], copy.deepcopy(self.state), self.carried())
 
     def resume(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot, which must not be used again."""
         with torch.no_grad():
             for theta, saved in zip(self.thetas, snapshot.thetas, strict=True):
                 theta.copy_(saved)
-        self.state, self.hidden = snapshot.state, snapshot.hidden
+        self.state = snapshot.state
+        self.carry(snapshot.hidden)
+
+    def carried(self) -> Any:
+        """Return what goes from segment to segment beside weights and rule state: the hidden state."""
+        return self.hidden
+
+    def carry(self, carried: Any) -> None:
+        """Go on with what :meth:`carried` returned."""
+        self.hidden = carried
 
     def segment(self, inputs_S: Tensor, targets_S: Tensor, last: bool = False) -> Step:
         """Score, then update. ``last`` spares the update that no later token would see.

@@ -85,7 +85,8 @@ def require_ours(run: Run) -> None:
         names = sorted(os.listdir(run.path))
     except OSError as error:
         raise InputError(f"cannot read {run.path}: {error.strerror}; choose another run directory") from None
-    foreign = [name for name in names if name != LOCK and not name.startswith((NEXT, COMMIT))]
+    own = (LOCK, run.trackers.name)  # a tracker writes before there is anything else
+    foreign = [name for name in names if name not in own and not name.startswith((NEXT, COMMIT))]
     if foreign:
         raise InputError(
             f"{run.path} is no run of dynlm and holds other files ({foreign[0]!r}): choose another --run, or empty it"

@@ -29,6 +29,8 @@ class Call(Settings):
     """threads to compute with; 0: one for small models, else chosen by a measurement of some 50 ms"""
     quiet: bool = False
     """results only: no progress"""
+    log_with: tuple[str, ...] = ()
+    """trackers that follow training: tensorboard, wandb and others that accelerate knows, each if it is installed"""
     json: bool = False
     """print one JSON object with the figures to standard output; everything else goes to standard error"""
 

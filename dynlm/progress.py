@@ -12,8 +12,6 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 LINES = 10  # of one bar in a log file
 APART = 5.0  # seconds between two of them, at least
 Item = TypeVar("Item")
@@ -44,6 +42,8 @@ class Bar:
         self.first, self.said = initial, initial
         self.bar: Any = None
         if not _quiet and sys.stderr.isatty():
+            from tqdm import tqdm
+
             self.bar = tqdm(total=self.total or None, initial=initial, desc=desc, unit=unit, unit_scale=unit_scale)
 
     def __enter__(self) -> Bar:
@@ -88,7 +88,7 @@ class Bar:
     def write(self, text: str) -> None:
         """Print a line to standard output, above the bar where there is one."""
         if self.bar is not None:
-            tqdm.write(text)
+            self.bar.write(text)
         elif not _quiet:
             print(text, flush=True)
 

@@ -60,6 +60,8 @@ class Description(TypedDict):
     start: str | None
     """the method of ``learn-start`` that learned its θ0"""
     cache: bool
+    mix: NotRequired[bool]
+    """whether a learned network weighs static, adapted and cache predictions; absent in files of earlier versions"""
     settings: dict[str, float | int | str]
     fingerprint: str | None
     """of the rule; None for one that changes nothing"""

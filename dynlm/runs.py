@@ -7,6 +7,7 @@ RUN/checkpoints/           unfinished work, for --resume
 RUN/.lock                  held by the command that works here (dynlm.claim)
 RUN/demo.txt               the demo made this run, and may replace it
 RUN/few-shot.json          few-shot comparison        RUN/few-shot/          its learned starts θ0
+RUN/trackers/              what trackers of training write (``--log-with``)
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Run:
         self.figures = self.path / "figures"
         self.few_shot = self.path / "few-shot.json"
         self.demo = self.path / "demo.txt"
+        self.trackers = self.path / "trackers"
 
     def rule(self, name: str) -> Path:
         """Return the file of a rule or cache, by the name of its method."""

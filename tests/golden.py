@@ -83,7 +83,7 @@ def kit() -> dict[str, Any]:
 
     numbers: dict[str, Any] = {}
     for name in ("rms", "gated"):
-        loaded = load_session(light=True)
+        loaded = load_session("wikitext2", light=True)
         (article,) = tokenize(loaded.tokenizer, [Article("golden", "Golden", text(1000, 400))])
         numbers["kit.tokens"] = len(article)
         for method, reader in zip(("static", name), Reader(loaded, name).pair(), strict=True):

@@ -34,7 +34,7 @@ def learning(model: PreTrainedModel, articles: list[dynlm.Article]) -> None:
     results = assert_type(dynlm.evaluate(model, articles, ["static", "rms"]), dynlm.Results)
     assert_type(results.table(), str)
     rule = assert_type(dynlm.tune(model, articles, "rms"), dynlm.Rule)
-    assert_type(dynlm.meta_train("run", articles, rule, steps=10), dynlm.Rule)
+    assert_type(dynlm.meta_train("run", articles, rule, steps=10, trackers=["tensorboard"]), dynlm.Rule)
     assert_type(dynlm.audit("run", articles[0], articles[1]), list[Verdict])
 
 
@@ -58,6 +58,7 @@ def context(shared: Shared) -> torch.Tensor:
 def loading() -> None:
     assert_type(dynlm.load_model("folder"), PreTrainedModel)
     assert_type(dynlm.load_corpus(DataConfig()), Corpus)
+    assert_type(dynlm.load_corpus("my/*.txt", meta_articles=8), Corpus)
     assert_type(dynlm.LSTMForCausalLM(LSTMConfig()), dynlm.LSTMForCausalLM)
     assert_type(dynlm.InputError("one line"), dynlm.InputError)
 

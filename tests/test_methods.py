@@ -18,6 +18,9 @@ NAMES = [
     ("cache", Method("static", cache=True), "cache"),
     ("static@joint+cache", Method("static", start="joint", cache=True), "static-from-joint-cache"),
     ("rms+cache", Method("rms", cache=True), "rms-cache"),
+    ("rms+mix", Method("rms", mix=True), "rms-mix"),
+    ("cache+mix", Method("static", cache=True, mix=True), "cache-mix"),
+    ("gated#1@maml+cache+mix", Method("gated", 1, "maml", True, True), "gated-seed1-from-maml-cache-mix"),
     ("stateless", Method("stateless"), "stateless"),
     ("my.rule-2", Method("my.rule-2"), "my.rule-2"),
     ("cached", Method("cached"), "cached"),
@@ -34,13 +37,29 @@ def test_names_of_settings_and_of_files_are_read_as_one(name, method, stem):
 
 def test_what_stands_beside_a_cache_and_spellings_of_one_method():
     method = Method.parse("gated#1@fomaml+cache")
-    assert str(method.uncached) == "gated#1@fomaml"
+    assert str(method.inner) == "gated#1@fomaml"
+    mixed = Method.parse("gated+cache+mix")
+    assert (str(mixed.inner), str(mixed.inner.inner)) == ("gated+cache", "gated")
     assert str(Method.parse("static+cache")) == "cache"
     assert str(Method.parse("gated#0")) == "gated"
 
 
 @pytest.mark.parametrize(
-    "name", ["", "+cache", "#1", "../rms", ".rms", "gated#", "gated@", "a b", "cache+cache", "rms+x", "x-cache#1"]
+    "name",
+    [
+        "",
+        "+cache",
+        "#1",
+        "../rms",
+        ".rms",
+        "gated#",
+        "gated@",
+        "a b",
+        "cache+cache",
+        "rms+x",
+        "x-cache#1",
+        "rms+mix+cache",
+    ],
 )
 def test_other_names_are_refused(name):
     assert Method.find(name) is None

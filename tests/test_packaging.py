@@ -1,9 +1,15 @@
 """The wheel holds all that dynlm reads from its own folder: what ships, templates, the demo's recipe."""
 
+import os
 import subprocess
+import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
+
+import dynlm
 
 ROOT = Path(__file__).parents[1]
 SUFFIXES = {".py", ".safetensors", ".json", ".model", ".md", ".toml", ".j2", ".css", ".js", ".cpp", ".typed"}
@@ -53,6 +59,60 @@ def test_the_wheel_holds_every_file_of_the_package():
     recipes = {f"dynlm/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.toml")}
     assert recipes
     assert held == data_files() | recipes
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(wheel, sdist), really built; the wheel from what the sdist holds, as an installer of it would."""
+    pytest.importorskip("hatchling", reason="hatchling is not installed")
+    folder = tmp_path_factory.mktemp("built")
+
+    def build(target, source):
+        command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(folder)]
+        subprocess.run(command, cwd=source, check=True, capture_output=True)
+
+    build("sdist", ROOT)
+    (sdist,) = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    build("wheel", folder / sdist.name.removesuffix(".tar.gz"))
+    (wheel,) = folder.glob("*.whl")
+    return wheel, sdist
+
+
+def test_both_packages_carry_the_one_version_and_the_sdist_all_that_a_checkout_has(built):
+    wheel, sdist = built
+    assert wheel.name == f"dynlm-{dynlm.__version__}-py3-none-any.whl"
+    assert sdist.name == f"dynlm-{dynlm.__version__}.tar.gz"
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    needed = ("pyproject.toml", "README.md", "LICENSE", "CITATION.cff", "recipes/general.toml", "scripts/test")
+    assert {*needed, "tests/lab.py", "examples/own_rule.py", *data_files()} <= held
+    assert not any(name.startswith((".venv", "runs/", "dist/")) for name in held)
+
+
+def test_the_wheel_reads_and_finds_recipes_from_an_empty_folder(built, tmp_path):
+    with zipfile.ZipFile(built[0]) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "installed")
+    recipes = {f"dynlm/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.toml")}
+    assert {name for name in names if not name.startswith("dynlm-")} == data_files() | recipes
+    metadata = (tmp_path / f"installed/dynlm-{dynlm.__version__}.dist-info/METADATA").read_text(encoding="utf-8")
+    assert "Requires-Dist: torch>=2.6\n" in metadata
+    assert "Requires-Dist: optuna>=4; extra == 'all'" in metadata.replace('"', "'")
+    code = """
+import dynlm
+from dynlm.stages.recipe import find_recipe, load_recipe
+assert "installed" in dynlm.__file__
+print(load_recipe(find_recipe("wikitext2-cpu")).data.source)
+print(dynlm.optim.load("general").name)
+print(len(dynlm.Reader.from_pretrained("wikitext2").session.priors))
+"""
+    (tmp_path / "empty").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path / "empty", env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["$DYNLM_WIKITEXT2", "general", "5"], done.stderr
 
 
 def test_the_wheel_declares_the_licenses_of_code_and_weights():

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import dynlm
+from dynlm.session.session import load_session
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
@@ -101,6 +104,20 @@ def test_bench_train_compares_two_forms_of_the_loss(tmp_path):
     assert rows["fp32 plain"]["times_plain"] == 1
     assert abs(rows["fp32 fused"]["loss"] - rows["fp32 plain"]["loss"]) < 1e-4
     assert "× plain" in printed
+
+
+def test_ship_packs_a_run_that_reads_as_the_run_does(finished, tmp_path):
+    kit = tmp_path / "kit"
+    assert "bytes" in run("ship", finished[1], "wikipedia", kit).stdout
+    text = json.loads((finished[1].parent / "docs.jsonl").read_text().splitlines()[0])["text"]
+    of_run, of_kit = (dynlm.Reader.from_pretrained(str(folder)).read(text) for folder in (finished[1], kit))
+    assert of_kit.tokens == of_run.tokens
+    assert of_kit.gain == pytest.approx(of_run.gain, abs=2e-3)  # float16
+    assert load_session(kit).held() == load_session(finished[1]).held()
+    found = json.loads((finished[1] / "evaluate" / "results.json").read_text())["methods"]
+    card = (kit / "README.md").read_text()
+    assert all(f"| {name} | {figures['bits_per_byte']:.4f} |" in card for name, figures in found.items())
+    assert "CC BY-SA 3.0" in (kit / "LICENSE.md").read_text()
 
 
 STRETCH = re.compile(r'(?:<g class="(\w)(\d)"><rect [^>]*/>)?<text xml:space="preserve" [^>]*>([^<]*)<')

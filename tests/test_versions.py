@@ -23,7 +23,9 @@ def script():
 
 def bounds():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return [Requirement(line) for line in [*project["dependencies"], *project["optional-dependencies"]["lora"]]]
+    extras = (project["optional-dependencies"][name] for name in ("lm", "tune", "report", "lora"))
+    found = [Requirement(line) for lines in (project["dependencies"], *extras) for line in lines]
+    return [bound for bound in found if bound.name != "dynlm"]
 
 
 def test_the_lowest_set_is_the_lower_bounds_and_the_newest_has_none(script):
@@ -35,7 +37,8 @@ def test_the_lowest_set_is_the_lower_bounds_and_the_newest_has_none(script):
 
 
 def test_a_bound_of_another_form_is_one_line(script, monkeypatch, tmp_path):
-    text = '[project]\ndependencies = ["torch<3"]\noptional-dependencies.lora = []\n'
+    text = '[project]\ndependencies = ["torch<3"]\n[project.optional-dependencies]\n'
+    text += "".join(f"{extra} = []\n" for extra in script.EXTRAS)
     (tmp_path / "pyproject.toml").write_text(text)
     monkeypatch.setattr(script, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match=r"'torch<3' in pyproject.toml is not of the form name>=version"):

@@ -19,6 +19,7 @@ import dynlm
 from dynlm.claim import claim, recover
 from dynlm.cli.terminal import noted, tell, usage_errors
 from dynlm.interrupt import Interrupted
+from dynlm.lazy import optional
 from dynlm.progress import hush_libraries, set_quiet
 from dynlm.runs import Json, Run
 from dynlm.types import InputError
@@ -36,6 +37,8 @@ class Command(NamedTuple):
     """``--resume`` goes on from its checkpoint or after what it has finished"""
     begins: bool = False
     """makes the run directory where there is none"""
+    trains: bool = False
+    """logs its losses to the trackers of ``--log-with``"""
     table: str = ""
     """the one table of the recipe that the function takes after the call's flags; without it, the whole recipe"""
 
@@ -43,20 +46,26 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "read": Command("cli.read.main", "read your own texts and see, token by token, what learning while reading gains"),
     "train": Command(
-        "stages.train.train", "train tokenizer and base model, or copy a ready one into the run", True, True
+        "stages.train.train", "train tokenizer and base model, or copy a ready one into the run", True, True, True
     ),
     "tune": Command("stages.tune.tune", "tune the hand-made rules on the meta split", True),
     "plan": Command("stages.plan.plan", "predict memory and time of meta-training; needs no data"),
-    "meta-train": Command("stages.run.meta_training", "train a learned rule, from a tuned hand-made one", True),
+    "meta-train": Command(
+        "stages.run.meta_training", "train a learned rule, from a tuned hand-made one", True, trains=True
+    ),
     "learn-optimizer": Command(
         "labs.general.command.learn_optimizer",
         "meta-train the general-purpose optimizer on small training tasks",
         True,
         True,
+        True,
         "general",
     ),
     "learn-start": Command(
-        "stages.start.learn_start_stage", "learn a start θ0 of the base model for reading with a rule", True
+        "stages.start.learn_start_stage",
+        "learn a start θ0 of the base model for reading with a rule",
+        True,
+        trains=True,
     ),
     "evaluate": Command(
         "stages.evaluate.evaluate", "read held-out articles with every method and write the report", True
@@ -68,10 +77,13 @@ COMMANDS: dict[str, Command] = {
         "learn a start for few-shot tasks with several methods and compare them",
         True,
         True,
-        "fewshot",
+        table="fewshot",
     ),
     "demo": Command(
-        "cli.main.demo", "run the whole chain on the documentation that Python carries, no download", begins=True
+        "cli.main.demo",
+        "run the whole chain on the documentation that Python carries, no download",
+        begins=True,
+        trains=True,
     ),
 }
 USAGE = """usage: dynlm COMMAND [RECIPE] [--run DIR] [--section.setting VALUE ...]
@@ -97,15 +109,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:2], "--help"]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
-        return 0 if arguments else 2
-    if arguments[0] in ("--version", "-V"):
+    if arguments[:1] in (["--version"], ["-V"]):
         print(f"dynlm {dynlm.__version__}")
         return 0
     hush_libraries()
     try:
-        _run(arguments[0], arguments[1:])
+        with optional(f"`{' '.join(['dynlm', *arguments[:1]])}`"):
+            if not arguments or arguments[0] in ("-h", "--help"):
+                print(_usage())
+                return 0 if arguments else 2
+            _run(arguments[0], arguments[1:])
     except InputError as error:
         tell(str(error))
         return 2
@@ -154,6 +167,8 @@ def _run(name: str, arguments: list[str]) -> None:
     command, run = COMMANDS[name], Run(recipe.run)
     if recipe.resume and not command.resumes:
         raise InputError(f"`dynlm {name}` has nothing to resume: leave --resume out, or add --overwrite to start again")
+    if recipe.log_with and not command.trains:
+        raise InputError(f"`dynlm {name}` trains nothing that a tracker could follow: leave --log-with out")
     set_quiet(recipe.quiet)
     with redirect_stdout(sys.stderr) if recipe.json else nullcontext(), noted(partial(print, flush=True)):
         print(f"run directory: {recipe.run}", flush=True)

@@ -55,7 +55,8 @@ class ReadSettings(Settings):
     prior measured now and its rule untuned; a run with tuned rules gains more: `dynlm train --model.pretrained`, then
     `dynlm tune`"""
     rule: str = ""
-    """rule of the run; without it gated, or else rms. With --model: rms, sgd, adam or static"""
+    """rule of the run, or one with its cache or mixture (gated+cache+mix); without it gated, or else rms. With --model:
+    rms, sgd, adam or static"""
     lr: NotNegative = 0.0
     """with --model: learning rate of the rule; 0: a cautious one, from the size of the model's gradient"""
     lora_rank: Annotated[int, Bound(0, WIDE)] = 0
@@ -135,6 +136,8 @@ def read(settings: ReadSettings, stdin: BinaryIO | None = None) -> Totals:
     threads = choose_threads(settings.threads, sum(p.numel() for p in reader.session.model.parameters()))
     if not settings.quiet:
         print(f"threads: {threads}", file=sys.stderr)
+    if settings.save_memory:
+        reader.require_memory()
     if settings.load_memory:
         reader.load_memory(settings.load_memory)
     wants_tokens = bool(settings.html or settings.json)
@@ -208,7 +211,7 @@ class Outcome:
 
     def print_totals(self) -> None:
         """Totals, the words that came again, and warnings."""
-        reading, rule = self.reading, self.reader.rule.name
+        reading, rule = self.reading, self.reading.method
         lines = reading.totals.told(rule)
         if reading.words and not self.settings.quiet:
             table = word_lines(reading.words.rows()[:TABLE_ROWS], reading.words.mean(), rule)

@@ -48,14 +48,20 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def noted(say: Callable[[str], None]) -> Iterator[None]:
-    """Inside, say what the library logs, as notes: a stage in its log, ``dynlm read`` beside the text."""
+    """Inside, say what the library logs, as notes: a stage in its log, ``dynlm read`` beside the text.
+
+    Warnings and information; a program of one's own sees warnings alone, unless it lowers the level of ``dynlm``.
+    """
     library, handler = logging.getLogger("dynlm"), _Notes(say)
     propagated, library.propagate = library.propagate, False
+    level = library.level
+    library.setLevel(logging.INFO)
     library.addHandler(handler)
     try:
         yield
     finally:
         library.removeHandler(handler)
+        library.setLevel(level)
         library.propagate = propagated
 
 

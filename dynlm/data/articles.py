@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from dynlm.data import stdlib, wikitext
 from dynlm.data.hub import read_hub
 from dynlm.data.rows import Columns, from_rows, is_wikitext, joined_lines, make_article, split_of_name, texts_of
 from dynlm.files import why_unreadable
-from dynlm.settings import Seed, Settings, Whole
+from dynlm.lazy import optional
+from dynlm.settings import Seed, Settings, Whole, build
 from dynlm.types import Article, InputError
 
 SPLITS = ("train", "meta", "valid", "test")
@@ -97,12 +98,18 @@ class Corpus:
         return digest.hexdigest()[:16]
 
 
-def load_corpus(config: DataConfig) -> Corpus:
-    """Read the source and split it; the same config gives the same splits on every machine.
+def load_corpus(source: str | DataConfig = DataConfig.source, **settings: Any) -> Corpus:
+    """Read a source and split it; the same settings give the same splits on every machine.
+
+    Args:
+        source: what ``data.source`` of a recipe takes, such as a glob of text files, or all settings at once.
+        settings: of :class:`DataConfig`: meta_articles, held_out, text_column, title_column, split_seed.
 
     Raises:
-        InputError: a missing file, a glob that matches nothing, an unset variable, an empty corpus.
+        InputError: a missing file, a glob that matches nothing, an unset variable, an empty corpus, unknown settings.
     """
+    given = {"source": source} if isinstance(source, str) else asdict(source)
+    config: DataConfig = build(DataConfig, {**given, **settings}, "data")
     pools = read_pools(config)
     total = sum(len(pool) for pool in pools.values())
     if total == 0:
@@ -252,8 +259,9 @@ def _json_rows(path: Path) -> Iterable[Mapping[str, Any]]:
 
 
 def _parquet_rows(path: Path) -> Iterable[Mapping[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
+    with optional(str(path)):
+        import pyarrow
+        import pyarrow.parquet
 
     try:
         return pyarrow.parquet.read_table(path).to_pylist()  # type: ignore[no-any-return]

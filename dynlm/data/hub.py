@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dynlm.data import wikitext
 from dynlm.data.rows import SPLIT_WORDS, Columns, from_rows, is_wikitext, joined_lines
+from dynlm.lazy import optional
 from dynlm.types import Article, InputError
 
 NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*){0,2}")
@@ -18,7 +19,8 @@ def read_hub(name: str, columns: Columns) -> dict[str, list[Article]]:
     Raises:
         InputError: a name of another form, a data set that is not at hand or cannot be read.
     """
-    import datasets  # here and nowhere else: images without it can use every other source
+    with optional(f"data set {name!r}"):
+        import datasets  # here and nowhere else: images without it can use every other source
 
     path, configuration = _place(name)
     try:

@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Protocol, TypedDict, cast
 
 import torch
 
 from dynlm.files import read_json, replacing, require_file, write_json
+from dynlm.lazy import optional
 from dynlm.settings import Bound, Settings, check, shown
 from dynlm.types import Article, InputError, TokenizedArticle
 
@@ -115,7 +116,8 @@ class SentencePieceTokenizer:
     WHOLE = ("▁<unk>", "<unk>")  # WikiText's <unk> is a word of the text
 
     def __init__(self, model_proto: bytes) -> None:
-        import sentencepiece
+        with optional("a SentencePiece tokenizer"):
+            import sentencepiece
 
         self._proto = model_proto
         try:
@@ -129,7 +131,8 @@ class SentencePieceTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], config: TokenizerConfig) -> SentencePieceTokenizer:
-        import sentencepiece
+        with optional("a SentencePiece tokenizer"):
+            import sentencepiece
 
         sentences = (line for text in texts for line in _lines(text) if line.strip())
         model = io.BytesIO()
@@ -234,13 +237,14 @@ def gguf_in(path: str | Path) -> tuple[str, dict[str, str]]:
     Raises:
         InputError: the package gguf is not installed.
     """
-    if find_spec("gguf") is None:
-        raise InputError(f"{path} needs the package gguf: install dynlm[gguf]")
+    with optional(str(path)):
+        import_module("gguf")
     return str(Path(path).parent), {"gguf_file": Path(path).name}
 
 
 def _from_hub(name: str) -> Any:
-    from transformers import AutoTokenizer
+    with optional(f"tokenizer {name!r}"):
+        from transformers import AutoTokenizer
 
     place, within = gguf_in(name) if name.endswith(GGUF) and Path(name).is_file() else (name, {})
     try:

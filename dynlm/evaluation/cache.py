@@ -14,13 +14,13 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from dynlm import runs
-from dynlm.adapt import Reader, Snapshot, Step
+from dynlm.adapt import Reader, Scored
 from dynlm.evaluation.tap import Tap, TappedReader
 from dynlm.methods import CACHE
 from dynlm.settings import Count, NotNegative, Settings, Share, build
@@ -80,6 +80,16 @@ def attend(dots_SM: Tensor, ids_M: Tensor, theta: float, window: int) -> Attenti
     return Attention(weights_SM.masked_fill(empty_S[:, None], 0.0), ids_M, empty_S)
 
 
+def look_back(
+    states_SD: Tensor, targets_S: Tensor, memory: Memory | None, config: CacheConfig
+) -> tuple[Attention, Memory]:
+    """p_cache of a segment, and the memory after it."""
+    keys_MD = states_SD if memory is None else torch.cat([memory.keys_ND, states_SD])
+    ids_M = targets_S if memory is None else torch.cat([memory.ids_N, targets_S])
+    attention = attend(dots(states_SD, memory), ids_M, config.theta, config.window)
+    return attention, Memory(keys_MD[-config.window :], ids_M[-config.window :])
+
+
 def mix(log_vocab: Tensor, cache: Tensor, empty: Tensor, weight: float) -> Tensor:
     """log((1 − λ) p_vocab + λ p_cache), elementwise; log p_vocab where the cache is ``empty``."""
     if weight == 0:
@@ -105,29 +115,25 @@ class CachedReader(TappedReader):
         super().begin()
         self.memory: Memory | None = None
 
-    def snapshot(self) -> Snapshot:
-        return super().snapshot()._replace(hidden=(self.hidden, self.memory))
+    def carried(self) -> Any:
+        return super().carried(), self.memory
 
-    def resume(self, snapshot: Snapshot) -> None:
-        hidden, self.memory = snapshot.hidden
-        super().resume(snapshot._replace(hidden=hidden))
+    def carry(self, carried: Any) -> None:
+        hidden, self.memory = carried
+        super().carry(hidden)
 
-    def tapped(self, step: Step, targets_S: Tensor, tap: Tap) -> Step:
-        size, cache = targets_S.numel(), self.cache
-        states_SD, memory = tap.states(size), self.memory
-        ids_M = targets_S if memory is None else torch.cat([memory.ids_N, targets_S])
-        attention = attend(dots(states_SD, memory), ids_M, cache.theta, cache.window)
-        keys_MD = states_SD if memory is None else torch.cat([memory.keys_ND, states_SD])
-        self.memory = Memory(keys_MD[-cache.window :], ids_M[-cache.window :])
+    def tapped(self, scored: Scored, targets_S: Tensor, tap: Tap) -> Scored:
+        size, weight = targets_S.numel(), self.cache.weight
+        attention, self.memory = look_back(tap.states(size), targets_S, self.memory, self.cache)
 
         def log_probs_SV() -> Tensor:
             log_vocab_SV = tap.logits(size).log_softmax(1)
             of_cache_SV = attention.of_vocabulary(log_vocab_SV.shape[1])
-            return mix(log_vocab_SV, of_cache_SV, attention.empty_S[:, None], cache.weight)
+            return mix(log_vocab_SV, of_cache_SV, attention.empty_S[:, None], weight)
 
         self.show(log_probs_SV, targets_S)
-        log_probs_S = mix(-step.losses_S, attention.of_targets(targets_S), attention.empty_S, cache.weight)
-        return step._replace(losses_S=-log_probs_S)
+        log_probs_S = mix(-scored.losses_S, attention.of_targets(targets_S), attention.empty_S, weight)
+        return scored._replace(losses_S=-log_probs_S)
 
 
 def save_cache(cache: CacheConfig, path: Path, made: runs.Json) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dynlm.adapt import Reader, Step
+from dynlm.adapt import Reader, Scored
 from dynlm.evaluation.cache import CacheConfig, Memory, attend, dots
 from dynlm.evaluation.tap import Tap, TappedReader
 from dynlm.types import InputError, TokenizedArticle
@@ -44,9 +44,9 @@ class Recorder(TappedReader):
         super().begin()
         self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def tapped(self, step: Step, targets_S: Tensor, tap: Tap) -> Step:
-        self.parts.append((step.losses_S.float(), tap.states(targets_S.numel()), targets_S))
-        return step
+    def tapped(self, scored: Scored, targets_S: Tensor, tap: Tap) -> Scored:
+        self.parts.append((scored.losses_S.float(), tap.states(targets_S.numel()), targets_S))
+        return scored
 
     def recording(self) -> Recording:
         return Recording(*(torch.cat(column) for column in zip(*self.parts, strict=True)))

@@ -27,10 +27,11 @@ def describe(name: str, rule: Rule, settings: Mapping[str, float]) -> Descriptio
     method = Method.parse(name)
     return {
         "rule": STATELESS if method.rule == STATELESS else rule.name,
-        "kind": "hand-made" if method.cache and rule.kind == "baseline" else rule.kind,
+        "kind": "learned" if method.mix else "hand-made" if method.cache and rule.kind == "baseline" else rule.kind,
         "seed": method.seed,
         "start": method.start or None,
         "cache": method.cache,
+        "mix": method.mix,
         "settings": dict(settings),
         "fingerprint": fingerprint(rule) if rule.reads_gradient else None,
     }

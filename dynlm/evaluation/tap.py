@@ -14,7 +14,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from dynlm.adapt import Reader, Step
+from dynlm.adapt import Reader, Scored
 from dynlm.models.light import MODEL_TYPE
 from dynlm.types import InputError
 
@@ -90,6 +90,8 @@ class TappedReader(Reader):
     needs_states = False
     """whether ``tapped`` is wanted even where nobody watches"""
     watch: Watch | None = None
+    log_probs: Callable[[], Tensor] | None = None
+    """makes the distribution (S, V) that the segment scored last was scored with, where that was tapped"""
     watch_seconds = 0.0
     """time spent on showing: no part of reading"""
 
@@ -98,21 +100,22 @@ class TappedReader(Reader):
         """Return the same reading, tapped; ``reader`` itself must not be used meanwhile."""
         return cls(reader.model, reader.score, reader.rule, reader.priors, reader.config)
 
-    def segment(self, inputs_S: Tensor, targets_S: Tensor, last: bool = False) -> Step:
+    def scored(self, inputs_S: Tensor, targets_S: Tensor, last: bool = False) -> Scored:
         if self.watch is None and not self.needs_states:
-            return super().segment(inputs_S, targets_S, last)
+            return super().scored(inputs_S, targets_S, last)
         with Tap(self.model) as tap:
-            step = super().segment(inputs_S, targets_S, last)
+            scored = super().scored(inputs_S, targets_S, last)
         with torch.no_grad():
-            return self.tapped(step, targets_S, tap)
+            return self.tapped(scored, targets_S, tap)
 
-    def tapped(self, step: Step, targets_S: Tensor, tap: Tap) -> Step:
-        """Return what becomes of a segment's scores; here they stay as they are."""
+    def tapped(self, scored: Scored, targets_S: Tensor, tap: Tap) -> Scored:
+        """Return what becomes of a segment's losses; here they stay as they are. ``mean`` stays the model's own."""
         self.show(lambda: tap.logits(targets_S.numel()).log_softmax(1), targets_S)
-        return step
+        return scored
 
     def show(self, log_probs_SV: Callable[[], Tensor], targets_S: Tensor) -> None:
-        """Let ``watch`` see a distribution, which is worked out for it alone."""
+        """Keep what makes a distribution, and let ``watch`` see it, for which alone it is worked out."""
+        self.log_probs = log_probs_SV
         if self.watch is not None:
             started = time.perf_counter()
             self.watch(log_probs_SV(), targets_S)

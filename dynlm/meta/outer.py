@@ -14,6 +14,7 @@ from dynlm import runs
 from dynlm.adapt import Reader
 from dynlm.meta.initialisation import Method, Task, add, outer_gradient
 from dynlm.settings import AnyFloat, Count, NotNegative, Positive, Settings, Size, build
+from dynlm.tracking import Track, untracked
 from dynlm.types import DivergedError
 
 
@@ -71,13 +72,15 @@ def learn_start(
     *,
     keep: Callable[[Checkpoint], object] | None = None,
     resume: Checkpoint | None = None,
+    track: Track = untracked,
 ) -> OuterProgress:
     """Learn θ0 in ``reader.priors`` (a copy of those it came with) and, with ``phi_lr``, the rule's settings.
 
     ``validate`` reads with ``reader`` and returns a number to keep low; the start where it was lowest is kept.
     Methods that take the inner loop's end for exact (FOMAML, iMAML) drive θ0 to where the inner rate is too high: then
     the best start so far is taken up again with half the outer rate. ``keep`` gets a checkpoint after each validation,
-    ``resume`` is one to go on from; where ``sample`` stands is the caller's to keep.
+    ``resume`` is one to go on from; where ``sample`` stands is the caller's to keep. ``track`` gets the outer loss of
+    each step and the value of each validation.
 
     Raises:
         DivergedError: an inner loop that diverges in the first step. The seventh later on ends the loop.
@@ -88,14 +91,15 @@ def learn_start(
     first = loop.step
     for step in range(first, config.steps + 1):
         if (step % config.validate_every == 0 or step == config.steps) and (step != first or not resume):
-            loop.validated(step, _value(validate, step))
+            loop.validated(step, value := _value(validate, step))
+            track({"valid": value}, step)
             if keep:
                 keep(loop.state())
         if step == config.steps:
             break
         loop.set_rate(step)
         try:
-            loop.result.train_losses.append(_outer_step(method, reader, sample, config, loop.outer))
+            loss = _outer_step(method, reader, sample, config, loop.outer)
         except DivergedError as error:
             if step == 0:
                 raise
@@ -104,6 +108,9 @@ def learn_start(
                 break
             loop.restore()
             loop.outer = _optimizer(reader, config)
+        else:
+            loop.result.train_losses.append(loss)
+            track({"train": loss}, step + 1)
         if progress:
             progress(1)
     loop.restore()

@@ -29,6 +29,7 @@ from dynlm.optim.base import Rule
 from dynlm.optim.registry import trained
 from dynlm.progress import Bar
 from dynlm.settings import WIDE, AnyFloat, Bound, Count, NotNegative, Positive, Seed, Settings, Size, Whole, check
+from dynlm.tracking import Track, untracked
 from dynlm.types import InputError, TokenizedArticle
 
 
@@ -222,12 +223,14 @@ def meta_train(
     save_best: SaveRule,
     resume: bool = False,
     stage: str = "meta-train",
+    *,
+    track: Track = untracked,
 ) -> MetaProgress:
     """Train φ until the steps are done or validation stops improving; ``save_best`` gets each best rule.
 
     What it writes through the changes that it gets, the log and the checkpoint change together. The best rule of all is
     ``trainer.best``. ``validate`` reads the meta-validation articles with the present φ and returns nats per token;
-    ``stage`` names checkpoint and log.
+    ``stage`` names checkpoint and log. ``track`` gets the loss of each step and validation, in nats per token.
     """
     config, path = trainer.config, run.checkpoint(stage)
     if resume:
@@ -238,6 +241,7 @@ def meta_train(
         if math.isinf(trainer.progress.best):
             trainer.progress = trainer.progress._replace(best=validate())
             trainer.keep(run, stage, save_best)
+            track({"valid": trainer.progress.best}, 0)
             bar.write(f"start, the tuned hand-made rule: meta-validation {trainer.progress.best:.4f} nats/token")
         while trainer.progress.step < config.steps and trainer.progress.stale < config.patience:
             with runs.fitting() if resume and trainer.progress.step == first else nullcontext():
@@ -245,6 +249,7 @@ def meta_train(
             bar.update()
             bar.set_postfix_str(f"reading {loss:.3f} nats/token")
             step = trainer.progress.step
+            track({"train": loss}, step)
             due = step % config.validate_every == 0 or step == config.steps
             seconds = time.perf_counter() - started
             if due:
@@ -256,6 +261,7 @@ def meta_train(
                 if improved:
                     trainer.best.load_state_dict(trainer.rule.state_dict())
                 trainer.keep(run, stage, save_best if improved else None)
+                track({"valid": valid}, step)
                 bar.write(
                     f"step {step}: meta-validation {valid:.4f} nats/token ({'best' if improved else 'no better'})"
                 )

@@ -14,12 +14,11 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
-
-import optuna
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from dynlm.adapt import Reader
 from dynlm.evaluation.stream import read_articles
+from dynlm.lazy import optional
 from dynlm.methods import Method, MethodName
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.library import make_rule
@@ -27,13 +26,16 @@ from dynlm.optim.registry import RULES, Range, tuned
 from dynlm.settings import Count, NotEmpty, Seed, Settings, Whole
 from dynlm.types import DivergedError, InputError, TokenizedArticle
 
+if TYPE_CHECKING:
+    import optuna
+
 
 @dataclass(frozen=True)
 class TuneConfig(Settings):
     """Search for the settings of hand-made rules."""
 
     rules: Annotated[tuple[MethodName, ...], NotEmpty()] = ("sgd", "rms", "adam")
-    """rules to tune, each on its own"""
+    """rules to tune, each on its own; then caches (METHOD+cache) and mixtures (METHOD+mix), as they are given"""
     trials: Count = 40
     """settings tried a rule"""
     articles: Count = 16
@@ -45,8 +47,9 @@ class TuneConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.rules:
-            if name not in tuned() and not Method.parse(name).cache:
-                raise InputError(f"rules names {name!r}: choose from {', '.join(tuned())}, cache and METHOD+cache")
+            if name not in tuned() and not Method.parse(name).beside:
+                known = ", ".join(tuned())
+                raise InputError(f"rules names {name!r}: choose from {known}, cache, METHOD+cache and METHOD+mix")
 
     def excerpts(self, articles: Sequence[TokenizedArticle]) -> list[TokenizedArticle]:
         """Return what is read in a trial."""
@@ -103,6 +106,9 @@ def tune_rule(
         InputError: a rule without search space, no article.
         DivergedError: no setting that was tried reads to the end.
     """
+    with optional("tuning"):
+        import optuna
+
     if kind not in tuned():
         raise InputError(f"rule {kind!r} has no search space: tune one of {', '.join(tuned())}")
     texts = config.excerpts(articles)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from dynlm.lazy import optional
 from dynlm.models.params import matching
 from dynlm.settings import WIDE, Bound, NotEmpty, Positive, Seed, Settings
 from dynlm.types import InputError
@@ -43,10 +44,8 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings | None = None) -> tu
         InputError: peft is not installed, a rank below 1, a glob that matches no linear layer, or a second call.
     """
     settings = settings or LoraSettings()
-    try:
+    with optional("a model with low-rank weights"):
         from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise InputError("low-rank weights need peft: install dynlm[lora]") from None
     if settings.rank < 1:
         raise InputError(f"lora.rank is {settings.rank}: expected 1 or more")
     if any(".lora_A." in name for name, _ in model.named_parameters()):

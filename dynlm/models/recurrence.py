@@ -24,7 +24,8 @@ State = tuple[Tensor, Tensor]
 
 WIDE = 1024
 """from this width on, gradients of torch's bfloat16 kernel on CPUs with AMX are wrong by a third where the width is a
-multiple of 128 (torch 2.13): full precision takes its place"""
+multiple of 128 (torch 2.13): full precision takes its place, as it does on CPUs without AVX-512, which have no such
+kernel"""
 
 _twice: ContextVar[bool] = ContextVar("differentiable_twice", default=False)
 
@@ -82,11 +83,18 @@ def _require_shapes(x_BTD: Tensor, state: State, weight_ih: Tensor, weight_hh: T
         raise InputError(f"an LSTM layer of inputs {list(x_BTD.shape)} does not fit: {'; '.join(wrong)}")
 
 
+def _has_half_kernel(width: int) -> bool:
+    """Return whether this CPU's kernel runs a layer in bfloat16 and gets its gradients right (docs/LOG.md)."""
+    if not torch.backends.mkldnn.is_available():
+        return True
+    return width < WIDE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def _torch_lstm(
     x_BTD: Tensor, state: State, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor
 ) -> tuple[Tensor, State]:
     h, c = state
-    if x_BTD.device.type == "cpu" and weight_hh.shape[1] >= WIDE and torch.is_autocast_enabled("cpu"):
+    if x_BTD.device.type == "cpu" and torch.is_autocast_enabled("cpu") and not _has_half_kernel(weight_hh.shape[1]):
         with torch.autocast("cpu", enabled=False):
             x_BTD, h, c = (tensor.to(weight_hh.dtype) for tensor in (x_BTD, h, c))
             return _torch_lstm(x_BTD, (h, c), weight_ih, weight_hh, bias)

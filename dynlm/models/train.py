@@ -25,6 +25,7 @@ from dynlm.interrupt import Interrupted, Interruptible
 from dynlm.models.lstm import Hidden, LSTMForCausalLM
 from dynlm.progress import Bar
 from dynlm.settings import AnyFloat, Count, NotNegative, Positive, Seed, Settings, Share, Whole
+from dynlm.tracking import Track, untracked
 from dynlm.types import InputError, TokenizedArticle, perplexity
 
 
@@ -34,6 +35,8 @@ class TrainConfig(Settings):
 
     epochs: Count = 8
     """passes over the train split"""
+    max_steps: Whole = 0
+    """training, and the rate's cycle with it, ends after so many steps; 0: after the passes"""
     batch_size: Count = 32
     """parallel streams"""
     segment: Count = 64
@@ -73,10 +76,13 @@ def train_base_model(
     run: runs.Run,
     save_best: Callable[[LSTMForCausalLM, Changes], None],
     resume: bool = False,
+    *,
+    track: Track = untracked,
 ) -> Progress:
     """Train ``model`` on (train, valid) articles; ``save_best`` gets it after each best validation.
 
-    What it writes through the changes that it gets, the log and the checkpoint change together.
+    What it writes through the changes that it gets, the log and the checkpoint change together. ``track`` gets the
+    loss of each step and of each validation, in nats per token.
 
     Raises:
         InputError: a loss that is not finite (earlier files stay), or a checkpoint that does not fit.
@@ -92,12 +98,14 @@ def train_base_model(
         for loss in trainer.steps():
             bar.update()
             step = trainer.progress.step
+            track({"train": loss}, step)
             seconds = time.perf_counter() - started
             if step % 10 == 0:
                 speed = trainer.tokens_per_step * step / seconds
                 bar.set_postfix_str(f"{speed:,.0f} tokens/s, loss {loss:.3f} nats/token")
             if step % trainer.steps_per_validation == 0 or step == trainer.total_steps:
                 _validate(trainer, run, save_best, loss, seconds)
+                track({"valid": trainer.records[-1]["valid"]}, step)
                 bar.write(trainer.told())
             if signals.asked and step < trainer.total_steps:
                 _leave(trainer, run, signals.asked, time.perf_counter() - started)
@@ -166,6 +174,8 @@ class _Trainer:
         self.steps_per_epoch = math.ceil((length - 1) / config.segment)
         self.steps_per_validation = math.ceil(self.steps_per_epoch / config.validations_per_epoch)
         self.total_steps = self.steps_per_epoch * config.epochs
+        if config.max_steps:
+            self.total_steps = min(self.total_steps, config.max_steps)
         self.tokens_per_step = config.batch_size * config.segment
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
@@ -191,7 +201,7 @@ class _Trainer:
             streams = streams[self.local].to(self.accelerator.device)
             if first == 0:
                 self.hidden = None
-            for index in range(first, self.steps_per_epoch):
+            for index in range(first, min(self.steps_per_epoch, first + self.total_steps - self.progress.step)):
                 window = streams[:, index * segment : (index + 1) * segment + 1]
                 loss = self._step(window)
                 self.progress = self.progress._replace(step=self.progress.step + 1)

@@ -114,7 +114,8 @@ class Adam(HandMade):
         lr: η, about how far a weight moves in a segment.
         eps: ε, in units of the gradient.
         decay: λ, the share of θ − θ0 that a segment takes away.
-        beta1, beta2: decays of the moments, a segment, below 1.
+        beta1: decay of the first moment, a segment, below 1.
+        beta2: of the second.
 
     Raises:
         InputError: a setting that is out of its bounds.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+from dynlm.lazy import optional
 from dynlm.optim.base import Rule
 from dynlm.optim.library import load_rule, make_rule
 from dynlm.optim.registry import untrained
@@ -62,7 +63,8 @@ def shipped() -> list[str]:
 
 def _download(repo_id: str) -> Path:
     """Return the rule's file in the hub's cache, downloaded where it is missing."""
-    import huggingface_hub
+    with optional(f"rule {repo_id!r} of the hub"):
+        import huggingface_hub
 
     try:
         return Path(huggingface_hub.hf_hub_download(repo_id, FILE))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynlm import runs
+from dynlm.lazy import optional
 from dynlm.types import InputError
 
 if TYPE_CHECKING:
@@ -55,12 +56,14 @@ def push_to_hub(rule: Rule, repo_id: str, made: runs.Json | None = None, license
     Args:
         rule: any rule.
         repo_id: ``user/repo``.
-        made, license: as for :func:`save_pretrained`.
+        made: how the rule was found, as for :func:`save_pretrained`.
+        license: of the rule, as the hub spells it.
 
     Raises:
         InputError: a name of another form, or a hub that refuses or does not answer.
     """
-    import huggingface_hub
+    with optional("the hub"):
+        import huggingface_hub
 
     if not REPO.fullmatch(repo_id):
         raise InputError(f"{repo_id!r} is not the name of a hub repository: write it as user/repo")

@@ -61,8 +61,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
         maximize: climb instead.
         state_dtype: of the slots, float32 or bfloat16, which is rounded at random (repeatably) so that slow averages
             move; the rest of the state is float32 (float64 for such parameters).
-        betas, eps, foreach, fused, capturable, amsgrad: taken where AdamW takes them, and without effect: the rule has
-            averages of its own, tensors are always updated together, and the clock is on the host.
+        betas: taken where AdamW takes them, and without effect, as all that follow: the rule has averages of its own.
+        eps: without effect.
+        foreach: without effect: tensors are always updated together.
+        fused: without effect.
+        capturable: without effect: the clock is on the host.
+        amsgrad: without effect.
 
     θ0 is a weight at its first step. All arithmetic is float32 (float64 for such parameters): half-precision weights
     are updated as a float32 copy and rounded. State follows a parameter that is converted or moved. A parameter

@@ -73,7 +73,7 @@ class Evaluation:
         """Those of the figures, the best last: the best of each kind, static with a cache, the best of the others."""
         ranked, methods = self.adaptive[::-1], self.results["methods"]
         caches = [name for name in ranked if methods[name]["cache"] and methods[name]["rule"] == STATIC]
-        wanted = [self.best("learned"), self.best("hand-made", cached=False), *caches[:1]]
+        wanted = [self.best("learned"), self.best("hand-made", alone=True), *caches[:1]]
         chosen = [name for name in [*wanted, *ranked] if name in ranked]
         few = set(list(dict.fromkeys(chosen))[:SHOWN])
         return [name for name in self.adaptive if name in few]
@@ -91,11 +91,15 @@ class Evaluation:
         """``baseline``, ``hand-made`` or ``learned``, as the evaluation wrote it."""
         return self.results["methods"][name]["kind"]
 
-    def best(self, kind: str, cached: bool = True) -> str | None:
-        """Return the method of this kind with the lowest loss, if there is one; ``cached=False`` leaves out caches."""
-        methods = self.results["methods"]
-        fits = (n for n in reversed(self.names) if self.kind(n) == kind and (cached or not methods[n]["cache"]))
+    def best(self, kind: str, alone: bool = False) -> str | None:
+        """Return the method of this kind with the lowest loss, if there is one; ``alone``: no cache, no mixture."""
+        fits = (n for n in reversed(self.names) if self.kind(n) == kind and not (alone and self._beside(n)))
         return next(fits, None)
+
+    def _beside(self, name: str) -> bool:
+        """Return whether a cache or a mixture stands beside the method's rule."""
+        method = self.results["methods"][name]
+        return method["cache"] or method.get("mix", False)
 
 
 def load_evaluation(run: Run, vocab_size: int | None = None) -> Evaluation:

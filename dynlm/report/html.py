@@ -102,7 +102,7 @@ def _drawn_gates(evaluation: Evaluation) -> list[str]:
 def _memories(evaluation: Evaluation) -> dict[str, dict[str, Floats]]:
     """What each level of memory saves: the hidden state against none, the learning weights against fixed ones."""
     gains = evaluation.gains
-    learned, hand_made = evaluation.best("learned", cached=False), evaluation.best("hand-made", cached=False)
+    learned, hand_made = evaluation.best("learned", alone=True), evaluation.best("hand-made", alone=True)
     rules = [name for name in evaluation.shown if name in (learned, hand_made)] or evaluation.shown[-1:]
     memories = {"medium-term memory: weights that learn": {name: gains[name] for name in rules}}
     if STATELESS in gains:

@@ -74,7 +74,7 @@ def token_maps(evaluation: Evaluation, pieces: Pieces | None, titles: Sequence[s
 def _mapped(evaluation: Evaluation) -> str:
     """Return the method whose map is shown first. A cache takes a little from every token that it does not hold, which
     reddens the whole map."""
-    return evaluation.best("learned", cached=False) or evaluation.shown[-1]
+    return evaluation.best("learned", alone=True) or evaluation.shown[-1]
 
 
 def require_titles(chosen: Sequence[str], known: Collection[str]) -> None:

@@ -32,6 +32,7 @@ from dynlm.session.reader import Reader
 from dynlm.session.ready import given_session, untuned_rule
 from dynlm.session.session import Session
 from dynlm.settings import build
+from dynlm.tracking import Tracker, tracking
 from dynlm.types import Article, InputError, TokenizedArticle
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def evaluate(
         reader_or_model: a reader, what :meth:`Reader.from_pretrained` takes, or a model of transformers.
         articles: texts, files or articles; each is read from the trained weights (read.reset article).
         methods: rules, by name or themselves, and what ``evaluate.methods`` of a recipe takes (``static``,
-            ``stateless``, ``rms+cache``). Without any: static and the reader's own rule, or every rule that there is.
+            ``stateless``, ``rms+cache``, ``gated+mix``). Without any: static and the reader's own rule, or every rule
+            that there is.
         gate_articles: of how many articles COPY, UPDATE and FLUSH are recorded.
 
     Returns:
@@ -122,6 +124,7 @@ def meta_train(
     folder: str | Path | None = None,
     *,
     resume: bool = False,
+    trackers: Sequence[str | Tracker] = (),
     **settings: Any,
 ) -> Rule:
     """Train a learned rule from a tuned hand-made one, on articles that the model was not trained on.
@@ -130,8 +133,10 @@ def meta_train(
         reader_or_model: as for :func:`evaluate`.
         articles: some are kept aside to choose φ (``validation_articles``).
         start: the hand-made rule that the learned one begins at: rms for gated and mlp.
-        folder: where the best rule so far, the log and the checkpoint are kept; without one nothing is.
+        folder: where the best rule so far, the log, the checkpoint and what trackers write are kept; without one
+            nothing is.
         resume: go on from the checkpoint in ``folder``.
+        trackers: get each loss: names that accelerate knows (tensorboard, wandb, …), or trackers like accelerate's.
         settings: of :class:`dynlm.meta.train.MetaConfig`: rule, steps, articles, truncation, lr, seed, estimator, …
 
     Returns:
@@ -155,7 +160,8 @@ def meta_train(
         def save_best(best: Rule, progress: MetaProgress, new: Changes) -> None:
             save_rule(best, new.at(run.rule(config.rule)), {**made, "progress": progress._asdict()})
 
-        progress = meta_training(trainer, validate, run, save_best, resume)
+        with tracking(trackers, "meta-train", run.trackers, made) as track:
+            progress = meta_training(trainer, validate, run, save_best, resume, track=track)
         with changing(run.path) as new:
             save_best(trainer.best, progress, new)
             new.remove(run.checkpoint("meta-train"))
@@ -194,11 +200,15 @@ def audit(reader: Readable, article: Source, later: Source, *, quick: bool = Fal
     Raises:
         InputError: nothing to read.
     """
-    session, rule = as_session(reader), reader.rule if isinstance(reader, Reader) else None
+    session, rule, method = as_session(reader), None, None
+    if isinstance(reader, Reader):
+        rule, method = reader.rule, reader.method
     texts = [session.spaced(text) for text in as_articles([article, later])]
     first, second = session.tokenize(texts[:2])
 
     def make_reader() -> InnerReader:
+        if method:
+            return session.method(method)
         return session.reader(copy.deepcopy(rule if rule is not None else session.rule()))
 
     found = audit_method(
@@ -242,7 +252,7 @@ def _texts(source: Source) -> Iterable[Article | Text]:
 
 def _own_methods(source: object, session: Session) -> list[str | Rule]:
     if isinstance(source, Reader):
-        return [source.rule] if source.rule.name != "static" else []
+        return [source.method or source.rule] if source.method or source.rule.name != "static" else []
     return [*session.held()] or ["rms"]
 
 

@@ -24,11 +24,13 @@ from dynlm.evaluation.breakdowns import Reading, break_down
 from dynlm.evaluation.cache import CachedReader
 from dynlm.evaluation.compare import describe, summarize, write_results
 from dynlm.evaluation.metrics import Counts, count
+from dynlm.evaluation.mixture import MixedReader
 from dynlm.evaluation.stream import Scores, read_and_watch
 from dynlm.evaluation.tap import TappedReader
+from dynlm.lazy import optional
 from dynlm.methods import Method
 from dynlm.progress import Bar
-from dynlm.report.html import write_report
+from dynlm.report import tables
 from dynlm.session.reading import frame
 from dynlm.session.session import Session, model_fingerprint
 from dynlm.stamps import fingerprint_files
@@ -73,8 +75,13 @@ class Results:
         found = self.data["methods"]
         return sorted(found, key=lambda name: -found[name]["nats"])
 
-    def table(self) -> str:
-        """Return a line for each method: bits per byte, gain with its 95 % interval, word perplexity, speed."""
+    def table(self, form: Literal["text", "markdown", "latex", "csv"] = "text") -> str:
+        """Return a line for each method: bits per byte, gain with its 95 % interval, word perplexity, speed.
+
+        Forms other than ``text`` are tables to paste (dynlm.report.tables).
+        """
+        if form != "text":
+            return tables.table(self.data, form)
         lines = []
         for name in self.methods:
             method = self[name]
@@ -104,6 +111,9 @@ class Results:
     def report(self, folder: str | Path) -> Path:
         """Save, and write FOLDER/report.html, which needs nothing but itself; returns its path."""
         self.save(folder)
+        with optional("a report"):
+            from dynlm.report.html import write_report
+
         return write_report(runs.Run(folder), pieces=self.tokenizer.pieces, vocab_size=self.tokenizer.vocab_size)
 
 
@@ -175,19 +185,20 @@ def evaluate_readers(
 def read_method(
     name: str, reader: Reader, articles: list[TokenizedArticle], start_id: int, gate_articles: int = 0
 ) -> Scores:
-    """Read with one method; ``gate_articles`` counts for nothing with a cache, beside which a rule does as alone."""
+    """Read with one method; ``gate_articles`` counts for nothing beside a cache or mixture: a rule does as alone."""
     tapped = reader if isinstance(reader, TappedReader) else TappedReader.of(reader)
     if tapped.rule.reads_gradient:
         with suppress(DivergedError), tapped:  # kernels are built outside the timed pass
             tapped.read(dataclasses.replace(articles[0], ids_T=articles[0].ids_T[:128]), start_id)
     with Bar(total=sum(map(len, articles)), desc=f"read {name}", unit="token", unit_scale=True) as bar:
-        gate_articles = 0 if Method.parse(name).cache else gate_articles
+        gate_articles = 0 if Method.parse(name).beside else gate_articles
         return read_and_watch(tapped, articles, start_id, bar.update, gate_articles)
 
 
 def settings_of(reader: Reader) -> dict[str, float]:
     """Return the settings of a reader's rule, and of its cache where there is one."""
-    of_cache = asdict(reader.cache) if isinstance(reader, CachedReader) else {}
+    cache = reader.cache if isinstance(reader, CachedReader | MixedReader) else None
+    of_cache = asdict(cache) if cache else {}
     return {**reader.rule.settings(), **{f"cache.{name}": value for name, value in of_cache.items()}}
 
 
@@ -242,6 +253,9 @@ def report_of_run(run: runs.Run, formats: str = "", titles: Sequence[str] = ()) 
     Raises:
         InputError: no evaluation, or one that was made with another tokenizer.
     """
+    with optional("a report"):
+        from dynlm.report.html import write_report
+
     run.require(run.results, "evaluate")
     used = results.load_results(run.results).get("tokenizer", {}).get("fingerprint")
     if run.tokenizer.is_dir() and used not in (None, fingerprint_files(run.tokenizer)):

@@ -22,14 +22,15 @@ from dynlm import adapt
 from dynlm.adapt import Snapshot
 from dynlm.data.spacing import Spacer
 from dynlm.data.texts import Source, Text, as_texts, encode_chunk, surfaces
-from dynlm.evaluation.tap import Tap
+from dynlm.evaluation.tap import TappedReader
 from dynlm.files import replacing
+from dynlm.lazy import optional
+from dynlm.methods import Method
 from dynlm.optim.base import Rule
 from dynlm.optim.handmade import Static
-from dynlm.optim.hub import load
 from dynlm.session.memory import copied, load_memory, save_memory
 from dynlm.session.reading import Reading
-from dynlm.session.session import Session, load_session, shipped_models
+from dynlm.session.session import Session, is_run, load_session, loaded_rule
 from dynlm.session.step import Step
 from dynlm.types import DivergedError, InputError
 
@@ -60,19 +61,26 @@ class Reader:
 
         Args:
             session: model, tokenizer, prior, settings and rules.
-            rule: one of the session's by name, or any rule; without one its learned rule, or else rms.
+            rule: one of the session's by name, or any rule; without one its learned rule, or else rms. A name with
+                ``+cache`` or ``+mix`` reads with the rule's cache or mixture beside it (dynlm.methods).
             spacing: "wikitext" puts ordinary text into the spacing of WikiText before it is read; "auto" does where the
                 model was trained on that and the text has it not.
 
         Raises:
             InputError: a rule that the session has not.
         """
-        found = session.rule(rule) if isinstance(rule, str) else rule
-        self.session, self.rule, self.spacing = session, found, spacing
+        self.session, self.spacing = session, spacing
+        self.method: str | None = None
+        """the name of a method with a cache or mixture"""
+        if isinstance(rule, str) and rule and (method := Method.parse(rule)).beside:
+            self.method = str(method)
+            session.read_out(self.method)  # says at once where it is missing
+            rule = str(method.alone)
+        self.rule = session.rule(rule) if isinstance(rule, str) else rule
         self.read_from = ""
         """the memory that reading goes on from"""
         self._start: tuple[Snapshot, Any] | None = None
-        self._readers: tuple[adapt.Reader, adapt.Reader] | None = None
+        self._readers: tuple[adapt.Reader, TappedReader] | None = None
         self._learned: list[Tensor] | None = None
         self._step: Step | None = None
         self._depth = 0
@@ -103,12 +111,12 @@ class Reader:
         Raises:
             InputError: nothing to read with there, or settings that do not go together.
         """
-        if isinstance(source, str | Path) and _is_run(source):
+        if isinstance(source, str | Path) and is_run(source):
             if lr or settings:
                 name = next(iter(settings), "lr")
                 raise InputError(f"{name} is for a model without a run: a run's own is in its settings and rules")
             session = load_session(source, reset)
-            return cls(session, _loaded(rule, session), spacing=spacing)
+            return cls(session, loaded_rule(rule, session), spacing=spacing)
         return cls.of_model(source, rule, tokenizer=tokenizer, lr=lr, spacing=spacing, reset=reset, **settings)
 
     @classmethod
@@ -123,7 +131,8 @@ class Reader:
         **settings: Any,
     ) -> Reader:
         """Make a reader of a model of transformers, whatever else lies in its folder: see :meth:`from_pretrained`."""
-        from dynlm.session.ready import given_session, ready_session, untuned_rule  # transformers, which takes seconds
+        with optional("a model of transformers"):
+            from dynlm.session.ready import given_session, ready_session, untuned_rule  # which takes seconds
 
         if isinstance(source, str | Path):
             session = ready_session(source, **settings)
@@ -133,7 +142,7 @@ class Reader:
         return cls(session, found, spacing=spacing)
 
     def __repr__(self) -> str:
-        return f"Reader({self.session!r}, rule {self.rule.name!r})"
+        return f"Reader({self.session!r}, rule {self.method or self.rule.name!r})"
 
     def __enter__(self) -> Reader:
         """Lease the model: inside, its weights are those that reading has reached."""
@@ -164,16 +173,21 @@ class Reader:
             adapted.__exit__(kind, error, trace)
             static.__exit__(kind, error, trace)
 
-    def pair(self) -> tuple[adapt.Reader, adapt.Reader]:
+    def pair(self) -> tuple[adapt.Reader, TappedReader]:
         """Make (static, adapted): the first reads with a copy of the model, the other with a copy of the rule."""
         session = self.session
         frozen, rule = copy.deepcopy(session.model), copy.deepcopy(self.rule).requires_grad_(False)
         priors = session.priors if rule.reads_gradient else session.still
         static = adapt.Reader(frozen, session.scorer(frozen), Static(), priors, session.config)
-        return static, session.reader(rule, priors=priors)
+        if self.method:
+            adapted = cast(TappedReader, session.method(self.method))
+        else:
+            adapted = TappedReader.of(session.reader(rule, priors=priors))
+            adapted.needs_states = True
+        return static, adapted
 
     @property
-    def _pair(self) -> tuple[adapt.Reader, adapt.Reader]:
+    def _pair(self) -> tuple[adapt.Reader, TappedReader]:
         assert self._readers is not None  # inside the lease
         return self._readers
 
@@ -196,7 +210,8 @@ class Reader:
 
     def reading(self, *, tokens: bool = True, words: bool = True) -> Reading:
         """Return an empty record for :meth:`steps`; without ``tokens`` and ``words`` it stays small."""
-        return Reading(self.session, self.rule, self.read_from, tokens=tokens, words=words)
+        method = self.method or self.rule.name
+        return Reading(self.session, self.rule, self.read_from, method=method, tokens=tokens, words=words)
 
     def steps(self, source: Source, reading: Reading | None = None) -> Iterator[Step]:
         """Read one text segment by segment: each step is scored, handed out, and learned from when the loop goes on.
@@ -282,6 +297,7 @@ class Reader:
         Raises:
             InputError: weights that the last update left not finite.
         """
+        self.require_memory()
         with self:
             self._finish()
             save_memory(Path(path), *self._pair, self._belongs())
@@ -292,13 +308,19 @@ class Reader:
         Raises:
             InputError: no memory, or one of another model or rule.
         """
+        self.require_memory()
         with self:
             memory = load_memory(Path(path), self._pair[1], self._belongs())
             size = self.session.config.segment
             if memory.segment not in (None, size):
-                log.warning(f"{path} was made with updates every {memory.segment} tokens; now they come every {size}")
+                log.info(f"{path} was made with updates every {memory.segment} tokens; now they come every {size}")
             self._start, self.read_from = (memory.position, memory.static_hidden), str(path)
             self.forget()
+
+    def require_memory(self) -> None:
+        """Refuse a memory of a method with a cache or mixture: it holds weights and rule state alone."""
+        if self.method:
+            raise InputError(f"a memory holds no cache or mixture: read with {self.rule.name!r}, not {self.method!r}")
 
     def _belongs(self) -> dict[str, Any]:
         """Return what a saved memory must agree with."""
@@ -325,21 +347,20 @@ class Reader:
         readers = static, adapted = self._pair
         piece = (torch.tensor([previous, *ids[:-1]]), torch.tensor(ids))
         on_device = piece[0].to(adapted.parameters[0].device), piece[1].to(adapted.parameters[0].device)
-        hidden = [reader.hidden for reader in readers]
+        carried = [reader.carried() for reader in readers]
         try:
             static_S = static.segment(*on_device).losses_S
-            with Tap(self.session.model) as tap:
-                try:
-                    scored = adapted.scored(*on_device)
-                except DivergedError:
-                    self._start_anew(hidden[0], reading)
-                    tap.clear()
-                    scored = adapted.scored(*on_device)
+            try:
+                scored = adapted.scored(*on_device)
+            except DivergedError:
+                self._start_anew(carried[0], reading)
+                scored = adapted.scored(*on_device)
         except BaseException:
-            for reader, before in zip(readers, hidden, strict=True):
-                reader.hidden = before
+            for reader, before in zip(readers, carried, strict=True):
+                reader.carry(before)
             raise
-        self._step = step = Step(texts, piece, static_S, scored, reader=adapted, tap=tap, totals=totals)
+        log_probs = adapted.log_probs
+        self._step = step = Step(texts, piece, static_S, scored, reader=adapted, log_probs=log_probs, totals=totals)
         unknown = (text for token, text in zip(ids, texts, strict=True) if token == self.session.tokenizer.unk_id)
         totals.unknown_bytes += len("".join(unknown).encode())
         totals.count("".join(texts))
@@ -367,17 +388,3 @@ class Reader:
                 f"reading with {adapted.rule.name} diverged after {totals.tokens:,} tokens; "
                 f"it goes on from the trained weights{told}"
             )
-
-
-def _is_run(source: str | Path) -> bool:
-    """Return whether ``source`` is a run directory or the name of a shipped model."""
-    return not str(source) or (Path(source) / "recipe.json").is_file() or str(source) in shipped_models()
-
-
-def _loaded(rule: str | Rule, session: Session) -> str | Rule:
-    """Return the rule itself where its name is none of the session's: a file, a folder, or a name of the hub."""
-    if isinstance(rule, Rule) or rule in ("", "static", *session.held()):
-        return rule
-    if not Path(rule).exists() and "/" not in rule:
-        return rule  # the session says what it holds
-    return load(rule)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import dynlm
+from dynlm.lazy import optional
 from dynlm.optim.base import Rule
 from dynlm.printable import printable
 from dynlm.report.words import Occurrences
@@ -67,8 +68,18 @@ class Reading:
     ``str`` tells the totals in four lines.
     """
 
-    def __init__(self, session: Session, rule: Rule, read_from: str = "", *, tokens: bool = True, words: bool = True):
+    def __init__(
+        self,
+        session: Session,
+        rule: Rule,
+        read_from: str = "",
+        *,
+        method: str = "",
+        tokens: bool = True,
+        words: bool = True,
+    ) -> None:
         self.session, self.rule, self.read_from, self.totals = session, rule, read_from, Totals()
+        self.method = method or rule.name
         self.record = Record() if tokens else None
         self.words = Occurrences(WORDS) if words else None
 
@@ -76,11 +87,11 @@ class Reading:
         totals = self.totals
         return (
             f"Reading({totals.tokens:,} tokens, {totals.bits(totals.static):.3f} bits per byte static, "
-            f"{totals.bits(totals.adapted):.3f} {self.rule.name}, gain {self.gain:+.3f} nats per token)"
+            f"{totals.bits(totals.adapted):.3f} {self.method}, gain {self.gain:+.3f} nats per token)"
         )
 
     def __str__(self) -> str:
-        return "\n".join(self.totals.told(self.rule.name))
+        return "\n".join(self.totals.told(self.method))
 
     def __len__(self) -> int:
         return self.totals.tokens
@@ -157,13 +168,14 @@ class Reading:
         Raises:
             InputError: the tokens or words were not kept, or nothing was read.
         """
-        from dynlm.report.tokenmap import TokenMap, write_token_map  # matplotlib, which takes a second
+        with optional("a page"):
+            from dynlm.report.tokenmap import TokenMap, write_token_map  # matplotlib, which takes a second
 
         record, words = self._kept(), self.words
         if words is None or not record.texts:
             raise InputError("nothing was read, or its words were not kept: there is no page to write")
         shown = TokenMap(
-            self.rule.name,
+            self.method,
             record.articles,
             record.texts,
             record.static,
@@ -187,7 +199,7 @@ class Reading:
         if words is None:
             raise InputError("the words were not kept: read with words=True")
         return {
-            "rule": self.rule.name,
+            "rule": self.method,
             "provenance": self.provenance(),
             "totals": self.totals.figures(),
             "note": self.note or None,

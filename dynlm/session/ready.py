@@ -101,5 +101,5 @@ def _documentation() -> Iterable[Article]:
     topics = load_topics()
     if not topics:
         raise InputError("this Python carries no documentation: name a text to measure the prior on (prior_text)")
-    log.warning("prior measured on Python's documentation; prior_text names better text")
+    log.info("prior measured on Python's documentation; prior_text names better text")
     return topics

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, TypeVar
 
 import torch
 from torch import nn
@@ -23,14 +23,17 @@ from dynlm.adapt import ReadConfig, Reader, Scorer, make_priors
 from dynlm.claim import recover
 from dynlm.data.spacing import Spacing, spaced_whole
 from dynlm.data.tokenizers import Tokenizer, load_tokenizer, tokenize
-from dynlm.evaluation.cache import CachedReader, load_cache
+from dynlm.evaluation.cache import CacheConfig, CachedReader, load_cache
+from dynlm.evaluation.mixture import MixedReader, load_mixture
 from dynlm.evaluation.stateless import StatelessScorer
+from dynlm.lazy import optional
 from dynlm.methods import STATELESS, STATIC, Method
 from dynlm.models.light import LightLSTM, is_light, load_light
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.general import General
 from dynlm.optim.handmade import Static
+from dynlm.optim.hub import load
 from dynlm.optim.library import load_rule
 from dynlm.optim.registry import made_by, trained
 from dynlm.optim.sharing import fingerprint
@@ -45,6 +48,7 @@ DEFAULT_MODEL = "wikitext2"
 KIT = "kit.json"  # beside a shipped run: {"spacing": of what its model was trained on, "home": see Session.home}
 RULES = ("gated", "rms")  # the first that the run holds
 log = logging.getLogger("dynlm")
+Mixed = TypeVar("Mixed", bound=MixedReader)
 
 
 class StartRecord(TypedDict):
@@ -147,23 +151,45 @@ class Session:
     def method(self, name: str) -> Reader:
         """Return the reader of a method: RULE, or RULE@START with a start of ``learn-start``.
 
-        ``cache`` and METHOD+cache put a neural cache beside static reading or beside METHOD; ``stateless`` is static
-        reading that carries nothing from segment to segment.
+        ``cache`` and METHOD+cache put a neural cache beside static reading or beside METHOD; METHOD+mix weighs what
+        trained weights, adapted weights and cache predict; ``stateless`` is static reading that carries nothing from
+        segment to segment.
 
         Raises:
             InputError: a method whose rule, cache or start is not there or belongs to another model.
         """
         method = Method.parse(name)
+        if method.mix:
+            mixed, path = self.mixed(method, MixedReader), self.read_out(name)
+            mixed.mixture = load_mixture(path, mixed.still is not None, mixed.cache is not None).to(self.device)
+            return mixed
         if method.cache:
-            path = self._file("rule", name, f"tune --tune.rules {name}")
-            self._require_own(path, read_tensors(path)[1].get("made", {}))
-            return CachedReader.beside(self.method(str(method.uncached)), load_cache(path))
+            return CachedReader.beside(self.method(str(method.inner)), self._cache(name))
         rule = self.rule(str(replace(method, start="")))
         priors = self._started(rule, method.start) if method.start else self.priors
         reader = self.reader(rule, priors=priors)
         if method.rule == STATELESS:
             reader.score = StatelessScorer(reader.score)
         return reader
+
+    def mixed(self, method: Method, kind: type[Mixed]) -> Mixed:
+        """Return a reader of what ``method`` mixes, without the mixture's network."""
+        inner = method.inner
+        cache = self._cache(str(inner)) if inner.cache else None
+        return kind.over(self.method(str(replace(inner, cache=False))), self.scorer, cache)
+
+    def _cache(self, name: str) -> CacheConfig:
+        return load_cache(self.read_out(name))
+
+    def read_out(self, name: str) -> Path:
+        """Return the file of a cache or mixture, after it is seen to be one of this model.
+
+        Raises:
+            InputError: it is not there, or belongs to another model.
+        """
+        path = self._file("rule", name, f"tune --tune.rules {name}")
+        self._require_own(path, read_tensors(path)[1].get("made", {}))
+        return path
 
     def _file(self, kind: Literal["rule", "start"], name: str, command: str) -> Path:
         if self.run is None:
@@ -272,6 +298,20 @@ def shipped_models() -> list[str]:
     return sorted(path.parent.name for path in SHIPPED.glob("*/recipe.json"))
 
 
+def is_run(source: str | Path) -> bool:
+    """Return whether ``source`` is a run directory or the name of a shipped model."""
+    return not str(source) or (Path(source) / "recipe.json").is_file() or str(source) in shipped_models()
+
+
+def loaded_rule(rule: str | Rule, session: Session) -> str | Rule:
+    """Return the rule itself where its name is none of the session's: a file, a folder, or a name of the hub."""
+    if isinstance(rule, Rule) or rule in ("", "static", *session.held()):
+        return rule
+    if not Path(rule).exists() and "/" not in rule:
+        return rule  # the session says what it holds
+    return load(rule)
+
+
 class Known(TypedDict, total=False):
     """What ``kit.json`` says."""
 
@@ -305,10 +345,11 @@ def _load_model(
     recurrent = is_light(folder)
     if light and recurrent:
         return load_light(folder), _itself, params, Session.carry
-    from dynlm.models.causal import scorer_for  # seconds of imports
-    from dynlm.models.context import ContextConfig
-    from dynlm.models.lora import LoraSettings
-    from dynlm.models.ready import load_base
+    with optional("a model of transformers"):
+        from dynlm.models.causal import scorer_for  # seconds of imports
+        from dynlm.models.context import ContextConfig
+        from dynlm.models.lora import LoraSettings
+        from dynlm.models.ready import load_base
 
     context = build(ContextConfig, settings.get("context", {}), f"{run.recipe}: context")
     lora = build(LoraSettings, settings.get("lora", {"rank": 0}), f"{run.recipe}: lora")

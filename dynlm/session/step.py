@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter
 
+import torch
 from torch import Tensor
 
 from dynlm import adapt
 from dynlm.adapt import Scored
-from dynlm.evaluation.tap import Tap
 from dynlm.session.totals import Totals
 from dynlm.types import InputError, Piece
 
@@ -31,13 +32,13 @@ class Step:
         scored: Scored,
         *,
         reader: adapt.Reader,
-        tap: Tap,
+        log_probs: Callable[[], Tensor] | None,
         totals: Totals,
     ) -> None:
         self.texts, self.static, self.losses = texts, static_S.double().cpu(), scored.losses_S.double().cpu()
         self.inputs, self.targets = piece
         self._scored: Scored | None = scored
-        self._reader, self._tap, self._totals = reader, tap, totals
+        self._reader, self._log_probs, self._totals = reader, log_probs, totals
 
     def __repr__(self) -> str:
         gain = float((self.static - self.losses).mean())
@@ -49,7 +50,9 @@ class Step:
         Raises:
             InputError: a model that shows no logits.
         """
-        return self._tap.logits(len(self.texts)).log_softmax(1)
+        assert self._log_probs is not None  # a reader of texts is tapped
+        with torch.no_grad():
+            return self._log_probs()
 
     @property
     def before(self) -> dict[str, Tensor]:

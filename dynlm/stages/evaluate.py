@@ -12,6 +12,7 @@ from dynlm.methods import Method
 from dynlm.optim.sharing import fingerprint
 from dynlm.report.maps import require_titles
 from dynlm.report.svg import formats
+from dynlm.report.tables import table
 from dynlm.results import load_results
 from dynlm.session.evaluation import evaluate_readers, read_method, read_of, report_of_run, settings_of, told
 from dynlm.session.session import model_fingerprint
@@ -61,6 +62,8 @@ def report(recipe: Recipe) -> None:
     print(f"report: {report_of_run(run, recipe.report.format, recipe.report.articles)}")
     if recipe.report.format:
         print(f"figures: {run.figures}")
+    if recipe.report.table:
+        print(table(load_results(run.results), recipe.report.table), end="")
 
 
 def _asked(bench: Bench) -> runs.Json:

@@ -75,6 +75,8 @@ class ReportConfig(Settings):
 
     format: Annotated[str, tyro.conf.arg(aliases=["--format"])] = ""
     """its figures as files too, for papers: any of png, svg, pdf, as in png,svg"""
+    table: Annotated[Literal["", "markdown", "latex", "csv"], tyro.conf.arg(aliases=["--table"])] = ""
+    """print the results as a table to paste"""
     articles: tuple[str, ...] = ()
     """titles of the articles that are shown token by token; without any, those with the most, middle and least gain"""
 
@@ -145,7 +147,8 @@ def load_recipe(path: Path) -> Recipe:
         raise InputError(f"recipe {path} is not TOML ({error})") from None
     for name in FLAGS:
         if name in values:
-            raise InputError(f"recipe {path}: {name!r} is no setting of a recipe: give --{name} on the command line")
+            flag = name.replace("_", "-")
+            raise InputError(f"recipe {path}: {name!r} is no setting of a recipe: give --{flag} on the command line")
     return cast(Recipe, build(Recipe, values, str(path)))
 
 

@@ -14,7 +14,7 @@ from dynlm.adapt import make_priors
 from dynlm.changes import Changes, changing
 from dynlm.data.articles import Corpus, DataConfig, load_corpus, load_texts
 from dynlm.data.tokenizers import load_tokenizer
-from dynlm.kept import free, is_finished
+from dynlm.kept import free, is_finished, saved_settings
 from dynlm.meta.train import MetaProgress, meta_train
 from dynlm.methods import STATELESS, STATIC, Method
 from dynlm.models.causal import CausalScorer, scorer_for
@@ -29,6 +29,7 @@ from dynlm.session.session import Session, open_run
 from dynlm.stages.recipe import Recipe, recipe_of_run, require_same
 from dynlm.stamps import Stamp
 from dynlm.threads import choose_threads
+from dynlm.tracking import tracking
 from dynlm.types import Article, InputError, TokenizedArticle
 
 USUAL = {"sgd": "tune", "rms": "tune", "adam": "tune", "gated": "meta-train"}
@@ -133,7 +134,8 @@ def meta_training(recipe: Recipe) -> runs.Json:
             made = {"progress": progress._asdict(), "config": asdict(recipe.meta), "start": start}
             save_rule(best, new.at(target), {**made, **stamp, "finished": finished})
 
-    progress = meta_train(trainer, validate, bench.run, save_best, recipe.resume, stage)
+    with tracking(recipe.log_with, stage, bench.run.trackers, saved_settings(recipe)) as track:
+        progress = meta_train(trainer, validate, bench.run, save_best, recipe.resume, stage, track=track)
     trainer.reader.restore()
     with changing(bench.run.path) as new:
         save_best(trainer.best, progress, new, finished=True)

@@ -12,7 +12,7 @@ from dynlm.adapt import Reader
 from dynlm.changes import changing
 from dynlm.data.segments import article_segments
 from dynlm.evaluation.stream import read_articles
-from dynlm.kept import free, made_alike, told
+from dynlm.kept import free, made_alike, saved_settings, told
 from dynlm.meta.initialisation import Task
 from dynlm.meta.outer import Checkpoint, OuterProgress, learn_start
 from dynlm.meta.train import divide_meta_split
@@ -22,6 +22,7 @@ from dynlm.optim.sharing import fingerprint
 from dynlm.progress import Bar
 from dynlm.stages.recipe import Recipe
 from dynlm.stages.run import Bench
+from dynlm.tracking import tracking
 from dynlm.types import InputError, TokenizedArticle
 
 
@@ -77,9 +78,11 @@ class _Learning:
             with changing(self.bench.run.path) as new:
                 new.remove(self.checkpoint)
         first = before[1]["step"] if before else 0
-        with Bar(config.outer.steps, config.method, initial=first) as self.bar:
+        run, settings = self.bench.run, saved_settings(self.bench.recipe)
+        followed = tracking(self.bench.recipe.log_with, "learn-start", run.trackers, settings)
+        with followed as track, Bar(config.outer.steps, config.method, initial=first) as self.bar:
             steps = config.method, self.reader, self.sample, config.outer, self._validate, self.bar.update
-            return learn_start(*steps, keep=self._keep, resume=before)
+            return learn_start(*steps, keep=self._keep, resume=before, track=track)
 
     def _validate(self) -> float:
         tokens, start_id = sum(map(len, self.held_back)), self.bench.tokenizer.start_id

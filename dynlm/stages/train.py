@@ -9,13 +9,14 @@ from dynlm.changes import Changes, changing
 from dynlm.claim import is_first_process
 from dynlm.data.articles import Corpus, load_corpus
 from dynlm.data.tokenizers import Tokenizer, load_tokenizer, tokenize, train_tokenizer
-from dynlm.kept import free
+from dynlm.kept import free, saved_settings
 from dynlm.models.lstm import LSTMForCausalLM
 from dynlm.models.train import Progress, choose_precision, train_base_model
 from dynlm.stages.adopt import adopt, begin_run, write_recipe
 from dynlm.stages.recipe import Recipe, recipe_of_run, require_apart, require_same
 from dynlm.stamps import fingerprint_files, read_stamped
 from dynlm.threads import choose_threads
+from dynlm.tracking import tracking
 from dynlm.types import InputError
 
 
@@ -83,7 +84,8 @@ def _train(recipe: Recipe, work: runs.Run, tokenizer: Tokenizer, corpus: Corpus,
         saved.save_pretrained(new.at(work.model))
         write_recipe(new, work, recipe, corpus.fingerprint, finished=False)
 
-    return train_base_model(model, articles, recipe.train, work, save_best, recipe.resume)
+    with tracking(recipe.log_with, "train", run.trackers, saved_settings(recipe)) as track:
+        return train_base_model(model, articles, recipe.train, work, save_best, recipe.resume, track=track)
 
 
 def _finish(recipe: Recipe, work: runs.Run, run: runs.Run) -> None:

@@ -1,4 +1,4 @@
-"""The stage ``tune``: settings of the hand-made rules and of caches, on the meta-training articles."""
+"""The stage ``tune``: settings of the hand-made rules, of caches and of mixtures, on the meta-training articles."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from dynlm import runs
 from dynlm.evaluation.cache import load_cache, save_cache
 from dynlm.evaluation.cache_search import tune_cache
+from dynlm.evaluation.mixture import save_mixture
+from dynlm.evaluation.mixture_fit import EPOCHS, Recorder, fit_mixture
 from dynlm.kept import free, made_alike, told
 from dynlm.meta.train import divide_meta_split
 from dynlm.meta.tune import tune_rule
@@ -35,7 +37,8 @@ def tune(recipe: Recipe) -> runs.Json:
             print(f"{kind}: kept as it was tuned before")
             figures[kind] = _figures(bench.run.rule(kind))
             continue
-        tune_one = _tune_cache if Method.parse(kind).cache else _tune_rule
+        method = Method.parse(kind)
+        tune_one = _tune_mixture if method.mix else _tune_cache if method.cache else _tune_rule
         try:
             figures[kind] = tune_one(bench, kind, articles, made)
         except DivergedError as error:  # the other rules go on
@@ -47,7 +50,9 @@ def tune(recipe: Recipe) -> runs.Json:
 
 def _figures(path: Path) -> runs.Json:
     """Return what ``--json`` shows of a tuned rule or cache."""
-    settings = asdict(load_cache(path)) if Method.parse(path.name).cache else load_rule(path)[0].settings()
+    method, settings = Method.parse(path.name), runs.Json()
+    if not method.mix:
+        settings = asdict(load_cache(path)) if method.cache else load_rule(path)[0].settings()
     return {"nats_per_token": told(path)["nats_per_token"], "settings": settings}
 
 
@@ -67,7 +72,7 @@ def _tune_rule(bench: Bench, kind: str, articles: list[TokenizedArticle], made: 
 
 def _tune_cache(bench: Bench, name: str, articles: list[TokenizedArticle], made: runs.Json) -> runs.Json:
     """Settings of the cache of method ``name``, on what the hand-made rules are tuned on."""
-    config, beside = bench.recipe.tune, str(Method.parse(name).uncached)
+    config, beside = bench.recipe.tune, str(Method.parse(name).inner)
     with Bar(desc=f"tune {name}", unit="trial") as bar:
         tuned = tune_cache(bench.method(beside), config.excerpts(articles), bench.tokenizer.start_id, bar.update)
     found = {"nats_per_token": tuned.nats_per_token, "trials": tuned.trials}
@@ -76,4 +81,18 @@ def _tune_cache(bench: Bench, name: str, articles: list[TokenizedArticle], made:
     print(f"{name}: {tuned.nats_per_token:.4f} nats/token with {numbers}, {tuned.nats_without:.4f} without the cache")
     if tuned.at_bound:
         print(f"{name}: {', '.join(tuned.at_bound)} at the edge of the searched grid")
+    return _figures(bench.run.rule(name))
+
+
+def _tune_mixture(bench: Bench, name: str, articles: list[TokenizedArticle], made: runs.Json) -> runs.Json:
+    """Network of the mixture of method ``name``, on what the hand-made rules are tuned on."""
+    config, recorder = bench.recipe.tune, bench.mixed(Method.parse(name), Recorder)
+    with Bar(total=EPOCHS, desc=f"tune {name}", unit="pass") as bar:
+        fitted = fit_mixture(
+            recorder, config.excerpts(articles), bench.tokenizer.start_id, seed=config.seed, progress=bar.update
+        )
+    found = {"nats_per_token": fitted.nats_per_token, "passes": fitted.passes}
+    save_mixture(fitted.mixture, bench.run.rule(name), {**found, **made})
+    shares = ", ".join(f"{weight:.3f}" for weight in fitted.weights)
+    print(f"{name}: {fitted.nats_per_token:.4f} nats/token held out, {fitted.constant:.4f} with weights {shares}")
     return _figures(bench.run.rule(name))

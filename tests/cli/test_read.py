@@ -18,7 +18,7 @@ from dynlm.optim.handmade import Static
 from dynlm.runs import read_tensors, write_tensors
 from dynlm.session import reading
 from dynlm.session.reader import Reader
-from dynlm.session.session import SHIPPED, load_session
+from dynlm.session.session import SHIPPED, load_session, shipped_models
 from dynlm.session.totals import Totals
 from dynlm.types import Article
 from support.commands import fails
@@ -50,11 +50,12 @@ def test_every_command_exists():
     assert all(callable(stage(name)) for name in COMMANDS)
 
 
-def test_the_shipped_model_is_small_and_learns(texts):
+@pytest.mark.parametrize("model", shipped_models())
+def test_the_shipped_models_are_small_and_learn(texts, model):
     files = [path for path in SHIPPED.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 8_000_000
-    assert "CC BY-SA 3.0" in (SHIPPED / "wikitext2" / "LICENSE.md").read_text()
-    totals = quiet(texts[0])
+    assert sum(path.stat().st_size for path in files) <= 25_000_000
+    assert "CC BY-SA 3.0" in (SHIPPED / model / "LICENSE.md").read_text()
+    totals = quiet(texts[0], run=model)
     assert totals.gain > 0.5
     assert totals.tokens > 300
 
@@ -87,14 +88,17 @@ He said: "Don't!" -- and the dogs' owners left.
 def test_ordinary_text_is_spaced_for_the_shipped_model_and_shown_as_it_is(tmp_path, capsys):
     (tmp_path / "a.txt").write_text(ORDINARY)
     path = str(tmp_path / "a.txt")
-    auto, none, always = (quiet(path, rule="rms", spacing=choice) for choice in ("auto", "none", "wikitext"))
+    auto, none, always = (
+        quiet(path, run="wikitext2", rule="rms", spacing=choice) for choice in ("auto", "none", "wikitext")
+    )
     assert (auto.words, auto.bytes) == (none.words, none.bytes) == (len(ORDINARY.split()), len(ORDINARY))
     assert auto.static == always.static < none.static - 500
     assert auto.adapted < none.adapted
-    piped = read(ReadSettings(("-",), quiet=True, rule="rms"), Lines(ORDINARY.encode()))
+    piped = read(ReadSettings(("-",), "wikitext2", quiet=True, rule="rms"), Lines(ORDINARY.encode()))
     assert piped == dataclasses.replace(auto, seconds=piped.seconds)
     capsys.readouterr()
-    assert main(["read", path, "--rule", "rms", "--html", str(tmp_path / "p.html")]) == 0
+    page = str(tmp_path / "p.html")
+    assert main(["read", path, "--run", "wikitext2", "--rule", "rms", "--html", page]) == 0
     assert capsys.readouterr().out.startswith(ORDINARY)
     shown = re.findall(r'<span[^>]* data-s="[\d.]+" data-a="[\d.]+">([^<]*)</span>', (tmp_path / "p.html").read_text())
     assert html.unescape("".join(shown)) == ORDINARY

@@ -83,6 +83,16 @@ def test_stdlib_of_this_python_is_a_corpus():
     assert len(ids) == len(set(ids))
 
 
+def test_a_corpus_is_named_by_its_source_with_settings_of_its_own(tmp_path):
+    for number in range(16):
+        (tmp_path / f"{number}.txt").write_text(f"text {number}\n")
+    corpus = load_corpus(f"{tmp_path}/*.txt", meta_articles=3, held_out=2)
+    assert [len(getattr(corpus, name)) for name in SPLITS] == [9, 3, 2, 2]
+    assert corpus == load_corpus(DataConfig(f"{tmp_path}/*.txt", meta_articles=3), held_out=2)
+    with pytest.raises(InputError, match="did you mean 'held_out'"):
+        load_corpus(f"{tmp_path}/*.txt", heldout=2)
+
+
 def test_empty_library_folder_is_an_error(tmp_path):
     with pytest.raises(InputError, match="no documentation found"):
         stdlib.load_articles(tmp_path)

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from dynlm.data.tokenizers import ESCAPE, TokenizerConfig, load_tokenizer, train_tokenizer
-from dynlm.session.session import DEFAULT_MODEL, SHIPPED
+from dynlm.session.session import SHIPPED
 from dynlm.types import Article
 
-KIT = SHIPPED / DEFAULT_MODEL
+KIT = SHIPPED / "wikitext2"
 PLAIN = "".join(f" The <unk> cat number {n} , sat on 3 @-@ {n * n} mats == 0.0.0 . . . \n" for n in range(60)) + "\n"
 TANGLED = "".join("".join(random.Random(n).choices("ab0.= ", k=40)) + "\n" for n in range(300))
 SIGNS = ["<0x41>", "<0x", "41", "日", "本"]

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 from dynlm.data.tokenizers import load_tokenizer
 from dynlm.models.generation import CARRIED
 from dynlm.models.lstm import LSTMConfig, LSTMForCausalLM
-from dynlm.session.session import DEFAULT_MODEL, SHIPPED
+from dynlm.session.session import SHIPPED, shipped_models
 from dynlm.types import InputError
 
 VOCAB, NEW = 60, 12
@@ -108,8 +108,9 @@ def test_the_pipeline_writes_what_generate_writes(model, tmp_path):
         assert got["generated_text"].split() == [f"w{i}" if i else "<pad>" for i in expected.tolist()], text
 
 
-def test_the_shipped_model_knows_its_start_and_its_end():
-    shipped = SHIPPED / DEFAULT_MODEL
+@pytest.mark.parametrize("name", shipped_models())
+def test_the_shipped_models_know_their_start_and_their_end(name):
+    shipped = SHIPPED / name
     model = AutoModelForCausalLM.from_pretrained(shipped / "model").eval()
     tokenizer = load_tokenizer(shipped / "tokenizer")
     assert [model.config.bos_token_id, model.config.eos_token_id] == [tokenizer.eos_id] * 2

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from dynlm.interrupt import Interrupted
 from dynlm.models.lstm import LSTMForCausalLM, ModelConfig
@@ -38,6 +39,15 @@ def test_training_learns_and_keeps_the_best_model(tmp_path):
     model.load_state_dict(best[-1])
     nats = train_base_model(model, ARTICLES, replace(config, lr=0.0, epochs=1), Run(tmp_path / "again"), ignore).best
     assert nats == pytest.approx(progress.best)  # a rate of zero leaves it as it was
+
+
+@pytest.mark.parametrize(("most", "steps"), [(7, 7), (10_000, 60), (0, 60)])
+def test_training_ends_after_max_steps_and_its_rate_with_it(tmp_path, most, steps):
+    trainer = _Trainer(build(), ARTICLES, replace(CONFIG, max_steps=most), Accelerator(cpu=True))
+    rates = [trainer.optimizer.param_groups[0]["lr"] for _ in trainer.steps()]
+    assert trainer.steps_per_epoch == 30
+    assert len(rates) == trainer.progress.step == steps
+    assert rates[-1] == pytest.approx(CONFIG.lr * cycle((steps - 1) / steps))
 
 
 def test_an_interrupted_training_resumes_bit_for_bit(tmp_path, monkeypatch):

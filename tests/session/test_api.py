@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.fixture(scope="module")
 def kit():
     torch.set_num_threads(1)
-    return load_session()
+    return load_session("wikitext2")
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_a_loop_that_is_left_has_learned_from_its_last_step(reader):
 def test_a_stream_whose_loop_is_left_inside_a_lease_has_learned_from_its_last_step():
     gains = []
     for leased in (False, True):
-        reader = dynlm.Reader(load_session(reset="never"), "rms")
+        reader = dynlm.Reader(load_session("wikitext2", "never"), "rms")
         with reader if leased else nullcontext():
             for _ in reader.steps(TEXT):
                 break
@@ -137,7 +137,7 @@ def test_two_readers_of_one_model_do_not_read_at_once(reader, kit):
 
 
 def test_one_stream_goes_on_where_articles_start_anew(kit):
-    whole = dynlm.Reader(load_session(reset="never"), "rms")
+    whole = dynlm.Reader(load_session("wikitext2", "never"), "rms")
     first, second = whole.read(TEXT).gain, whole.read(TEXT).gain
     reader = dynlm.Reader(kit, "rms")
     again = [reader.read(TEXT).gain for _ in range(2)]

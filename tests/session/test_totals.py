@@ -10,7 +10,7 @@ from dynlm.cli.main import main
 from dynlm.cli.read import ReadSettings, read
 from dynlm.data.stdlib import load_topics
 from dynlm.runs import Run
-from dynlm.session.session import best_validation, load_session
+from dynlm.session.session import best_validation, load_session, shipped_models
 from dynlm.session.totals import FAR_TOKENS, Totals, word_lines
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "wikitext2-cpu"
@@ -75,7 +75,7 @@ def test_the_share_that_the_tokenizer_does_not_know_is_told(unknown, warned):
 def test_the_shipped_model_knows_its_home():
     """The figure is that of the results: static reading of the validation articles."""
     results = json.loads((RESULTS / "results.json").read_text())["methods"]["static"]
-    home = load_session(light=True).home
+    home = load_session("wikitext2", light=True).home
     assert home == pytest.approx(math.log(results["token_ppl"]), abs=0.005)
     assert home == min(json.loads(line)["valid"] for line in (RESULTS / "train.jsonl").read_text().splitlines())
 
@@ -102,11 +102,13 @@ es als Lazarett, und nach dem Krieg wurde es an die Stadt verkauft, die daraus e
 """
 
 
+@pytest.mark.parametrize("model", shipped_models())
 @pytest.mark.parametrize(("text", "warned"), [(ENGLISH, False), (GERMAN, True)])
-def test_german_is_far_from_the_shipped_model_and_english_is_not(tmp_path, capsys, text, warned):
+def test_german_is_far_from_the_shipped_models_and_english_is_not(tmp_path, capsys, text, warned, model):
     (tmp_path / "a.txt").write_text(text)
     page = tmp_path / "p.html"
-    assert main(["read", str(tmp_path / "a.txt"), "--rule", "rms", "--quiet", "--html", str(page)]) == 0
+    options = ["--rule", "rms", "--quiet", "--html", str(page)]
+    assert main(["read", str(tmp_path / "a.txt"), "--run", model, *options]) == 0
     assert ("note: This text is far" in capsys.readouterr().err) == warned
     assert ("This text is far" in page.read_text()) == warned
 
@@ -124,12 +126,12 @@ def test_long_words_are_cut_and_an_empty_table_says_nothing():
 def test_characters_that_the_shipped_tokenizer_lacks_are_counted(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("人工智能是计算机科学的一个分支。\n" * 20)
     assert (
-        read(ReadSettings((str(tmp_path / "a.txt"),), rule="static", quiet=True)).unknown_bytes
+        read(ReadSettings((str(tmp_path / "a.txt"),), "wikitext2", rule="static", quiet=True)).unknown_bytes
         == len("人工智能是计算机科学的一个分支。".encode()) * 20
     )
     assert "The tokenizer does not know" in capsys.readouterr().err
     (tmp_path / "a.txt").write_text(ENGLISH)
-    assert read(ReadSettings((str(tmp_path / "a.txt"),), rule="static", quiet=True)).unknown_bytes == 0
+    assert read(ReadSettings((str(tmp_path / "a.txt"),), "wikitext2", rule="static", quiet=True)).unknown_bytes == 0
     assert "tokenizer" not in capsys.readouterr().err
 
 
@@ -139,7 +141,7 @@ def test_updates_that_the_trust_region_holds_back_are_told_where_they_are_many(t
     assert "21 of 1,000 updates were scaled down to the trust region" in note
     assert note.startswith("Reading diverged 2 times and went on")
     (tmp_path / "code.txt").write_text("".join(f"xs[{i}] = {{'k{i}': f({i}, {i} ** 2)}}\n" for i in range(80)))
-    far = read(ReadSettings((str(tmp_path / "code.txt"),), rule="gated", spacing="none", quiet=True))
+    far = read(ReadSettings((str(tmp_path / "code.txt"),), run="wikitext2", rule="gated", spacing="none", quiet=True))
     assert 0 < far.clipped <= far.updates == math.ceil(far.tokens / 32)
 
 
@@ -147,5 +149,5 @@ def test_no_text_of_the_documentation_ends_far_worse_than_static(tmp_path):
     """Without a trust region the page on asyncio costs gated 43 nats a token, raw as it stands."""
     topics = [topic for topic in load_topics() if topic.title == "async"]
     (tmp_path / "async.txt").write_text(topics[0].text[:6000])
-    far = read(ReadSettings((str(tmp_path / "async.txt"),), rule="gated", spacing="none", quiet=True))
+    far = read(ReadSettings((str(tmp_path / "async.txt"),), run="wikitext2", rule="gated", spacing="none", quiet=True))
     assert far.gain > 1

@@ -88,7 +88,7 @@ def test_settings_that_cannot_be_are_one_clear_line(ready, tmp_path, capsys, mon
     fails(capsys, [*base, "--context.window", "65"], "lower it to 64")
     fails(capsys, [*base, "--data.source", tmp_path / "none.txt"], "file does not exist")
     monkeypatch.setitem(sys.modules, "peft", None)
-    fails(capsys, [*base, *LORA], "install dynlm[lora]")
+    fails(capsys, [*base, *LORA], 'pip install "dynlm[lora]"')
     assert not (tmp_path / "run").exists() or not files(tmp_path / "run")
 
 

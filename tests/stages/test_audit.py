@@ -1,6 +1,7 @@
 """`dynlm audit`, tuned caches and breakdowns on a real run."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from dynlm.session.session import load_session
 from dynlm.stamps import fingerprint_files
 from support.commands import fails
 
+TEXT = "The module defines the following classes and functions for the file. The file is closed by the module. " * 8
 pytestmark = pytest.mark.usefixtures("plain_reports")
 
 
@@ -111,6 +113,46 @@ def test_what_is_known_without_any_memory_and_what_the_figures_belong_to(copy, c
     capsys.readouterr()
     assert main(["audit", "--run", str(run), "--audit.quick"]) == 0
     assert sum("stateless" in line for line in capsys.readouterr().out.splitlines()) == 10
+
+
+def test_mixtures_are_fitted_on_the_meta_split_and_read_beside_rules(copy, capsys):
+    recipe, run = copy
+    base = [str(recipe), "--run", str(run)]
+    fitted = ["cache", "rms+cache", "rms+mix", "rms+cache+mix", "cache+mix"]
+    assert main(["tune", *base, "--tune.rules", "static+mix"]) == 2
+    assert "there is nothing to mix" in capsys.readouterr().err
+    assert main(["tune", *base, "--tune.articles", "4", "--tune.rules", *fitted]) == 0
+    assert "rms+cache+mix: " in (told := capsys.readouterr().out)
+    assert re.search(r"rms\+cache\+mix: \d\.\d{4} nats/token held out, \d\.\d{4} with weights (0\.\d+(, )?){3}\n", told)
+    assert main(["evaluate", *base, "--overwrite", "--evaluate.methods", "static", "rms", *fitted]) == 0
+    methods = json.loads(Run(run).results.read_text())["methods"]
+    assert methods["rms+cache+mix"]["kind"] == "learned"
+    assert {name for name, method in methods.items() if method["mix"]} == set(fitted[2:])
+    assert methods["rms+mix"]["nats"] < methods["static"]["nats"]
+    assert methods["rms+cache+mix"]["settings"].keys() >= {"lr", "cache.theta"}
+    assert "cache.theta" not in methods["rms+mix"]["settings"]
+    assert "rms+cache+mix" in Run(run).report.read_text()
+    assert main(["audit", *base, "--audit.quick"]) == 0
+    for name in ("rms+cache", "rms+mix", "rms+cache+mix"):
+        reads_texts_as_articles(run, name)
+
+
+def reads_texts_as_articles(run, name):
+    """A text gives the losses that it gives as an article, and the distributions that they are of."""
+    reader = dynlm.Reader.from_pretrained(str(run), rule=name)
+    article = dynlm.Article("a", "A", TEXT)
+    losses = [(step.log_probs(), step.targets, step.losses) for step in reader.steps(article)]
+    for log_probs_SV, targets_S, losses_S in losses:
+        torch.testing.assert_close(log_probs_SV.exp().sum(1), torch.ones(len(targets_S)))
+        expected_S = -log_probs_SV.gather(1, targets_S[:, None])[:, 0].double()
+        torch.testing.assert_close(losses_S, expected_S, rtol=1e-5, atol=1e-5)
+    nats = sum(float(losses_S.sum()) for *_, losses_S in losses)
+    inner, (tokens,) = reader.session.method(name), reader.session.tokenize([article])
+    with inner:
+        assert nats == pytest.approx(float(inner.read(tokens, reader.session.tokenizer.start_id).sum()), rel=1e-6)
+    assert dynlm.evaluate(reader, [article])[name]["nats"] == pytest.approx(nats, rel=1e-6)
+    with pytest.raises(dynlm.InputError, match=f"no cache or mixture: read with 'rms', not '{re.escape(name)}'"):
+        reader.save_memory(run / "memory")
 
 
 def test_a_rule_in_the_place_of_a_cache_is_told_apart(copy, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dynlm import runs
 from dynlm.changes import Changes, changing
 from dynlm.kept import Call, free, is_finished, mark
 from dynlm.labs.general.train import GeneralMetaConfig, GeneralTrainer, meta_train_general
@@ -12,6 +13,7 @@ from dynlm.optim.base import Rule
 from dynlm.optim.general import General
 from dynlm.optim.sharing import save_rule
 from dynlm.runs import Json, Run
+from dynlm.tracking import tracking
 
 
 def learn_optimizer(call: Call, config: GeneralMetaConfig) -> Json:
@@ -32,7 +34,8 @@ def learn_optimizer(call: Call, config: GeneralMetaConfig) -> Json:
             made = {"step": progress.step, "best_meta_validation": progress.best, "seconds": round(progress.seconds)}
             save_rule(rule, new.at(path), {**made, "settings": trainer.state()[1]["config"], "finished": finished})
 
-    progress = meta_train_general(trainer, run, save, call.resume)
+    with tracking(call.log_with, "learn-optimizer", run.trackers, runs.settings_of(config)) as track:
+        progress = meta_train_general(trainer, run, save, call.resume, track=track)
     with changing(run.path) as new:
         save(trainer.rule, progress, new, finished=True)
         new.remove(checkpoint)

@@ -30,6 +30,7 @@ from dynlm.optim.base import Prior, Rule
 from dynlm.optim.general import General, GeneralConfig
 from dynlm.progress import Bar
 from dynlm.settings import Bound, Count, Positive, Seed, Settings, Size
+from dynlm.tracking import Track, untracked
 from dynlm.types import DivergedError
 
 VALIDATION_SEED = 10**9
@@ -181,10 +182,13 @@ class GeneralTrainer:
             self.progress, self.records = progress, records
 
 
-def meta_train_general(trainer: GeneralTrainer, run: runs.Run, save: SaveRule, resume: bool = False) -> MetaProgress:
+def meta_train_general(
+    trainer: GeneralTrainer, run: runs.Run, save: SaveRule, resume: bool = False, *, track: Track = untracked
+) -> MetaProgress:
     """Train φ until the steps are done; ``save`` gets the rule at each validation.
 
-    What it writes through the changes that it gets, the log and the checkpoint change together.
+    What it writes through the changes that it gets, the log and the checkpoint change together. ``track`` gets the
+    outcome of each step and of each validation.
 
     The last rule counts, not the one that validates best: a few dozen tasks cannot tell them apart (docs/LOG.md).
     """
@@ -207,10 +211,12 @@ def meta_train_general(trainer: GeneralTrainer, run: runs.Run, save: SaveRule, r
                     save(trainer.rule, trainer.progress, new)
                     runs.write_log(new.at(run.log("learn-optimizer")), trainer.records)
                     runs.write_tensors(new.at(path), *trainer.state())
+                track({"valid": valid}, step)
                 bar.write(f"step {step}: mean log(last / first held-out loss) {valid:.4f}")
                 outcomes = []
             if step == config.steps:
                 return trainer.progress
             outcomes.append(trainer.step())
+            track({"train": outcomes[-1]}, step + 1)
             bar.set_postfix_str(f"training {outcomes[-1]:.3f}")
             bar.update()

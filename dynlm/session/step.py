@@ -19,7 +19,8 @@ class Step:
 
     Attributes:
         texts: the stretch of the text that each token stands for.
-        inputs, targets: (S,) token ids; each input is the token before its target.
+        inputs: (S,) token ids, each the token before its target.
+        targets: (S,) token ids.
         losses: (S,) nats of the targets under the weights that reading has reached.
         static: (S,) nats of the targets under the trained weights.
     """

@@ -26,7 +26,8 @@ class Range(NamedTuple):
     """A log-uniform range and where its search starts, in units of the model at hand.
 
     Attributes:
-        low, high: its ends, above 0.
+        low: its lower end, above 0.
+        high: its upper end.
         start: where the search starts.
         unit: "" is the number itself, "rms" the mean static RMS r of the gradient. For learning rates a nat that the
             loss of a segment would fall by to first order in one step: "gradient" of a step along g, "direction" of one

@@ -87,7 +87,7 @@ def _tune_cache(bench: Bench, name: str, articles: list[TokenizedArticle], made:
 def _tune_mixture(bench: Bench, name: str, articles: list[TokenizedArticle], made: runs.Json) -> runs.Json:
     """Network of the mixture of method ``name``, on what the hand-made rules are tuned on."""
     config, recorder = bench.recipe.tune, bench.mixed(Method.parse(name), Recorder)
-    with Bar(total=EPOCHS, desc=f"tune {name}", unit="pass") as bar:
+    with Bar(total=EPOCHS, desc=f"tune {name}", unit="epoch") as bar:
         fitted = fit_mixture(
             recorder, config.excerpts(articles), bench.tokenizer.start_id, seed=config.seed, progress=bar.update
         )

@@ -36,7 +36,7 @@ def test_help_of_a_command_is_one_screen_of_its_own_settings(command, capsys):
     shown = set(re.findall(r"^  --(\w+)\.", "\n".join(lines), re.MULTILINE))
     assert shown == set(SECTIONS[command])
     for flag in FLAGS:
-        assert any(line.startswith(f"  --{flag} ") for line in lines)
+        assert any(line.startswith(f"  --{flag.replace('_', '-')} ") for line in lines)
     assert main(["help", command]) == 0
     assert capsys.readouterr().out.splitlines() == lines
 

@@ -1,6 +1,6 @@
 """A session: a base model with everything that reading needs, from a run directory, as shipped, or given.
 
-A shipped folder, such as ``dynlm/shipped/wikitext2``, is laid out as a run directory; ``scripts/ship`` makes it from
+A shipped folder, such as ``dynlm/shipped/wikipedia``, is laid out as a run directory; ``scripts/ship`` makes it from
 one. ``light`` loads an LSTM of ``dynlm train`` without transformers, which alone takes seconds to import.
 """
 
@@ -44,7 +44,7 @@ from dynlm.stamps import Stamp, fingerprint_files, read_stamped, unfinished
 from dynlm.types import Article, InputError, TokenizedArticle
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
-DEFAULT_MODEL = "wikitext2"
+DEFAULT_MODEL = "wikipedia"
 KIT = "kit.json"  # beside a shipped run: {"spacing": of what its model was trained on, "home": see Session.home}
 RULES = ("gated", "rms")  # the first that the run holds
 log = logging.getLogger("dynlm")

@@ -96,11 +96,12 @@ class Totals:
         speed = three(self.tokens / max(self.seconds, 1e-9))
         counts = f"{self.words:,} words in {self.lines:,} line{'s' * (self.lines != 1)} ({self.bytes:,} bytes)"
         lines = [f"{counts}, {self.tokens:,} tokens, {self.seconds:.1f} s ({speed} tokens/s)"]
+        width = max(8, len(rule))
         for name, nats in (("static", self.static), (rule, self.adapted)):
             per_token = nats / max(1, self.tokens)
-            line = f"{name:>8} {three(self.bits(nats)):>6} bits per byte {three(per_token):>6} nats per token"
+            line = f"{name:>{width}} {three(self.bits(nats)):>6} bits per byte {three(per_token):>6} nats per token"
             lines.append(f"{line}  word perplexity {three(self.perplexity(nats)):>6}" if self.sane else line)
-        return [*lines, f"{'gain':>8} {plus(self.gain)} nats per token: {likelier(self.gain)}"]
+        return [*lines, f"{'gain':>{width}} {plus(self.gain)} nats per token: {likelier(self.gain)}"]
 
     def note(self, home: float | None) -> str:
         """Warn where the figures mislead; empty where they do not. ``home`` is static's nats per token at home."""

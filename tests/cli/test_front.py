@@ -66,7 +66,7 @@ def test_recipes_that_ship_go_by_name(capsys):
 @pytest.mark.parametrize("name", FLAGS)
 def test_flags_are_no_settings_of_a_recipe(tmp_path, name):
     (tmp_path / "r.toml").write_text(f"{name} = true\n" if name != "threads" else "threads = 2\n")
-    with pytest.raises(InputError, match=f"'{name}' is no setting of a recipe: give --{name}"):
+    with pytest.raises(InputError, match=f"'{name}' is no setting of a recipe: give --{name.replace('_', '-')}"):
         load_recipe(tmp_path / "r.toml")
 
 

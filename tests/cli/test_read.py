@@ -57,7 +57,7 @@ def test_the_shipped_models_are_small_and_learn(texts, model):
     assert "CC BY-SA 3.0" in (SHIPPED / model / "LICENSE.md").read_text()
     totals = quiet(texts[0], run=model)
     assert totals.gain > 0.5
-    assert totals.tokens > 300
+    assert totals.tokens >= 300
 
 
 @pytest.mark.parametrize("reset", ["article", "never"])

@@ -172,7 +172,7 @@ def test_a_memory_of_what_ran_away_is_not_written(text, tmp_path, capsys, monkey
 def test_reading_that_diverges_goes_on_from_the_trained_weights(text, tmp_path, capsys, monkeypatch):
     """The segment is scored as static scores it, and what comes after it is learned from, at a lower rate."""
     breaks(monkeypatch, "adapted")
-    whole, err = as_json(capsys, text, "--rule", "rms")
+    whole, err = as_json(capsys, text, "--run", "wikitext2", "--rule", "rms")
     assert "reading with rms diverged after 96 tokens; it goes on from the trained weights with lr 0.0005" in err
     tokens = whole["tokens"]
     assert tokens["adapted"][96:128] == tokens["static"][96:128]
@@ -199,8 +199,8 @@ def as_json(capsys, *arguments, code=0):
 
 def test_the_json_object_holds_every_figure(text, tmp_path, capsys):
     (tmp_path / "b.jsonl").write_text(json.dumps({"title": "x\x1b[2J", "text": LINE}) + "\n")
-    value, err = as_json(capsys, text, tmp_path / "b.jsonl", "--rule", "rms")
-    totals = read(ReadSettings((str(text), str(tmp_path / "b.jsonl")), rule="rms", quiet=True))
+    value, err = as_json(capsys, text, tmp_path / "b.jsonl", "--run", "wikitext2", "--rule", "rms")
+    totals = read(ReadSettings((str(text), str(tmp_path / "b.jsonl")), "wikitext2", rule="rms", quiet=True))
     tokens = value["tokens"]
     assert "".join(tokens["text"]) == LINE * 13
     assert len(tokens["static"]) == len(tokens["adapted"]) == value["totals"]["tokens"] == totals.tokens

@@ -69,8 +69,8 @@ class ReadSettings(Settings):
     """with --model: texts that the usual size of the gradient is measured on; without any, documentation that Python
     carries"""
     spacing: Literal["auto", "none", "wikitext"] = "auto"
-    """wikitext: put ordinary text into the spacing of WikiText ("word , word .") before it is read, which the shipped
-    model knows; what is shown and counted stays the text; auto: where the model needs it and the text has it not"""
+    """wikitext: put ordinary text into the spacing of WikiText ("word , word .") before it is read, which the model
+    wikitext2 knows; what is shown and counted stays the text; auto: where the model needs it and the text has it not"""
     reset: Literal["auto", "article", "never"] = "auto"
     """article: weights start anew at each article; never: all texts are one stream; auto: article, or never with a
     memory"""

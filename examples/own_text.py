@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--html", type=Path, default=Path("page.html"), help="page to write (%(default)s)")
     args = parser.parse_args()
 
-    reader = dynlm.Reader.from_pretrained("wikitext2")
+    reader = dynlm.Reader.from_pretrained()
     reading = reader.read(*args.texts)  # each token is scored before any update that sees it
     print(f"{len(reading):,} tokens, gain {reading.gain:+.3f} nats per token over the same model without learning")
     print(f"bits per byte: {reading.static_bits_per_byte:.3f} without learning, {reading.bits_per_byte:.3f} with it")

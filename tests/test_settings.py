@@ -89,7 +89,10 @@ def test_a_number_of_a_recipe_is_within_its_bound_or_one_line(number, value):
         ("--threads -1", "--threads is -1: expected a whole number from 0 to 1,024"),
         ("--tune.rules", "tune.rules is empty: name at least one"),
         ("--tune.rules ../../outside/rms+cache", "tune.rules is '../../outside/rms+cache': expected a method"),
-        ("--tune.rules gated", "tune.rules names 'gated': choose from sgd, rms, adam, cache and METHOD+cache"),
+        (
+            "--tune.rules gated",
+            "tune.rules names 'gated': choose from sgd, rms, adam, cache, METHOD+cache and METHOD+mix",
+        ),
         ("--evaluate.methods static gated@", "evaluate.methods is 'gated@': expected a method"),
         ("--evaluate.methods static .rms", "evaluate.methods is '.rms': expected a method"),
         ("--start.rule ../rms", "start.rule is '../rms': expected a rule"),

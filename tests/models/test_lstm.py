@@ -135,7 +135,9 @@ def test_other_dtypes_are_saved_and_loaded(tmp_path, dtype, tied):
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
     assert again.dtype == dtype
     assert (again.lm_head.weight is again.embedding.weight) == tied
-    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    # where weights lie in memory may decide the order of a product's sums
+    torch.testing.assert_close(again(TOKENS).logits, model(TOKENS).logits)
     wide = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     torch.testing.assert_close(wide(TOKENS).logits, model(TOKENS).logits.float(), rtol=2e-2, atol=2e-3)
 

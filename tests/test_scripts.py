@@ -142,3 +142,15 @@ def test_the_picture_of_the_readme_is_what_the_shipped_model_reads(tmp_path):
     assert max(moved) <= 1, "run scripts/picture"
     assert sum(moved) <= 0.02 * len(moved), "run scripts/picture"
     assert old.count(4) > 50  # names that came again
+
+
+def test_reproduce_puts_what_a_piece_finds_beside_what_is_published(tmp_path):
+    listed = run("reproduce", "--list").stdout
+    assert all(name in listed for name in ("wikipedia", "wikitext2", "sinusoid", "meta"))
+    printed = run("reproduce", "--quick", "--only", "reading", "--out", tmp_path).stdout
+    rows = json.loads((tmp_path / "figures.json").read_text())["reading"]
+    assert rows["gated: × static"]["published"] == 5.49
+    assert rows["gated: × static"]["found"] > rows["sgd: × static"]["found"] > 1
+    assert "gated: × static" in printed
+    again = run("reproduce", "--quick", "--only", "reading", "--out", tmp_path).stdout
+    assert "bench_reading" not in again  # finished before

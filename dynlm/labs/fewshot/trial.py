@@ -143,6 +143,8 @@ class Trial:
         generator = torch.Generator().manual_seed(self.config.seed + 1)
         valid = tasks_of(self.splits.valid, self.config.valid_tasks, self.config.seed + 4)
         reader, copies = self.reader, outer.tasks if outer.stacked else 1
+        if len(valid) < copies:
+            raise InputError(f"fewshot.valid_tasks is {len(valid)}: {copies} are read at once, give at least that")
         if outer.stacked:
             reader, valid = self.stacked_reader(copies), stack_tasks(valid, copies)
 

@@ -165,7 +165,7 @@ def test_at_most_five_methods_are_drawn_and_all_are_told(make_run):
     run = make_run(names)
     evaluation = load_evaluation(run)
     assert len(evaluation.shown) == 5
-    assert {evaluation.best("learned"), evaluation.best("hand-made", cached=False), "cache"} <= set(evaluation.shown)
+    assert {evaluation.best("learned"), evaluation.best("hand-made", alone=True), "cache"} <= set(evaluation.shown)
     text = Page(run).text
     assert all(name in text for name in names)
 

@@ -52,7 +52,7 @@ class TrainConfig(Settings):
     validations_per_epoch: Count = 1
     """each one validates and writes a checkpoint"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto takes bf16 on CUDA and on CPUs with AMX"""
+    """auto takes bf16 on CUDA and on CPUs that multiply it (AMX, AVX-512 BF16)"""
     seed: Seed = 0
     """order of articles, initial weights and dropout"""
 
@@ -293,4 +293,6 @@ def choose_precision(config: TrainConfig) -> tuple[Literal["fp32", "bf16"], str]
         return config.precision, "train.precision"
     if torch.cuda.is_available():
         return ("bf16", "this GPU has it") if torch.cuda.is_bf16_supported() else ("fp32", "this GPU has no bfloat16")
-    return ("bf16", "this CPU has AMX") if torch.cpu._is_amx_tile_supported() else ("fp32", "this CPU has no AMX")
+    if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
+        return "bf16", "this CPU multiplies it"
+    return "fp32", "this CPU has neither AMX nor AVX-512 BF16"

@@ -80,9 +80,10 @@ def test_an_interrupted_training_resumes_bit_for_bit(tmp_path, monkeypatch):
 
 def test_precision_follows_the_recipe_or_the_device(monkeypatch):
     assert choose_precision(replace(CONFIG, precision="bf16")) == ("bf16", "train.precision")
-    for amx, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for amx, avx, expected in ((True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
         assert choose_precision(replace(CONFIG, precision="auto"))[0] == expected
 
 

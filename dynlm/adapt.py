@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -209,13 +209,17 @@ class Reader:
             self.begin()
         device = self.parameters[0].device
         pieces = list(article_segments(article.ids_T.to(device), start_id, self.config.segment))
-        losses = []
+        losses_T, done = None, 0
         for number, (inputs_S, targets_S) in enumerate(pieces, 1):
             last = number == len(pieces) and self.config.reset == "article"
-            losses.append(_each(self.segment(inputs_S, targets_S, last).losses_S, targets_S))
+            losses_S = _each(self.segment(inputs_S, targets_S, last).losses_S, targets_S)
+            if losses_T is None:  # one vector: a small one kept of each segment breaks up the memory that logits leave
+                losses_T = losses_S.new_empty(len(article))
+            losses_T[done : done + len(losses_S)] = losses_S
+            done += len(losses_S)
             if progress:
                 progress(targets_S.numel())
-        return torch.cat(losses)
+        return cast(Tensor, losses_T)
 
 
 def _require_alone(model: nn.Module, reader: Reader | None) -> None:

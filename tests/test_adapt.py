@@ -1,6 +1,8 @@
 """The inner loop: score before update, carry, restore."""
 
 import copy
+import mmap
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from dynlm.adapt import ReadConfig, Reader, measure_priors
 from dynlm.data.segments import article_segments
 from dynlm.evaluation.audit import first_leak, restores
 from dynlm.models.causal import LSTMScorer
+from dynlm.models.lstm import LSTMConfig, LSTMForCausalLM
 from dynlm.optim.gated import Gated
 from dynlm.optim.handmade import RMS, SGD, Static
 from dynlm.types import DivergedError, InputError, TokenizedArticle
@@ -252,3 +255,24 @@ def test_a_loss_that_is_not_finite_before_any_update_is_the_models():
         Reader(lab[0], lab[1], SGD(0.1), [p._replace(theta0=p.theta0 * float("nan")) for p in lab[2]]).read(
             make_article(16), START
         )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_length_of_an_article():
+    """The logits of a segment have 1 MiB here: keeping a small tensor of each segment would leave a hole for each."""
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+
+    vocabulary, segments = 8192, 400
+    model = LSTMForCausalLM(LSTMConfig(vocab_size=vocabulary, embedding_size=4, hidden_size=4)).eval()
+    score = LSTMScorer(model)
+    ids = torch.randint(vocabulary, (segments * 32,), generator=torch.Generator().manual_seed(0))
+    article = TokenizedArticle(id="long", title="", ids_T=ids, n_words=1, n_bytes=1)
+    priors = measure_priors(model, score, article_segments(ids[:64], START, 32))
+    with Reader(model, score, Static(), priors) as reader:
+        reader.read(article, START)  # whatever is allocated once
+        before = resident()
+        assert reader.read(article, START).shape == (segments * 32,)
+        assert resident() - before < 2**20 * segments / 4

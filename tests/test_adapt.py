@@ -3,6 +3,7 @@
 import copy
 import mmap
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -272,7 +273,7 @@ def test_memory_does_not_grow_with_the_length_of_an_article():
     article = TokenizedArticle(id="long", title="", ids_T=ids, n_words=1, n_bytes=1)
     priors = measure_priors(model, score, article_segments(ids[:64], START, 32))
     with Reader(model, score, Static(), priors) as reader:
-        reader.read(article, START)  # whatever is allocated once
+        reader.read(replace(article, ids_T=ids[:64]), START)  # whatever is allocated once
         before = resident()
         assert reader.read(article, START).shape == (segments * 32,)
         assert resident() - before < 2**20 * segments / 4

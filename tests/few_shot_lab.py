@@ -2,7 +2,7 @@
 
 import torch
 
-from dynlm.adapt import ReadConfig, Reader, make_priors
+from dynlm.inner import InnerLoop, ReadConfig, make_priors
 from dynlm.labs.fewshot.nets import MLP, NetScorer, seeded, squared_error
 from dynlm.labs.fewshot.tasks import Sinusoids
 from dynlm.meta.initialisation import Task
@@ -17,7 +17,7 @@ def make_reader(rule=None, net=None, seed=0):
     adapted = adapted_parameters(net)
     priors = make_priors(adapted, [torch.ones_like(a.matrix_RC) for a in adapted])
     score = NetScorer(net, squared_error)
-    return Reader(net, score, rule or SGD(LR, DECAY), priors, ReadConfig(kernel="eager", trust=0))
+    return InnerLoop(net, score, rule or SGD(LR, DECAY), priors, ReadConfig(kernel="eager", trust=0))
 
 
 def make_task(steps=3, seed=0):

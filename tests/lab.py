@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from dynlm.adapt import measure_priors
 from dynlm.data.segments import article_segments
+from dynlm.inner import measure_priors
 from dynlm.models.causal import LSTMScorer
 from dynlm.models.lstm import ModelConfig
 from dynlm.types import TokenizedArticle

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynlm.adapt import ReadConfig
 from dynlm.cli.main import main
 from dynlm.cli.read import ReadSettings
 from dynlm.evaluation.cache import CacheConfig
+from dynlm.inner import ReadConfig
 from dynlm.labs.general.tasks import TaskConfig
 from dynlm.meta.replay import ReplayConfig
 from dynlm.meta.tune import TuneConfig

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from dynlm.adapt import Reader
 from dynlm.evaluation.audit_articles import (
     LONG,
     RESETS,
@@ -40,6 +39,7 @@ from dynlm.evaluation.probe import (
     read,
     training_modules,
 )
+from dynlm.inner import InnerLoop
 from dynlm.optim.base import Rule
 from dynlm.optim.handmade import Static
 from dynlm.types import TokenizedArticle
@@ -100,13 +100,15 @@ def verdicts(
     yield zero_rate(make_reader, parts.short, start_id)
 
 
-def _window(reader: Reader) -> int:
+def _window(reader: InnerLoop) -> int:
     """Return the longest window that the reader's parts name, in tokens; 0 without any."""
     parts = (reader.score, getattr(reader, "cache", None), reader)
     return max((w for part in parts if isinstance(w := getattr(part, "window", None), int)), default=0)
 
 
-def first_leak(reader: Reader, article: TokenizedArticle, start_id: int, position: int, vocab_size: int) -> int | None:
+def first_leak(
+    reader: InnerLoop, article: TokenizedArticle, start_id: int, position: int, vocab_size: int
+) -> int | None:
     """Return the first position before ``position`` whose score moves when the tokens from ``position`` on change.
 
     Tokens at and after ``position`` are replaced by others, the article is read again from the same start, and the
@@ -116,7 +118,7 @@ def first_leak(reader: Reader, article: TokenizedArticle, start_id: int, positio
     return first_difference(*(read(reader, text, start_id).losses_T[:position] for text in (article, other)))
 
 
-def restores(reader: Reader, article: TokenizedArticle, start_id: int) -> bool:
+def restores(reader: InnerLoop, article: TokenizedArticle, start_id: int) -> bool:
     """Return whether every weight of the model is bit for bit what it was, after reading."""
     saved = _weights(reader.model)
     with reader:
@@ -204,7 +206,7 @@ def sums_to_one(make_reader: MakeReader, article: TokenizedArticle, start_id: in
     return verdict(name, worst <= TOLERANCE, f"{said}, off by {worst:.1e} nats at most", f"off by {worst:.1e} nats")
 
 
-def _asked(reader: Reader, article: TokenizedArticle, start_id: int, vocab_size: int) -> tuple[float, int]:
+def _asked(reader: InnerLoop, article: TokenizedArticle, start_id: int, vocab_size: int) -> tuple[float, int]:
     """Return how far the scores of a model without logits are from a sum of one, and of how many tokens."""
     segments = -(-len(article) // reader.config.segment)
     count = min(segments, max(3, 4 * MOST_QUESTIONS // vocab_size))
@@ -222,7 +224,7 @@ def _off(log_probs_SV: Tensor, targets_S: Tensor, losses_S: Tensor) -> float:
     return float(torch.maximum(total, off).nan_to_num(nan=torch.inf))
 
 
-def scored_once(reader: Reader, article: TokenizedArticle, start_id: int) -> Verdict:
+def scored_once(reader: InnerLoop, article: TokenizedArticle, start_id: int) -> Verdict:
     """Check that the segments' targets are the article, inputs the tokens before, and the scores what was returned."""
     name, seen = "every token scored once", list[Observed]()
     with observing(reader, lambda observed: seen.append(observed._replace(log_probs_SV=None))):
@@ -243,7 +245,7 @@ def scored_once(reader: Reader, article: TokenizedArticle, start_id: int) -> Ver
     return verdict(name, ok, f"{len(article)} tokens in {len(seen)} segments, returned as scored", wrong)
 
 
-def nothing_drawn(reader: Reader, article: TokenizedArticle, start_id: int) -> Verdict:
+def nothing_drawn(reader: InnerLoop, article: TokenizedArticle, start_id: int) -> Verdict:
     """Check that the model is in evaluation mode and that nothing is drawn at random while it scores."""
     name, training = "evaluation mode", set[str]()
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dynlm.adapt import Reader
 from dynlm.evaluation.probe import first_difference, read
+from dynlm.inner import InnerLoop
 from dynlm.types import Article, TokenizedArticle
 
-MakeReader = Callable[[], Reader]
+MakeReader = Callable[[], InnerLoop]
 TOLERANCE = 1e-4
 """nats by which a score may differ from that of a distribution that sums to one"""
 SHORT, LONG = 6, 64  # segments of an excerpt, and of the long one
@@ -89,7 +89,7 @@ def _rounding(losses_T: Tensor) -> float:
     return TOLERANCE if losses_T.dtype in (torch.float32, torch.float64) else 500 * TOLERANCE
 
 
-def _full(reader: Reader, tokens: int) -> bool:
+def _full(reader: InnerLoop, tokens: int) -> bool:
     """Return whether the scorer's window is full: a short segment then sees more of the text before it."""
     window = getattr(reader.score, "window", None)
     return isinstance(window, int) and tokens > window

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from dynlm import runs
-from dynlm.adapt import Reader, Scored
 from dynlm.evaluation.tap import Tap, TappedReader
+from dynlm.inner import InnerLoop, Scored
 from dynlm.methods import CACHE
 from dynlm.settings import Count, NotNegative, Settings, Share, build
 from dynlm.types import InputError
@@ -105,7 +105,7 @@ class CachedReader(TappedReader):
     cache = CacheConfig()
 
     @classmethod
-    def beside(cls, reader: Reader, cache: CacheConfig) -> Self:
+    def beside(cls, reader: InnerLoop, cache: CacheConfig) -> Self:
         """``reader``'s model and rule, with a cache."""
         cached = cls.of(reader)
         cached.cache = cache

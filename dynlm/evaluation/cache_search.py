@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dynlm.adapt import Reader, Scored
 from dynlm.evaluation.cache import CacheConfig, Memory, attend, dots
 from dynlm.evaluation.tap import Tap, TappedReader
+from dynlm.inner import InnerLoop, Scored
 from dynlm.types import InputError, TokenizedArticle
 
 SHARPNESS = tuple(2.0**k for k in range(-1, 8))
@@ -62,7 +62,7 @@ class TunedCache(NamedTuple):
     at_bound: tuple[str, ...]
 
 
-def record(reader: Reader, articles: Sequence[TokenizedArticle], start_id: int) -> list[Recording]:
+def record(reader: InnerLoop, articles: Sequence[TokenizedArticle], start_id: int) -> list[Recording]:
     """Read once; one stream an article, or one of all where nothing is reset between them."""
     recorder, streams = Recorder.of(reader), []
     with recorder:
@@ -75,7 +75,7 @@ def record(reader: Reader, articles: Sequence[TokenizedArticle], start_id: int) 
 
 
 def tune_cache(
-    reader: Reader, articles: Sequence[TokenizedArticle], start_id: int, progress: Callable[[], object] | None = None
+    reader: InnerLoop, articles: Sequence[TokenizedArticle], start_id: int, progress: Callable[[], object] | None = None
 ) -> TunedCache:
     """Return (λ, θ_c, window) with the fewest nats a token of reading ``articles`` with the reader's rule.
 

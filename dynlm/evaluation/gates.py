@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dynlm.adapt import Reader
+from dynlm.inner import InnerLoop
 from dynlm.optim.base import Coordinates, Prior, Rule, RuleState, Seen, Slots
 from dynlm.optim.learned import Learned
 from dynlm.results import GateSizes
@@ -84,7 +84,7 @@ class GateRecorder:
     ``seconds`` is what looking takes: no part of reading.
     """
 
-    def __init__(self, reader: Reader, size: int = SAMPLE) -> None:
+    def __init__(self, reader: InnerLoop, size: int = SAMPLE) -> None:
         self.reader, self.seconds = reader, 0.0
         generator = torch.Generator().manual_seed(0)
         self.samples: list[Sample] = []

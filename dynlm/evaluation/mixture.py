@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from dynlm import runs
-from dynlm.adapt import Reader, Scored, Scorer, detach
 from dynlm.evaluation.cache import Attention, CacheConfig, Memory, look_back
 from dynlm.evaluation.tap import Tap, TappedReader
+from dynlm.inner import InnerLoop, Scored, Scorer, detach
 from dynlm.methods import MIX
 from dynlm.types import InputError
 
@@ -103,7 +103,7 @@ class MixedReader(TappedReader):
     still_score: Scorer
 
     @classmethod
-    def over(cls, reader: Reader, scorer: Callable[[Any], Scorer], cache: CacheConfig | None) -> Self:
+    def over(cls, reader: InnerLoop, scorer: Callable[[Any], Scorer], cache: CacheConfig | None) -> Self:
         """``reader``'s model and rule, with a cache or without; ``scorer`` makes a scorer of a copy of the model.
 
         Raises:

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dynlm.adapt import Scored
 from dynlm.evaluation.mixture import MixedReader, Mixture, Sources
+from dynlm.inner import Scored
 from dynlm.types import InputError, TokenizedArticle
 
 EPOCHS = 40

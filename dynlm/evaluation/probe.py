@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynlm.adapt import Reader, Step
 from dynlm.data.segments import article_segments
 from dynlm.evaluation.tap import Tap, TappedReader
+from dynlm.inner import InnerLoop, Step
 from dynlm.types import InputError, TokenizedArticle
 
 DRAWS = frozenset(
@@ -54,7 +54,7 @@ class Observed(NamedTuple):
 
 
 @contextmanager
-def observing(reader: Reader, note: Callable[[Observed], None]) -> Iterator[None]:
+def observing(reader: InnerLoop, note: Callable[[Observed], None]) -> Iterator[None]:
     """Inside, call ``note`` after every segment that ``reader`` scores."""
     segment = reader.segment
 
@@ -71,7 +71,7 @@ def observing(reader: Reader, note: Callable[[Observed], None]) -> Iterator[None
 
 
 def _scored(
-    reader: Reader, segment: Callable[[Tensor, Tensor, bool], Step], arguments: tuple[Tensor, Tensor, bool]
+    reader: InnerLoop, segment: Callable[[Tensor, Tensor, bool], Step], arguments: tuple[Tensor, Tensor, bool]
 ) -> tuple[Step, Tensor | None]:
     """Score one segment and catch its distributions: a tapped reader shows them, else the model's logits do."""
     if isinstance(reader, TappedReader):
@@ -98,7 +98,7 @@ class Scored(NamedTuple):
     """by token; empty for a model that shows no logits"""
 
 
-def read(reader: Reader, article: TokenizedArticle, start_id: int, rows: Collection[int] = ()) -> Scored:
+def read(reader: InnerLoop, article: TokenizedArticle, start_id: int, rows: Collection[int] = ()) -> Scored:
     """Read ``article`` from the start, and keep the distributions of the tokens ``rows``."""
     kept: dict[int, Tensor] = {}
     place = 0
@@ -158,7 +158,7 @@ class Altered(NamedTuple):
 
 
 def ask_inside_segments(
-    reader: Reader, article: TokenizedArticle, start_id: int, places: Sequence[int], vocab_size: int
+    reader: InnerLoop, article: TokenizedArticle, start_id: int, places: Sequence[int], vocab_size: int
 ) -> tuple[Tensor, Altered | None]:
     """Read ``article``; before each segment, ask for its scores with the tokens from each of ``places`` on altered.
 
@@ -199,7 +199,7 @@ def ask_inside_segments(
 
 
 def ask_vocabulary(
-    reader: Reader, article: TokenizedArticle, start_id: int, vocab_size: int, numbers: Collection[int]
+    reader: InnerLoop, article: TokenizedArticle, start_id: int, vocab_size: int, numbers: Collection[int]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Read ``article``; in the segments ``numbers``, ask for the score of every token of the vocabulary at each place.
 

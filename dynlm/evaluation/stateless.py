@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dynlm.adapt import Scorer
+from dynlm.inner import Scorer
 
 
 class StatelessScorer:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from dynlm import results
-from dynlm.adapt import Reader
 from dynlm.data.segments import article_segments
 from dynlm.evaluation.calibration import Calibration
 from dynlm.evaluation.gates import GateRecorder, Gates
 from dynlm.evaluation.tap import TappedReader
+from dynlm.inner import InnerLoop
 from dynlm.types import DivergedError, InputError, TokenizedArticle
 
 
@@ -43,7 +43,7 @@ class Scores(NamedTuple):
 
 
 def read_articles(
-    reader: Reader, articles: Sequence[TokenizedArticle], start_id: int, progress: Callable[[int], Any] | None = None
+    reader: InnerLoop, articles: Sequence[TokenizedArticle], start_id: int, progress: Callable[[int], Any] | None = None
 ) -> Scores:
     """Read ``articles`` in order inside ``reader``'s context, which puts θ0 back afterwards."""
     if not articles:
@@ -95,7 +95,7 @@ def read_and_watch(
     return Scores(losses, seconds, calibration.summary(), again, gates)
 
 
-def score_only(reader: Reader, article: TokenizedArticle, start_id: int) -> Tensor:
+def score_only(reader: InnerLoop, article: TokenizedArticle, start_id: int) -> Tensor:
     """(T,) nats of the model alone under the present weights, from an empty hidden state; nothing learns or moves."""
     hidden: Any = None
     losses = []

@@ -14,7 +14,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from dynlm.adapt import Reader, Scored
+from dynlm.inner import InnerLoop, Scored
 from dynlm.models.light import MODEL_TYPE
 from dynlm.types import InputError
 
@@ -84,7 +84,7 @@ def _last(parts: list[Tensor], size: int, what: str) -> Tensor:
     return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
 
 
-class TappedReader(Reader):
+class TappedReader(InnerLoop):
     """A reader whose ``watch`` is shown the distribution over the vocabulary of every token that it scores."""
 
     needs_states = False
@@ -96,7 +96,7 @@ class TappedReader(Reader):
     """time spent on showing: no part of reading"""
 
     @classmethod
-    def of(cls, reader: Reader) -> Self:
+    def of(cls, reader: InnerLoop) -> Self:
         """Return the same reading, tapped; ``reader`` itself must not be used meanwhile."""
         return cls(reader.model, reader.score, reader.rule, reader.priors, reader.config)
 

@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from dynlm.adapt import Reader, Snapshot, detach
 from dynlm.allocator import MIB
+from dynlm.inner import InnerLoop, Snapshot, detach
 from dynlm.meta.forward import Forward, Tangents, add_gradient
 from dynlm.meta.recording import RecordConfig, Recording
 from dynlm.meta.replay import Replay, ReplayConfig
@@ -68,7 +68,7 @@ class Window(NamedTuple):
 class Estimator(abc.ABC):
     """The signature that all estimators share."""
 
-    def __init__(self, reader: Reader, config: EstimatorConfig, generator: torch.Generator | None = None) -> None:
+    def __init__(self, reader: InnerLoop, config: EstimatorConfig, generator: torch.Generator | None = None) -> None:
         self.reader, self.rule, self.config = reader, reader.rule, config
         self.generator = generator or torch.Generator().manual_seed(0)
 
@@ -110,7 +110,7 @@ class Estimator(abc.ABC):
 class ReplayEstimator(Estimator):
     """Reads with the compiled rule, records sampled gradients, replays them (dynlm.meta.replay)."""
 
-    def __init__(self, reader: Reader, config: EstimatorConfig, generator: torch.Generator | None = None) -> None:
+    def __init__(self, reader: InnerLoop, config: EstimatorConfig, generator: torch.Generator | None = None) -> None:
         super().__init__(reader, config, generator)
         self.replay = Replay(self.rule, ReplayConfig(memory=config.record.memory))
 
@@ -151,12 +151,12 @@ class ReplayEstimator(Estimator):
         return min(n, affordable(self.config, window, self.reader) or n)
 
 
-def observed_numbers(reader: Reader) -> int:
+def observed_numbers(reader: InnerLoop) -> int:
     """Row, column and tensor statistics that a segment leaves, at the most."""
     return sum(N_ROW * theta.shape[0] + N_COL * theta.shape[1] + N_SCALARS for theta in reader.thetas)
 
 
-def affordable(config: EstimatorConfig, window: int, reader: Reader) -> int:
+def affordable(config: EstimatorConfig, window: int, reader: InnerLoop) -> int:
     """Coordinates to record: those asked for (0: all), or as many as the budget holds beside what is observed.
 
     Raises:
@@ -186,7 +186,7 @@ def affordable(config: EstimatorConfig, window: int, reader: Reader) -> int:
 class UnrollEstimator(Estimator):
     """One autograd graph a window, first or second order, in checkpointed slices (dynlm.meta.unroll)."""
 
-    def __init__(self, reader: Reader, config: EstimatorConfig, generator: torch.Generator | None = None) -> None:
+    def __init__(self, reader: InnerLoop, config: EstimatorConfig, generator: torch.Generator | None = None) -> None:
         super().__init__(reader, config, generator)
         self.engines: dict[int, Unroll] = {}
         self.probe: Piece | None = None
@@ -253,7 +253,7 @@ class ForwardPosition(NamedTuple):
 class ForwardEstimator(Estimator):
     """Tangents go on over windows: nothing is truncated (dynlm.meta.forward). Coordinates are drawn once an article."""
 
-    def __init__(self, reader: Reader, config: EstimatorConfig, generator: torch.Generator | None = None) -> None:
+    def __init__(self, reader: InnerLoop, config: EstimatorConfig, generator: torch.Generator | None = None) -> None:
         super().__init__(reader, config, generator)
         self.forward = Forward(self.rule)
 
@@ -300,7 +300,7 @@ class PESEstimator(Estimator):
     The estimate is that of the smoothed objective E[L(φ + ε)]; each pair costs two readings of the text.
     """
 
-    def __init__(self, reader: Reader, config: EstimatorConfig, generator: torch.Generator | None = None) -> None:
+    def __init__(self, reader: InnerLoop, config: EstimatorConfig, generator: torch.Generator | None = None) -> None:
         super().__init__(reader, config, generator)
         self.phi = [p for p in self.rule.parameters() if p.requires_grad and p.numel()]
 
@@ -362,6 +362,6 @@ ESTIMATORS: dict[str, type[Estimator]] = {
 }
 
 
-def make_estimator(reader: Reader, config: EstimatorConfig, generator: torch.Generator | None = None) -> Estimator:
+def make_estimator(reader: InnerLoop, config: EstimatorConfig, generator: torch.Generator | None = None) -> Estimator:
     """Return the estimator of a configuration, for the reader's rule."""
     return ESTIMATORS[config.kind](reader, config, generator)

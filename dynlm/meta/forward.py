@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dynlm.adapt import Step
+from dynlm.inner import Step
 from dynlm.meta.sampling import Stratum
 from dynlm.models.params import split_like
 from dynlm.optim.base import Clock, Coordinates, Prior, Rule, RuleState, Shared, Slots

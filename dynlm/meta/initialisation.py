@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dynlm.adapt import Reader, Snapshot, detach
+from dynlm.inner import InnerLoop, Snapshot, detach
 from dynlm.meta.buffers import unchanged_buffers
 from dynlm.meta.unroll import Unroll, UnrollConfig
 from dynlm.models.params import as_matrix, split_like
@@ -53,7 +53,7 @@ class OuterGradient(NamedTuple):
 
 
 def outer_gradient(
-    method: Method, reader: Reader, task: Task, phi: Sequence[Tensor] = (), cg_steps: int = 5
+    method: Method, reader: InnerLoop, task: Task, phi: Sequence[Tensor] = (), cg_steps: int = 5
 ) -> OuterGradient:
     """Return what ``method`` makes of one task at the start θ0 of ``reader.priors``.
 
@@ -77,7 +77,7 @@ def outer_gradient(
         return {"joint": _joint, "fomaml": _first_order, "reptile": _reptile}[method](reader, task)
 
 
-def _unrolled(reader: Reader, task: Task, phi: Sequence[Tensor], order: Literal[1, 2]) -> OuterGradient:
+def _unrolled(reader: InnerLoop, task: Task, phi: Sequence[Tensor], order: Literal[1, 2]) -> OuterGradient:
     """Unrolls all pieces but the last: no update follows that one, so its plain gradient is sent back to θ_k."""
     leaves = [prior.theta0.clone().requires_grad_() for prior in reader.priors]
     priors = [prior._replace(theta0=leaf) for prior, leaf in zip(reader.priors, leaves, strict=True)]
@@ -98,11 +98,11 @@ def _unrolled(reader: Reader, task: Task, phi: Sequence[Tensor], order: Literal[
     return OuterGradient(total + last.loss, [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves])
 
 
-def _joint(reader: Reader, task: Task) -> OuterGradient:
+def _joint(reader: InnerLoop, task: Task) -> OuterGradient:
     return _weighted(reader, task.pieces, task.weights)
 
 
-def _weighted(reader: Reader, pieces: Sequence[Piece], weights: Sequence[float]) -> OuterGradient:
+def _weighted(reader: InnerLoop, pieces: Sequence[Piece], weights: Sequence[float]) -> OuterGradient:
     """Σ_t w_t mean(ℓ_t) and its gradient at the present weights, which stay; the hidden state is carried."""
     total, sums = 0.0, [torch.zeros_like(theta) for theta in reader.thetas]
     for piece, weight in zip(pieces, weights, strict=True):
@@ -116,7 +116,7 @@ def _weighted(reader: Reader, pieces: Sequence[Piece], weights: Sequence[float])
     return OuterGradient(total, sums)
 
 
-def _first_order(reader: Reader, task: Task) -> OuterGradient:
+def _first_order(reader: InnerLoop, task: Task) -> OuterGradient:
     total, sums = 0.0, [torch.zeros_like(theta) for theta in reader.thetas]
     last = len(task.pieces) - 1
     for t, (piece, weight) in enumerate(zip(task.pieces, task.weights, strict=True)):
@@ -132,14 +132,14 @@ def _first_order(reader: Reader, task: Task) -> OuterGradient:
     return OuterGradient(total, sums)
 
 
-def _reptile(reader: Reader, task: Task) -> OuterGradient:
+def _reptile(reader: InnerLoop, task: Task) -> OuterGradient:
     """The loss is the mean over all pieces: weights say nothing here, as every piece is learned from."""
     total = sum(reader.segment(*piece).losses_S.mean().item() for piece in task.pieces)
     moved = [prior.theta0 - theta for prior, theta in zip(reader.priors, reader.thetas, strict=True)]
     return OuterGradient(total / len(task.pieces), moved)
 
 
-def _implicit(reader: Reader, task: Task, cg_steps: int) -> OuterGradient:
+def _implicit(reader: InnerLoop, task: Task, cg_steps: int) -> OuterGradient:
     """Pieces of weight 0 are the support, wherever they stand; the others are scored at the solution."""
     rule = reader.rule
     if not isinstance(rule, SGD) or rule.decay <= 0 or rule.lr <= 0:
@@ -158,7 +158,7 @@ def _implicit(reader: Reader, task: Task, cg_steps: int) -> OuterGradient:
     return OuterGradient(loss, split_like(x_N, grads))
 
 
-def _hessian(reader: Reader, pieces: Sequence[Piece]) -> Callable[[Tensor], Tensor]:
+def _hessian(reader: InnerLoop, pieces: Sequence[Piece]) -> Callable[[Tensor], Tensor]:
     """v ↦ H v with the Hessian of the mean loss over ``pieces`` at the present weights, the hidden state left at 0."""
     with differentiable_twice(), unchanged_buffers():
         mean = torch.stack([reader.score(*piece, None)[0].mean() for piece in pieces]).mean()
@@ -198,7 +198,7 @@ def add(sums: Sequence[Tensor], grads: Sequence[Tensor], weight: float) -> None:
         total.add_(as_matrix(grad), alpha=weight)
 
 
-def _finite(loss: float, reader: Reader) -> float:
+def _finite(loss: float, reader: InnerLoop) -> float:
     if not math.isfinite(loss):
         raise DivergedError(f"outer loss is {loss} with rule {reader.rule.settings()}: lower its lr")
     return loss

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dynlm import runs
-from dynlm.adapt import Reader
+from dynlm.inner import InnerLoop
 from dynlm.meta.initialisation import Method, Task, add, outer_gradient
 from dynlm.settings import AnyFloat, Count, NotNegative, Positive, Settings, Size, build
 from dynlm.tracking import Track, untracked
@@ -64,7 +64,7 @@ Checkpoint = tuple[dict[str, Tensor], runs.Json]
 
 def learn_start(
     method: Method,
-    reader: Reader,
+    reader: InnerLoop,
     sample: Callable[[], Task],
     config: OuterConfig,
     validate: Callable[[], float],
@@ -121,7 +121,7 @@ def learn_start(
 class _Loop:
     """Where the outer loop stands: what is learned, the best of it so far, its optimizer, and how it went."""
 
-    def __init__(self, reader: Reader, config: OuterConfig) -> None:
+    def __init__(self, reader: InnerLoop, config: OuterConfig) -> None:
         reader.priors = [prior._replace(theta0=prior.theta0.clone()) for prior in reader.priors]
         self.config, self.step = config, 0
         self.learned = [prior.theta0 for prior in reader.priors] + (
@@ -182,7 +182,7 @@ def _value(validate: Callable[[], float], step: int) -> float:
         return math.inf
 
 
-def _optimizer(reader: Reader, config: OuterConfig) -> torch.optim.Optimizer:
+def _optimizer(reader: InnerLoop, config: OuterConfig) -> torch.optim.Optimizer:
     groups = [{"params": [prior.theta0 for prior in reader.priors], "lr": config.lr, "initial_lr": config.lr}]
     if config.phi_lr:
         phi = list(reader.rule.parameters())
@@ -193,7 +193,7 @@ def _optimizer(reader: Reader, config: OuterConfig) -> torch.optim.Optimizer:
 
 
 def _outer_step(
-    method: Method, reader: Reader, sample: Callable[[], Task], config: OuterConfig, outer: torch.optim.Optimizer
+    method: Method, reader: InnerLoop, sample: Callable[[], Task], config: OuterConfig, outer: torch.optim.Optimizer
 ) -> float:
     outer.zero_grad(set_to_none=True)
     theta0 = [prior.theta0 for prior in reader.priors]

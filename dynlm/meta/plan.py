@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from dynlm.adapt import Reader
 from dynlm.allocator import MIB
+from dynlm.inner import InnerLoop
 from dynlm.meta.estimators import Estimator, UnrollEstimator
 from dynlm.meta.slices import choose_slices
 from dynlm.types import InputError, Piece
@@ -62,7 +62,7 @@ def plan_step(estimator: Estimator, pieces: Sequence[Piece], window: int, stream
     return Plan(base + estimator.footprint(window) + positions, streams * seconds, estimator.note(window))
 
 
-def read(reader: Reader, pieces: Sequence[Piece]) -> None:
+def read(reader: InnerLoop, pieces: Sequence[Piece]) -> None:
     reader.begin()
     for piece in pieces:
         reader.segment(*piece)

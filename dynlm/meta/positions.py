@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynlm.adapt import Snapshot
+from dynlm.inner import Snapshot
 from dynlm.meta.estimators import ForwardPosition, Pair, PESPosition
 from dynlm.meta.forward import Tangents
 from dynlm.meta.sampling import Stratum

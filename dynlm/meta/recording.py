@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dynlm.adapt import Reader, Step
+from dynlm.inner import InnerLoop, Step
 from dynlm.meta.sampling import Stratum
 from dynlm.optim.base import Slots
 from dynlm.settings import Count, Settings
@@ -35,7 +35,7 @@ class Recording:
     """One window, detached from every graph. ``capacity`` is the most segments it can hold."""
 
     def __init__(
-        self, reader: Reader, strata: Sequence[Stratum], capacity: int, config: RecordConfig | None = None
+        self, reader: InnerLoop, strata: Sequence[Stratum], capacity: int, config: RecordConfig | None = None
     ) -> None:
         """Takes the reader's present position as the start of the window."""
         self.priors, self.strata = list(reader.priors), list(strata)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from dynlm import runs
-from dynlm.adapt import Reader
 from dynlm.changes import Changes, changing
 from dynlm.data.segments import article_segments
+from dynlm.inner import InnerLoop
 from dynlm.interrupt import Interrupted, Interruptible
 from dynlm.meta.estimators import EstimatorConfig, make_estimator
 from dynlm.meta.positions import pack, unpack
@@ -117,7 +117,12 @@ class MetaTrainer:
     """Everything a checkpoint must hold: φ, its optimizer, the streams, the random state, the best φ and the log."""
 
     def __init__(
-        self, reader: Reader, articles: Sequence[TokenizedArticle], start_id: int, config: MetaConfig, model: str = ""
+        self,
+        reader: InnerLoop,
+        articles: Sequence[TokenizedArticle],
+        start_id: int,
+        config: MetaConfig,
+        model: str = "",
     ) -> None:
         """``model``: fingerprint of the base model, which a checkpoint keeps."""
         self.reader, self.rule, self.config = reader, reader.rule, config

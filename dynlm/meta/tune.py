@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-from dynlm.adapt import Reader
 from dynlm.evaluation.stream import read_articles
+from dynlm.inner import InnerLoop
 from dynlm.lazy import optional
 from dynlm.methods import Method, MethodName
 from dynlm.optim.base import Prior, Rule
@@ -94,7 +94,7 @@ class Tuned(NamedTuple):
 
 def tune_rule(
     kind: str,
-    reader_for: Callable[[Rule], Reader],
+    reader_for: Callable[[Rule], InnerLoop],
     articles: Sequence[TokenizedArticle],
     start_id: int,
     config: TuneConfig,

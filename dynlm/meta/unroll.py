@@ -23,8 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from dynlm.adapt import Scorer, Snapshot, detach, largest_norms, within_trust
 from dynlm.allocator import give_back_memory
+from dynlm.inner import Scorer, Snapshot, detach, largest_norms, within_trust
 from dynlm.meta.buffers import BufferLog, unchanged_buffers
 from dynlm.meta.slices import SliceCost
 from dynlm.models.params import Adapted, as_matrix, pointed

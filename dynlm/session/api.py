@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynlm import runs
-from dynlm.adapt import Reader as InnerReader
 from dynlm.changes import Changes, changing
 from dynlm.data.texts import Source, Text, as_texts
 from dynlm.data.tokenizers import HuggingFaceTokenizer
 from dynlm.evaluation.audit import Verdict, adds_up
 from dynlm.evaluation.audit import audit as audit_method
 from dynlm.evaluation.stream import read_articles
+from dynlm.inner import InnerLoop
 from dynlm.meta.train import MetaConfig, MetaProgress, MetaTrainer, divide_meta_split
 from dynlm.meta.train import meta_train as meta_training
 from dynlm.meta.tune import TuneConfig, tune_rule
@@ -70,7 +70,7 @@ def evaluate(
     chosen = list(methods) or ["static", *_own_methods(reader_or_model, session)]
     if "static" not in chosen:
         chosen.insert(0, "static")
-    readers: dict[str, InnerReader] = {}
+    readers: dict[str, InnerLoop] = {}
     for method in chosen:
         name = method if isinstance(method, str) else _free_name(method.name, readers)
         if name in readers:
@@ -206,7 +206,7 @@ def audit(reader: Readable, article: Source, later: Source, *, quick: bool = Fal
     texts = [session.spaced(text) for text in as_articles([article, later])]
     first, second = session.tokenize(texts[:2])
 
-    def make_reader() -> InnerReader:
+    def make_reader() -> InnerLoop:
         if method:
             return session.method(method)
         return session.reader(copy.deepcopy(rule if rule is not None else session.rule()))
@@ -262,7 +262,7 @@ def _free_name(name: str, taken: Iterable[str]) -> str:
     return f"{name}-{count + 1}" if count else name
 
 
-def _method(session: Session, method: str | Rule) -> InnerReader:
+def _method(session: Session, method: str | Rule) -> InnerLoop:
     if isinstance(method, Rule):
         return session.reader(copy.deepcopy(method))
     if session.run is None and method in tuned():

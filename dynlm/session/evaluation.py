@@ -17,7 +17,6 @@ import torch
 
 import dynlm
 from dynlm import results, runs
-from dynlm.adapt import Reader
 from dynlm.data.articles import Corpus
 from dynlm.data.tokenizers import Tokenizer, load_tokenizer, lost_share
 from dynlm.evaluation.breakdowns import Reading, break_down
@@ -27,6 +26,7 @@ from dynlm.evaluation.metrics import Counts, count
 from dynlm.evaluation.mixture import MixedReader
 from dynlm.evaluation.stream import Scores, read_and_watch
 from dynlm.evaluation.tap import TappedReader
+from dynlm.inner import InnerLoop
 from dynlm.lazy import optional
 from dynlm.methods import Method
 from dynlm.progress import Bar
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dynlm")
 Column = Literal["bits_per_byte", "gain_nats_per_token", "word_ppl", "token_ppl", "nats", "tokens_per_s"]
-Read = Callable[[str, Reader, list[TokenizedArticle]], Scores]
+Read = Callable[[str, InnerLoop, list[TokenizedArticle]], Scores]
 """(method, its reader, articles): every loss"""
 
 
@@ -123,7 +123,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def evaluate_readers(
-    readers: Mapping[str, Reader],
+    readers: Mapping[str, InnerLoop],
     session: Session,
     texts: Sequence[Article],
     *,
@@ -183,7 +183,7 @@ def evaluate_readers(
 
 
 def read_method(
-    name: str, reader: Reader, articles: list[TokenizedArticle], start_id: int, gate_articles: int = 0
+    name: str, reader: InnerLoop, articles: list[TokenizedArticle], start_id: int, gate_articles: int = 0
 ) -> Scores:
     """Read with one method; ``gate_articles`` counts for nothing beside a cache or mixture: a rule does as alone."""
     tapped = reader if isinstance(reader, TappedReader) else TappedReader.of(reader)
@@ -195,7 +195,7 @@ def read_method(
         return read_and_watch(tapped, articles, start_id, bar.update, gate_articles)
 
 
-def settings_of(reader: Reader) -> dict[str, float]:
+def settings_of(reader: InnerLoop) -> dict[str, float]:
     """Return the settings of a reader's rule, and of its cache where there is one."""
     cache = reader.cache if isinstance(reader, CachedReader | MixedReader) else None
     of_cache = asdict(cache) if cache else {}

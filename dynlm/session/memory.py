@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dynlm import runs
-from dynlm.adapt import Reader, Snapshot
+from dynlm.inner import InnerLoop, Snapshot
 from dynlm.meta.positions import pack, unpack
 from dynlm.optim.base import RuleState
 from dynlm.settings import Finite, check
@@ -27,7 +27,7 @@ from dynlm.types import InputError
 KIND = "dynlm memory 1"
 
 
-def save_memory(path: Path, static: Reader, adapted: Reader, belongs: runs.Json) -> None:
+def save_memory(path: Path, static: InnerLoop, adapted: InnerLoop, belongs: runs.Json) -> None:
     """Write the readers' position; ``belongs`` are the fingerprints that :func:`load_memory` asks for.
 
     Raises:
@@ -62,7 +62,7 @@ class Memory(NamedTuple):
     """tokens between two updates when it was made; None where an older version made it"""
 
 
-def load_memory(path: Path, adapted: Reader, belongs: runs.Json) -> Memory:
+def load_memory(path: Path, adapted: InnerLoop, belongs: runs.Json) -> Memory:
     """Return what :func:`save_memory` wrote.
 
     Raises:
@@ -85,7 +85,7 @@ def load_memory(path: Path, adapted: Reader, belongs: runs.Json) -> Memory:
     return Memory(position, static_hidden, segment if isinstance(segment, int) else None)
 
 
-def _unpacked(tensors: dict[str, Tensor], meta: runs.Json, adapted: Reader) -> tuple[Snapshot, Any]:
+def _unpacked(tensors: dict[str, Tensor], meta: runs.Json, adapted: InnerLoop) -> tuple[Snapshot, Any]:
     """Return (position, hidden state of the static reader), of the reader's own shapes and finite."""
     deltas = {f"delta.{prior.name}": prior.theta0 for prior in adapted.priors}
     runs.require_layout("it", {name: tensors[name] for name in deltas}, deltas, advice="")
@@ -108,7 +108,7 @@ def _slots(state: RuleState) -> dict[str, Tensor]:
     return slots | {"tensors": state.tensors}
 
 
-def _try(position: Snapshot, static_hidden: Any, adapted: Reader) -> None:
+def _try(position: Snapshot, static_hidden: Any, adapted: InnerLoop) -> None:
     """Read one token on from a copy of the position, then go back to the start."""
     one_S, clipped = torch.zeros(1, dtype=torch.long, device=position.thetas[0].device), adapted.clipped
     try:

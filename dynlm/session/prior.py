@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dynlm.adapt import ReadConfig, Scorer, measure_priors
 from dynlm.data.segments import article_segments
 from dynlm.data.tokenizers import Tokenizer
+from dynlm.inner import ReadConfig, Scorer, measure_priors
 from dynlm.models.params import Adapted
 from dynlm.optim.base import Prior
 from dynlm.progress import Bar

@@ -1,7 +1,7 @@
 """A reader: a language model that learns while it reads, beside the same model that does not.
 
 Both score the same tokens, each strictly before the update that sees it. Tokens are cut into segments as
-:class:`dynlm.adapt.Reader` cuts an article, whatever the chunks a text comes in.
+:class:`dynlm.inner.InnerLoop` cuts an article, whatever the chunks a text comes in.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor
 
-from dynlm import adapt
-from dynlm.adapt import Snapshot
 from dynlm.data.spacing import Spacer
 from dynlm.data.texts import Source, Text, as_texts, encode_chunk, surfaces
 from dynlm.evaluation.tap import TappedReader
 from dynlm.files import replacing
+from dynlm.inner import InnerLoop, Snapshot
 from dynlm.lazy import optional
 from dynlm.methods import Method
 from dynlm.optim.base import Rule
@@ -80,7 +79,7 @@ class Reader:
         self.read_from = ""
         """the memory that reading goes on from"""
         self._start: tuple[Snapshot, Any] | None = None
-        self._readers: tuple[adapt.Reader, TappedReader] | None = None
+        self._readers: tuple[InnerLoop, TappedReader] | None = None
         self._learned: list[Tensor] | None = None
         self._step: Step | None = None
         self._depth = 0
@@ -173,12 +172,12 @@ class Reader:
             adapted.__exit__(kind, error, trace)
             static.__exit__(kind, error, trace)
 
-    def pair(self) -> tuple[adapt.Reader, TappedReader]:
+    def pair(self) -> tuple[InnerLoop, TappedReader]:
         """Make (static, adapted): the first reads with a copy of the model, the other with a copy of the rule."""
         session = self.session
         frozen, rule = copy.deepcopy(session.model), copy.deepcopy(self.rule).requires_grad_(False)
         priors = session.priors if rule.reads_gradient else session.still
-        static = adapt.Reader(frozen, session.scorer(frozen), Static(), priors, session.config)
+        static = InnerLoop(frozen, session.scorer(frozen), Static(), priors, session.config)
         if self.method:
             adapted = cast(TappedReader, session.method(self.method))
         else:
@@ -187,7 +186,7 @@ class Reader:
         return static, adapted
 
     @property
-    def _pair(self) -> tuple[adapt.Reader, TappedReader]:
+    def _pair(self) -> tuple[InnerLoop, TappedReader]:
         assert self._readers is not None  # inside the lease
         return self._readers
 

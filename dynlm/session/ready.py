@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from dynlm.adapt import ReadConfig
 from dynlm.data.stdlib import load_topics
 from dynlm.data.texts import read_texts
 from dynlm.data.tokenizers import TokenizerConfig, as_tokenizer
+from dynlm.inner import ReadConfig
 from dynlm.meta.tune import search_space
 from dynlm.models.causal import scorer_for
 from dynlm.models.context import ContextConfig

@@ -19,13 +19,13 @@ from typing import Any, Literal, TypedDict, TypeVar
 import torch
 from torch import nn
 
-from dynlm.adapt import ReadConfig, Reader, Scorer, make_priors
 from dynlm.claim import recover
 from dynlm.data.spacing import Spacing, spaced_whole
 from dynlm.data.tokenizers import Tokenizer, load_tokenizer, tokenize
 from dynlm.evaluation.cache import CacheConfig, CachedReader, load_cache
 from dynlm.evaluation.mixture import MixedReader, load_mixture
 from dynlm.evaluation.stateless import StatelessScorer
+from dynlm.inner import InnerLoop, ReadConfig, Scorer, make_priors
 from dynlm.lazy import optional
 from dynlm.methods import STATELESS, STATIC, Method
 from dynlm.models.light import LightLSTM, is_light, load_light
@@ -144,11 +144,11 @@ class Session:
         held = f" (it holds {', '.join(self.held())})" if self.held() else ""
         return f"{self.source} has no rule {rule!r}{held}: {advice}"
 
-    def reader(self, rule: Rule, config: ReadConfig | None = None, priors: Sequence[Prior] | None = None) -> Reader:
+    def reader(self, rule: Rule, config: ReadConfig | None = None, priors: Sequence[Prior] | None = None) -> InnerLoop:
         """Return a reader of the model itself with ``rule``."""
-        return Reader(self.model, self.score, rule.to(self.device), priors or self.priors, config or self.config)
+        return InnerLoop(self.model, self.score, rule.to(self.device), priors or self.priors, config or self.config)
 
-    def method(self, name: str) -> Reader:
+    def method(self, name: str) -> InnerLoop:
         """Return the reader of a method: RULE, or RULE@START with a start of ``learn-start``.
 
         ``cache`` and METHOD+cache put a neural cache beside static reading or beside METHOD; METHOD+mix weighs what

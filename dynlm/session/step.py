@@ -8,8 +8,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from dynlm import adapt
-from dynlm.adapt import Scored
+from dynlm.inner import InnerLoop, Scored
 from dynlm.session.totals import Totals
 from dynlm.types import InputError, Piece
 
@@ -32,7 +31,7 @@ class Step:
         static_S: Tensor,
         scored: Scored,
         *,
-        reader: adapt.Reader,
+        reader: InnerLoop,
         log_probs: Callable[[], Tensor] | None,
         totals: Totals,
     ) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dynlm import runs
-from dynlm.adapt import Reader
 from dynlm.changes import changing
 from dynlm.evaluation.parts import load_part, save_part
 from dynlm.evaluation.stream import Scores
+from dynlm.inner import InnerLoop
 from dynlm.kept import free_parts
 from dynlm.methods import Method
 from dynlm.optim.sharing import fingerprint
@@ -33,7 +33,7 @@ def evaluate(recipe: Recipe) -> runs.Json:
     formats(recipe.report.format)  # what the report cannot do is said before hours of reading
     require_titles(recipe.report.articles, [text.title for text in texts])
 
-    def read(name: str, reader: Reader, articles: list[TokenizedArticle]) -> Scores:
+    def read(name: str, reader: InnerLoop, articles: list[TokenizedArticle]) -> Scores:
         """Keep the scores of one method, or take those that an unfinished evaluation has kept."""
         theta0, rule = model_fingerprint(reader.priors), fingerprint(reader.rule)
         made = {**asked, "methods": [name], "theta0": theta0, "rule": rule, "settings": settings_of(reader)}

@@ -11,9 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dynlm.adapt import Reader, Scorer, detach, measure_priors
 from dynlm.allocator import MIB
 from dynlm.data.segments import article_segments
+from dynlm.inner import InnerLoop, Scorer, detach, measure_priors
 from dynlm.meta.estimators import make_estimator
 from dynlm.meta.plan import PROBE, available_memory, peak_memory, plan_step, require_fit
 from dynlm.models.causal import CausalScorer, LSTMScorer, scorer_for
@@ -53,7 +53,7 @@ def plan(recipe: Recipe) -> Json:
     pieces = list(article_segments(_random_ids(8 * segment, vocab_size, device), 0, segment))
     priors = measure_priors(model, score, iter(pieces[:2]), params)
     rule = start_rule(meta.rule, START, priors, meta.seed, meta.hidden).to(device)
-    reader = Reader(model, score, rule, priors, replace(recipe.read, params=params))
+    reader = InnerLoop(model, score, rule, priors, replace(recipe.read, params=params))
     estimator = make_estimator(reader, meta.estimator)
     step = plan_step(estimator, pieces, meta.truncation, meta.articles)
     limit = recipe.plan.memory * MIB or available_memory() + peak_memory()

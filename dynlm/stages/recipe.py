@@ -12,10 +12,10 @@ from typing import Annotated, Literal, cast
 
 import tyro
 
-from dynlm.adapt import ReadConfig
 from dynlm.data.articles import DataConfig
 from dynlm.data.tokenizers import TokenizerConfig
 from dynlm.files import why_unreadable
+from dynlm.inner import ReadConfig
 from dynlm.kept import FLAGS, Call
 from dynlm.labs.fewshot.trial import FewShotConfig
 from dynlm.labs.general.train import GeneralMetaConfig

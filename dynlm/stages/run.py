@@ -10,10 +10,10 @@ from functools import cached_property
 import torch
 
 from dynlm import runs
-from dynlm.adapt import make_priors
 from dynlm.changes import Changes, changing
 from dynlm.data.articles import Corpus, DataConfig, load_corpus, load_texts
 from dynlm.data.tokenizers import load_tokenizer
+from dynlm.inner import make_priors
 from dynlm.kept import free, is_finished, saved_settings
 from dynlm.meta.train import MetaProgress, meta_train
 from dynlm.methods import STATELESS, STATIC, Method

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from dynlm import runs
-from dynlm.adapt import Reader
 from dynlm.changes import changing
 from dynlm.data.segments import article_segments
 from dynlm.evaluation.stream import read_articles
+from dynlm.inner import InnerLoop
 from dynlm.kept import free, made_alike, saved_settings, told
 from dynlm.meta.initialisation import Task
 from dynlm.meta.outer import Checkpoint, OuterProgress, learn_start
@@ -64,7 +64,9 @@ def _told(target: Path) -> runs.Json:
 class _Learning:
     """The outer loop on articles, with a checkpoint after every validation."""
 
-    def __init__(self, bench: Bench, reader: Reader, sample: ArticleTasks, made: runs.Json, checkpoint: Path) -> None:
+    def __init__(
+        self, bench: Bench, reader: InnerLoop, sample: ArticleTasks, made: runs.Json, checkpoint: Path
+    ) -> None:
         self.bench, self.reader, self.sample, self.made, self.checkpoint = bench, reader, sample, made, checkpoint
         _, self.held_back = divide_meta_split(bench.articles("meta"), bench.recipe.meta)
         self.started = time.perf_counter()

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from dynlm.adapt import ReadConfig, Reader, Step, make_priors
 from dynlm.evaluation.audit import audit
 from dynlm.evaluation.audit_articles import adds_up, excerpt
 from dynlm.evaluation.cache import CacheConfig, CachedReader
+from dynlm.inner import InnerLoop, ReadConfig, Step, make_priors
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.gated import Gated
 from dynlm.optim.handmade import RMS, SGD, Adam, Static
@@ -20,7 +20,7 @@ SETTINGS = {"lr": 3e-2, "eps": 1e-3, "decay": 1e-2}
 SGD_RULE = SGD(0.5, 1e-2)
 
 
-def reader_of(lab, rule=SGD_RULE, kind=Reader, score=None, **config):
+def reader_of(lab, rule=SGD_RULE, kind=InnerLoop, score=None, **config):
     return kind(lab[0], score or lab[1], rule, lab[2], ReadConfig(**{"segment": 8, **config}))
 
 
@@ -53,7 +53,7 @@ def test_a_cache_beside_a_rule_passes(make):
     assert failed(lambda: CachedReader.beside(reader_of(lab), cache)) == set()
 
 
-class UpdatesFirst(Reader):
+class UpdatesFirst(InnerLoop):
     """Learns a segment, then scores it."""
 
     def segment(self, inputs_S, targets_S, last=False):
@@ -85,7 +85,7 @@ def test_state_from_a_later_article_fails():
     lab = make_lab(torch.float32)
     kept = []
 
-    class Hoards(Reader):
+    class Hoards(InnerLoop):
         """Starts from the weights that the article read last has left, whichever that was."""
 
         def begin(self):
@@ -105,7 +105,7 @@ def test_state_from_a_later_article_fails():
 def test_what_is_left_behind_fails():
     lab = make_lab(torch.float32)
 
-    class Leaves(Reader):
+    class Leaves(InnerLoop):
         def __exit__(self, kind, error, trace):
             self.leaves = kind is not None
             super().__exit__(kind, error, trace)
@@ -142,7 +142,7 @@ def test_a_distribution_that_does_not_sum_to_one_fails():
 def test_a_token_left_out_or_scored_twice_fails():
     lab = make_lab(torch.float32)
 
-    class Skips(Reader):
+    class Skips(InnerLoop):
         def read(self, article, start_id, progress=None):
             short = dataclasses.replace(article, ids_T=article.ids_T[:-1])
             return torch.cat([super().read(short, start_id, progress), torch.zeros(1)])

@@ -6,13 +6,13 @@ from collections import Counter
 import pytest
 import torch
 
-from dynlm.adapt import ReadConfig
 from dynlm.data.tokenizers import TokenizerConfig, WordTokenizer, train_tokenizer
 from dynlm.evaluation.breakdowns import Reading, break_down, gains, recovery
 from dynlm.evaluation.calibration import Calibration
 from dynlm.evaluation.stream import Scores, read_and_watch, read_articles
 from dynlm.evaluation.tap import TappedReader
 from dynlm.evaluation.words import KINDS, find_words, kind, token_texts
+from dynlm.inner import ReadConfig
 from dynlm.optim.handmade import SGD, Static
 from dynlm.types import Article, TokenizedArticle
 from lab import START, VOCAB, make_article, make_lab

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from dynlm.adapt import ReadConfig, Reader
 from dynlm.evaluation.cache import CacheConfig, CachedReader, attend, load_cache, mix, save_cache
 from dynlm.evaluation.cache_search import Recorder, best_weight, cache_probabilities, record, tune_cache
 from dynlm.evaluation.stream import read_articles
 from dynlm.evaluation.tap import Tap
+from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.optim.handmade import SGD, Static
 from dynlm.types import InputError
 from lab import START, make_article, make_lab, make_transformer_lab
@@ -20,7 +20,7 @@ CACHE = CacheConfig(weight=0.3, theta=2.0, window=11)
 def cached(lab, rule=None, cache=CACHE, **config):
     model, score, priors = lab
     return CachedReader.beside(
-        Reader(model, score, rule or Static(), priors, ReadConfig(**{"segment": 8, **config})), cache
+        InnerLoop(model, score, rule or Static(), priors, ReadConfig(**{"segment": 8, **config})), cache
     )
 
 
@@ -51,7 +51,7 @@ def by_hand(losses_T, states_TD, ids_T, cache):
 def test_the_mixture_is_that_of_the_paper(make, segment, rule):
     lab, article = make(), make_article(43)
     model, score, priors = lab
-    recorder = Recorder.of(Reader(model, score, rule(), priors, ReadConfig(segment=segment)))
+    recorder = Recorder.of(InnerLoop(model, score, rule(), priors, ReadConfig(segment=segment)))
     (losses_T,) = read(recorder, article)
     states_TD = recorder.recording().states_TD.double()
     assert states_TD.shape == (43, model.get_output_embeddings().weight.shape[1])
@@ -70,7 +70,7 @@ def test_states_are_those_that_the_logits_are_read_out_from():
 
 def test_the_rule_does_not_know_of_the_cache():
     lab, article = make_lab(), make_article(60)
-    plain, beside = Reader(*lab[:2], SGD(0.5), lab[2], ReadConfig(segment=8, reset="never")), cached(lab, SGD(0.5))
+    plain, beside = InnerLoop(*lab[:2], SGD(0.5), lab[2], ReadConfig(segment=8, reset="never")), cached(lab, SGD(0.5))
     beside.config = plain.config
     with plain:
         plain.read(article, START)
@@ -82,7 +82,7 @@ def test_the_rule_does_not_know_of_the_cache():
 
 def test_no_weight_is_no_cache_bitwise():
     lab, article = make_lab(torch.float32), make_article(40)
-    (without,) = read(Reader(*lab[:2], SGD(0.5), lab[2], ReadConfig(segment=8)), article)
+    (without,) = read(InnerLoop(*lab[:2], SGD(0.5), lab[2], ReadConfig(segment=8)), article)
     assert torch.equal(read(cached(lab, SGD(0.5), CacheConfig(weight=0.0)), article)[0], without)
 
 
@@ -92,7 +92,7 @@ def test_the_cache_is_reset_like_the_weights():
     alone, after = read(cached(lab), first, second)
     assert torch.equal(alone, after)
     model, score, priors = lab
-    recorder = Recorder.of(Reader(model, score, Static(), priors, ReadConfig(segment=8, reset="never")))
+    recorder = Recorder.of(InnerLoop(model, score, Static(), priors, ReadConfig(segment=8, reset="never")))
     losses_T = torch.cat(read(recorder, first, second))
     states_TD, ids_T = recorder.recording().states_TD.double(), torch.cat([first.ids_T, second.ids_T])
     stream_T = torch.cat(read(cached(lab, reset="never"), first, second))
@@ -122,7 +122,7 @@ def test_large_scores_and_impossible_tokens_stay_finite():
 def test_the_recorded_search_scores_as_reading_does(tmp_path):
     lab = make_lab()
     articles = [make_article(300, seed) for seed in range(2)]
-    reader = Reader(*lab[:2], SGD(0.3), lab[2], ReadConfig(segment=8))
+    reader = InnerLoop(*lab[:2], SGD(0.3), lab[2], ReadConfig(segment=8))
     seen: list[int] = []
     tuned = tune_cache(reader, articles, START, lambda: seen.append(1))
     assert len(seen) == tuned.trials
@@ -138,7 +138,7 @@ def test_the_recorded_search_scores_as_reading_does(tmp_path):
 
 def test_chunks_of_the_search_see_across_their_borders(monkeypatch):
     lab, article = make_lab(), make_article(90)
-    streams = record(Reader(*lab[:2], Static(), lab[2], ReadConfig(segment=8)), [article], START)
+    streams = record(InnerLoop(*lab[:2], Static(), lab[2], ReadConfig(segment=8)), [article], START)
     whole = cache_probabilities(streams, [(1.0, 20), (0.5, 500)])
     monkeypatch.setattr("dynlm.evaluation.cache_search.CHUNK", 7)
     for a, b in zip(whole, cache_probabilities(streams, [(1.0, 20), (0.5, 500)]), strict=True):

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from dynlm.adapt import ReadConfig, Reader
 from dynlm.evaluation.compare import describe, summarize, write_results
 from dynlm.evaluation.metrics import count
 from dynlm.evaluation.stream import Scores, read_articles
+from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.optim.handmade import SGD, Static
 from dynlm.optim.library import make_rule
 from dynlm.optim.sharing import fingerprint
@@ -22,7 +22,7 @@ def reading():
     model, score, priors = make_lab(torch.float32)
     articles = [make_article(200, seed) for seed in range(3)]
     scores = {
-        name: read_articles(Reader(model, score, rule, priors, ReadConfig(segment=8)), articles, START)
+        name: read_articles(InnerLoop(model, score, rule, priors, ReadConfig(segment=8)), articles, START)
         for name, rule in {"static": Static(), "sgd": SGD(1.0)}.items()
     }
     return scores, articles
@@ -81,7 +81,7 @@ def test_static_is_required_and_a_nan_never_reaches_the_file(reading, tmp_path):
 def test_no_article_is_an_error():
     model, score, priors = make_lab(torch.float32)
     with pytest.raises(InputError, match="no article to read"):
-        read_articles(Reader(model, score, Static(), priors), [], START)
+        read_articles(InnerLoop(model, score, Static(), priors), [], START)
 
 
 def test_scores_sum_in_double_precision():

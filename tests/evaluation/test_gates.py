@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from dynlm.adapt import ReadConfig, Reader
 from dynlm.data.tokenizers import WordTokenizer
 from dynlm.evaluation.breakdowns import Reading, break_down
 from dynlm.evaluation.cache import CacheConfig, CachedReader
@@ -13,6 +12,7 @@ from dynlm.evaluation.compare import write_results
 from dynlm.evaluation.gates import SAMPLE, GateRecorder, draw_sample
 from dynlm.evaluation.stream import read_and_watch
 from dynlm.evaluation.tap import TappedReader
+from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.optim.base import Coordinates
 from dynlm.optim.gated import Gated
 from dynlm.optim.handmade import RMS, SGD, Static
@@ -24,7 +24,7 @@ from lab import START, VOCAB, make_article, make_lab
 from support.rules import LEARNING, SETTINGS, make
 
 
-def reader_of(lab, rule, kind=Reader, **config):
+def reader_of(lab, rule, kind=InnerLoop, **config):
     return kind(lab[0], lab[1], rule, lab[2], ReadConfig(**{"segment": 8, **config}))
 
 

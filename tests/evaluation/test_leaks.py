@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dynlm.adapt import ReadConfig, Reader
 from dynlm.data.segments import article_segments
 from dynlm.evaluation.audit import verdicts
 from dynlm.evaluation.cache import CacheConfig, CachedReader
 from dynlm.evaluation.tap import TappedReader
+from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.optim.handmade import SGD, Adam
 from lab import START, VOCAB, make_article, make_lab, make_transformer_lab
 
@@ -29,7 +29,7 @@ def found_by(make_reader, *names):
     return any(v.name in names and not v.passed for v in verdicts(make_reader, A, B, START, VOCAB))
 
 
-def reader_of(lab, kind=Reader, score=None, rule=None, **config):
+def reader_of(lab, kind=InnerLoop, score=None, rule=None, **config):
     return kind(lab[0], score or lab[1], rule or SGD(0.5, 1e-2), lab[2], ReadConfig(**{"segment": SIZE, **config}))
 
 
@@ -149,7 +149,7 @@ def test_audit_finds_a_cache_that_holds_the_target(after, window):
     ],
 )
 def test_audit_finds_scores_that_are_returned_otherwise(change):
-    class Reports(Reader):
+    class Reports(InnerLoop):
         def read(self, article, start_id, progress=None):
             return change(super().read(article, start_id, progress), article)
 
@@ -160,7 +160,7 @@ def test_audit_finds_scores_that_are_returned_otherwise(change):
 def knows(of_article):
     """A reader whose scores depend on something of the article that is no token before."""
 
-    class Knows(Reader):
+    class Knows(InnerLoop):
         def read(self, article, start_id, progress=None):
             self.known = of_article(article)
             return super().read(article, start_id, progress)
@@ -192,7 +192,7 @@ def test_audit_finds_what_is_known_of_the_article(of_article):
 def test_audit_finds_a_last_segment_that_is_known_as_such():
     lab = make_lab(torch.float32)
 
-    class Short(Reader):
+    class Short(InnerLoop):
         def segment(self, inputs_S, targets_S, last=False):
             step = super().segment(inputs_S, targets_S, last)
             return step._replace(losses_S=step.losses_S * 0.99) if len(targets_S) < SIZE else step
@@ -204,7 +204,7 @@ def test_audit_finds_a_last_segment_that_is_known_as_such():
 def test_audit_finds_weights_that_survive_a_reset(since, share):
     lab = make_lab(torch.float32)
 
-    class Keeps(Reader):
+    class Keeps(InnerLoop):
         begun = 0
 
         def begin(self):
@@ -223,7 +223,7 @@ def test_audit_finds_weights_that_survive_a_reset(since, share):
 def test_audit_finds_a_state_that_survives_a_reset(part):
     lab = make_lab(torch.float32)
 
-    class Keeps(Reader):
+    class Keeps(InnerLoop):
         def begin(self):
             kept = getattr(self, part, None)
             super().begin()
@@ -239,7 +239,7 @@ def test_audit_finds_a_loss_of_the_future_in_the_context(since):
     """The update after a segment knows the loss of the next one."""
     lab = make_lab(torch.float32)
 
-    class Foresees(Reader):
+    class Foresees(InnerLoop):
         def read(self, article, start_id, progress=None):
             if self.config.reset == "article":
                 self.begin()
@@ -277,7 +277,7 @@ def test_audit_finds_a_memory_by_title():
     lab = make_lab(torch.float32)
     held = {}
 
-    class Remembers(Reader):
+    class Remembers(InnerLoop):
         def read(self, article, start_id, progress=None):
             losses_T = super().read(article, start_id, progress)
             before = held.get(article.title)

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from dynlm.adapt import ReadConfig, Reader
 from dynlm.evaluation.audit import audit
 from dynlm.evaluation.audit_articles import excerpt
 from dynlm.evaluation.cache import CacheConfig, CachedReader
@@ -22,6 +21,7 @@ from dynlm.evaluation.mixture import (
 )
 from dynlm.evaluation.mixture_fit import Recorder, constant_weights, fit_mixture
 from dynlm.evaluation.stream import read_articles
+from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.models.causal import LSTMScorer
 from dynlm.optim.handmade import SGD, Static
 from dynlm.types import InputError
@@ -41,7 +41,7 @@ def mixture_of(learns=True, cached=True, seed=0):
 
 def mixed(lab, rule=None, cache=CACHE, scorer=LSTMScorer, kind=MixedReader, **config):
     model, score, priors = lab
-    reader = Reader(model, score, rule or SGD(0.5), priors, ReadConfig(**{"segment": 8, **config}))
+    reader = InnerLoop(model, score, rule or SGD(0.5), priors, ReadConfig(**{"segment": 8, **config}))
     found = kind.over(reader, scorer, cache)
     if kind is MixedReader:
         found.mixture = mixture_of(found.still is not None, cache is not None)
@@ -70,9 +70,9 @@ def test_scores_are_the_weighted_sum_of_what_each_memory_predicts(make, scorer, 
     config = ReadConfig(segment=8)
     parts = [adapted_T]
     if rule().reads_gradient:
-        parts.insert(0, read(Reader(model, score, Static(), priors, config), article)[0])
+        parts.insert(0, read(InnerLoop(model, score, Static(), priors, config), article)[0])
     if cache:
-        beside = CachedReader.beside(Reader(model, score, rule(), priors, config), whole)
+        beside = CachedReader.beside(InnerLoop(model, score, rule(), priors, config), whole)
         parts.append(read(beside, article)[0])
     weights_TK = torch.cat([reader.mixture(sources) for sources in recorder.parts]).exp()
     probs_TK = torch.stack(parts, 1).neg().exp()
@@ -87,7 +87,10 @@ def test_scores_are_the_weighted_sum_of_what_each_memory_predicts(make, scorer, 
 
 def test_the_rule_does_not_know_of_the_mixture():
     lab, article = make_lab(), make_article(60)
-    plain, beside = Reader(*lab[:2], SGD(0.5), lab[2], ReadConfig(segment=8, reset="never")), mixed(lab, reset="never")
+    plain, beside = (
+        InnerLoop(*lab[:2], SGD(0.5), lab[2], ReadConfig(segment=8, reset="never")),
+        mixed(lab, reset="never"),
+    )
     with plain:
         plain.read(article, START)
         learned = [theta.clone() for theta in plain.thetas]

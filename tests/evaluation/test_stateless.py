@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from dynlm.adapt import ReadConfig, Reader
 from dynlm.evaluation.audit import audit, excerpt
 from dynlm.evaluation.cache import CacheConfig, CachedReader
 from dynlm.evaluation.stateless import StatelessScorer
 from dynlm.evaluation.stream import read_and_watch, read_articles
 from dynlm.evaluation.tap import TappedReader
+from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.models.causal import CausalScorer
 from dynlm.models.context import ContextConfig
 from dynlm.optim.handmade import Static
@@ -24,7 +24,7 @@ def transformer(carry="overlap"):
     return model, CausalScorer(model, ContextConfig(carry)), priors
 
 
-def stateless(lab, kind=Reader, **config):
+def stateless(lab, kind=InnerLoop, **config):
     return kind(lab[0], StatelessScorer(lab[1]), Static(), lab[2], ReadConfig(segment=8, **config))
 
 
@@ -32,7 +32,7 @@ def stateless(lab, kind=Reader, **config):
 def test_each_segment_is_scored_from_an_empty_state(make):
     lab, article = make(), make_article(43)
     (losses_T,) = read_articles(stateless(lab), [article], START).losses
-    (carried_T,) = read_articles(Reader(*lab[:2], Static(), lab[2], ReadConfig(segment=8)), [article], START).losses
+    (carried_T,) = read_articles(InnerLoop(*lab[:2], Static(), lab[2], ReadConfig(segment=8)), [article], START).losses
     assert torch.equal(losses_T[:8], carried_T[:8])
     assert not torch.equal(losses_T[8:16], carried_T[8:16])
     with torch.no_grad():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dynlm.adapt import Reader, Snapshot, make_priors
+from dynlm.inner import InnerLoop, Snapshot, make_priors
 from dynlm.meta.buffers import unchanged_buffers
 from dynlm.meta.initialisation import _hessian
 from dynlm.meta.unroll import Unroll, UnrollConfig
@@ -49,7 +49,7 @@ class Lab:
 
 def after_the_plain_loop(kind):
     lab = Lab(kind)
-    reader = Reader(lab.net, lab.score, lab.rule, lab.priors)
+    reader = InnerLoop(lab.net, lab.score, lab.rule, lab.priors)
     for piece in DATA:
         reader.segment(*piece)
     return lab.buffers()
@@ -93,7 +93,7 @@ def test_a_pass_that_only_measures_leaves_no_trace():
     before = lab.buffers()
     unroll.cost(lab.start, DATA[0])
     close(lab.buffers(), before)
-    reader = Reader(lab.net, lab.score, lab.rule, lab.priors)
+    reader = InnerLoop(lab.net, lab.score, lab.rule, lab.priors)
     product = _hessian(reader, DATA[:2])
     assert product(torch.ones(sum(p.numel() for p in lab.net.parameters()), dtype=torch.double)).isfinite().all()
     close(lab.buffers(), before)

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from dynlm.adapt import ReadConfig, Reader
+from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.meta.estimators import EstimatorConfig, affordable, make_estimator, observed_numbers
 from dynlm.meta.recording import RecordConfig
 from dynlm.meta.sampling import sample_coordinates
@@ -25,7 +25,7 @@ EXACT = {
 
 def make_reader(lab, rule):
     model, score, priors = lab
-    return Reader(model, score, rule, priors, ReadConfig(segment=SEGMENT, kernel="eager"))
+    return InnerLoop(model, score, rule, priors, ReadConfig(segment=SEGMENT, kernel="eager"))
 
 
 def estimate(lab, rule, config, windows, generator=None):

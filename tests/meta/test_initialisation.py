@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from dynlm.adapt import ReadConfig, Reader
 from dynlm.data.segments import article_segments
+from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.meta.initialisation import METHODS, Task, conjugate_gradients, outer_gradient
 from dynlm.optim.handmade import RMS, SGD, Adam
 from dynlm.types import InputError
@@ -60,7 +60,7 @@ def test_gradient_matches_finite_differences(method):
             prior._replace(theta0=prior.theta0 + sign * 1e-6 * part.view_as(prior.theta0))
             for prior, part in zip(reader.priors, parts, strict=True)
         ]
-        there = Reader(reader.model, reader.score, reader.rule, moved, reader.config)
+        there = InnerLoop(reader.model, reader.score, reader.rule, moved, reader.config)
         values.append(outer_gradient(method, there, task).loss)
     assert grads.dot(direction).item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5)
 
@@ -188,7 +188,7 @@ def test_conjugate_gradients_solve_and_stop_at_negative_curvature():
 
 def article_reader(lab, rule):
     model, score, priors = lab
-    reader = Reader(model, score, rule, priors, ReadConfig(kernel="eager"))
+    reader = InnerLoop(model, score, rule, priors, ReadConfig(kernel="eager"))
     pieces = list(article_segments(make_article(40, seed=3).ids_T, START, 8))
     return reader, Task(pieces, [1 / len(pieces)] * len(pieces))
 

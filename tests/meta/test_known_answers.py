@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dynlm.adapt import ReadConfig, Reader
+from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.meta.estimators import EstimatorConfig, make_estimator
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.base import Prior, Rule
@@ -37,7 +37,7 @@ def make_reader(rule, n=1):
     priors = [
         Prior(a.name, a.matrix_RC.clone(), torch.ones_like(a.matrix_RC), 1.0, 1.0) for a in adapted_parameters(model)
     ]
-    return Reader(
+    return InnerLoop(
         model, model.score, rule if isinstance(rule, Rule) else rule(priors), priors, ReadConfig(kernel="eager")
     )
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dynlm.adapt import ReadConfig, Reader
 from dynlm.data.segments import article_segments
+from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.meta.unroll import Unroll, UnrollConfig
 from dynlm.models.causal import LSTMScorer
 from lab import START, TransformerScorer, make_article, make_lab, make_transformer_lab
@@ -25,7 +25,7 @@ def make_work(lab, rule, order, n_segments=5):
     """A window two segments into an article: fast weights, the rule's memory and hidden state are in use."""
     model, score, priors, scorer = lab
     pieces = list(article_segments(make_article(SEGMENT * (n_segments + 2), seed=3).ids_T, START, SEGMENT))
-    with Reader(model, score, rule, priors, ReadConfig(segment=SEGMENT, kernel="eager")) as reader:
+    with InnerLoop(model, score, rule, priors, ReadConfig(segment=SEGMENT, kernel="eager")) as reader:
         for piece in pieces[:2]:
             reader.segment(*piece)
         start = reader.snapshot()

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from dynlm.adapt import ReadConfig, Reader
 from dynlm.allocator import MIB
+from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.meta.estimators import EstimatorConfig, make_estimator
 from dynlm.meta.plan import Plan, plan_step, require_fit
 from dynlm.types import InputError
@@ -18,7 +18,7 @@ from support.windows import SEGMENT, pieces_of
 MEASURE = """
 import json, sys
 import torch
-from dynlm.adapt import Reader, measure_priors
+from dynlm.inner import InnerLoop, measure_priors
 from dynlm.data.segments import article_segments
 from dynlm.meta.estimators import EstimatorConfig, make_estimator
 from dynlm.meta.plan import peak_memory, plan_step, run_window
@@ -34,7 +34,7 @@ ids_T = torch.randint(1, 2048, (window * 4,), generator=torch.Generator().manual
 pieces = list(article_segments(ids_T, 0, 4))
 priors = measure_priors(model, score, iter(pieces[:2]))
 rule = start_rule("gated", {"lr": 1e-4, "eps": 5e-4, "decay": 1e-3}, priors)
-estimator = make_estimator(Reader(model, score, rule, priors), EstimatorConfig(kind, memory=400))
+estimator = make_estimator(InnerLoop(model, score, rule, priors), EstimatorConfig(kind, memory=400))
 plan = plan_step(estimator, pieces, window)
 run_window(estimator, pieces)
 print(json.dumps([plan.peak, peak_memory(), plan.note]))
@@ -56,7 +56,7 @@ def test_the_predicted_peak_is_the_measured_one(kind, window):
 def test_every_estimator_has_a_plan(lab, kind):
     model, score, priors = lab
     rule = make("rms", priors)
-    with Reader(model, score, rule, priors, ReadConfig(segment=SEGMENT, kernel="eager")) as reader:
+    with InnerLoop(model, score, rule, priors, ReadConfig(segment=SEGMENT, kernel="eager")) as reader:
         estimator = make_estimator(reader, EstimatorConfig(kind))
         short, long = (plan_step(estimator, pieces_of(40), window) for window in (8, 8000))
         constant = estimator.footprint(8) == estimator.footprint(8000)
@@ -69,7 +69,7 @@ def test_an_unroll_that_does_not_fit_is_told_its_slices(lab, monkeypatch):
     monkeypatch.setattr("dynlm.meta.unroll.NODE_BYTES", 0)  # with weights so few, slices could not save anything else
     model, score, priors = lab
     rule = make("gated", priors)
-    with Reader(model, score, rule, priors, ReadConfig(segment=SEGMENT, kernel="eager")) as reader:
+    with InnerLoop(model, score, rule, priors, ReadConfig(segment=SEGMENT, kernel="eager")) as reader:
         estimator = make_estimator(reader, EstimatorConfig("unroll", slices=(512,)))
         plan = plan_step(estimator, pieces_of(40), 512)
         whole = estimator.footprint(512)
@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_refused_with_what_would():
     lab = make_lab()
     model, score, priors = lab
     rule = make("gated", priors)
-    with Reader(model, score, rule, priors, ReadConfig(segment=SEGMENT, kernel="eager")) as reader:
+    with InnerLoop(model, score, rule, priors, ReadConfig(segment=SEGMENT, kernel="eager")) as reader:
         estimator, window = make_estimator(reader, EstimatorConfig("replay")), 512
         needed = estimator.footprint(window)
         base = 100 * MIB

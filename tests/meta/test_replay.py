@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dynlm.adapt import ReadConfig, Reader, Step
+from dynlm.inner import InnerLoop, ReadConfig, Step
 from dynlm.meta.recording import RecordConfig, Recording
 from dynlm.meta.replay import Replay, ReplayConfig, sampling_error
 from dynlm.meta.sampling import sample_coordinates
@@ -52,7 +52,7 @@ def test_unroll_meta_loss_is_what_reading_scored(lab):
     model, score, priors = lab
     rule = make("gated", priors)
     _, start, pieces, weights, adapted = read_window(lab, rule, 42)
-    with Reader(model, score, rule, priors, ReadConfig(segment=SEGMENT, kernel="eager")) as reader:
+    with InnerLoop(model, score, rule, priors, ReadConfig(segment=SEGMENT, kernel="eager")) as reader:
         means = [reader.segment(*piece).losses_S.mean() for piece in pieces]
     expected = sum(w * m for w, m in zip(weights, means, strict=True))
     actual = Unroll(score, rule, adapted, priors, UnrollConfig(), trust=TRUST).run(start, pieces, weights).loss

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dynlm.adapt import ReadConfig, Reader
 from dynlm.evaluation.stream import read_articles
+from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.interrupt import Interrupted
 from dynlm.meta.estimators import EstimatorConfig
 from dynlm.meta.train import MetaConfig, MetaTrainer, divide_meta_split, meta_train
@@ -35,7 +35,7 @@ ARTICLES = [make_article(300, seed) for seed in range(6)]
 def make_trainer(config=CONFIG, start=WEAK):
     model, score, priors = make_lab(torch.float32)
     rule = start_rule(config.rule, start, priors, hidden=4)
-    reader = Reader(model, score, rule, priors, ReadConfig(segment=8))
+    reader = InnerLoop(model, score, rule, priors, ReadConfig(segment=8))
     train, valid = divide_meta_split(ARTICLES, config)
     trainer = MetaTrainer(reader, train, START, config)
     return trainer, lambda: read_articles(reader, valid, START).nats / sum(map(len, valid))

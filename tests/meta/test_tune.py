@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dynlm.adapt import ReadConfig, Reader
 from dynlm.evaluation.stream import read_articles
+from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.meta.tune import TuneConfig, tune_rule
 from dynlm.optim.library import make_rule
 from dynlm.optim.registry import DECAY, RULES, tuned
@@ -20,7 +20,7 @@ CONFIG = TuneConfig(trials=14, articles=2, max_tokens=100)
 @pytest.fixture(scope="module")
 def reader_for():
     model, score, priors = make_lab(torch.float32)
-    return lambda rule: Reader(model, score, rule, priors, ReadConfig(segment=8))
+    return lambda rule: InnerLoop(model, score, rule, priors, ReadConfig(segment=8))
 
 
 @pytest.mark.parametrize("kind", tuned())
@@ -72,7 +72,7 @@ def test_a_model_that_is_broken_blames_no_rule(reader_for):
     priors = [p._replace(theta0=p.theta0 * float("nan")) for p in reader.priors]
 
     def broken(rule):
-        return Reader(reader.model, reader.score, rule, priors, reader.config)
+        return InnerLoop(reader.model, reader.score, rule, priors, reader.config)
 
     with pytest.raises(DivergedError, match="before any update: the model"):
         tune_rule("sgd", broken, ARTICLES, START, CONFIG)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dynlm.adapt import Snapshot
 from dynlm.data.segments import article_segments
+from dynlm.inner import Snapshot
 from dynlm.meta.unroll import Unroll, UnrollConfig
 from dynlm.models.causal import LSTMScorer
 from dynlm.models.lstm import ModelConfig

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dynlm.adapt import Reader, measure_priors
 from dynlm.data.segments import article_segments
+from dynlm.inner import InnerLoop, measure_priors
 from dynlm.models.causal import LSTMScorer
 from dynlm.models.light import is_light, load_light
 from dynlm.models.lstm import ModelConfig
@@ -29,7 +29,7 @@ def test_it_reads_as_the_transformers_model_does(saved):
     article, found = make_article(100), []
     for scored, score in ((model, LSTMScorer(model)), (light := load_light(folder), light)):
         priors = measure_priors(scored, score, article_segments(make_article(120, seed=9).ids_T, START, 8))
-        with Reader(scored, score, RMS(lr=1e-2), priors) as reader:
+        with InnerLoop(scored, score, RMS(lr=1e-2), priors) as reader:
             losses_T = reader.read(article, START)
             found.append((losses_T, [p.name for p in priors], [t.clone() for t in reader.thetas]))
     (losses_T, names, thetas), (light_T, light_names, light_thetas) = found

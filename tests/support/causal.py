@@ -14,8 +14,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from dynlm.adapt import ReadConfig, Reader, measure_priors
 from dynlm.data.segments import article_segments
+from dynlm.inner import InnerLoop, ReadConfig, measure_priors
 from dynlm.models.causal import scorer_for
 from dynlm.models.context import ContextConfig
 from dynlm.models.lstm import ModelConfig
@@ -55,4 +55,4 @@ def priors_for(score, globs=("*",)):
 
 
 def reader_for(score, rule, priors, **config):
-    return Reader(score.model, score, rule, priors, ReadConfig(**{"segment": SEGMENT, "kernel": "eager", **config}))
+    return InnerLoop(score.model, score, rule, priors, ReadConfig(**{"segment": SEGMENT, "kernel": "eager", **config}))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dynlm.adapt import Scorer, Snapshot, detach
+from dynlm.inner import Scorer, Snapshot, detach
 from dynlm.models.params import Adapted, as_matrix
 from dynlm.models.recurrence import differentiable_twice
 from dynlm.optim.base import Clock, Coordinates, Prior, Rule, RuleState

@@ -2,8 +2,8 @@
 
 import torch
 
-from dynlm.adapt import ReadConfig, Reader
 from dynlm.data.segments import article_segments
+from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.meta.recording import Recording
 from dynlm.meta.sampling import sample_coordinates
 from lab import START, make_article
@@ -19,7 +19,7 @@ def read_window(lab, rule, n_tokens, carry=0, record=None):
     """Read ``carry`` segments, then a recorded window; returns (recording, position before it, pieces, weights)."""
     model, score, priors = lab
     pieces = pieces_of(n_tokens)
-    with Reader(model, score, rule, priors, ReadConfig(segment=SEGMENT, kernel="eager")) as reader:
+    with InnerLoop(model, score, rule, priors, ReadConfig(segment=SEGMENT, kernel="eager")) as reader:
         for piece in pieces[:carry]:
             reader.segment(*piece)
         start = reader.snapshot()

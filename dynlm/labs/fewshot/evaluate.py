@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from dynlm.adapt import Reader
 from dynlm.evaluation.metrics import bootstrap_ratio
+from dynlm.inner import InnerLoop
 from dynlm.labs.fewshot.tasks import FewShotTask
 from dynlm.types import DivergedError, InputError, Piece
 
-Measure = Callable[[Reader, Piece], float]
+Measure = Callable[[InnerLoop, Piece], float]
 """What the adapted model is worth on a query; smaller is better."""
 
 
@@ -23,19 +23,19 @@ class Mean(NamedTuple):
     ci95: tuple[float, float]
 
 
-def mean_loss(reader: Reader, query: Piece) -> float:
+def mean_loss(reader: InnerLoop, query: Piece) -> float:
     """Mean loss of the query: squared error, or nats."""
     return reader.score(*query, None)[0].mean().item()
 
 
-def error_rate(reader: Reader, query: Piece) -> float:
+def error_rate(reader: InnerLoop, query: Piece) -> float:
     """Share of the query whose highest score is not its label's."""
     inputs, labels_B = query
     wrong_B = reader.model(inputs).argmax(1) != labels_B
     return float(wrong_B.float().mean())
 
 
-def adapted(reader: Reader, tasks: Sequence[FewShotTask], steps: int, measure: Measure) -> list[float]:
+def adapted(reader: InnerLoop, tasks: Sequence[FewShotTask], steps: int, measure: Measure) -> list[float]:
     """``measure`` on each task's query after ``steps`` updates on its support, each task from θ0.
 
     Raises:

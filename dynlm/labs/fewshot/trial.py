@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import torch
 
 from dynlm import runs
-from dynlm.adapt import ReadConfig, Reader, make_priors
+from dynlm.inner import InnerLoop, ReadConfig, make_priors
 from dynlm.labs.fewshot.evaluate import adapted, error_rate, mean_loss, mean_over_tasks, tune_rate
 from dynlm.labs.fewshot.nets import (
     MLP,
@@ -97,7 +97,7 @@ class Trial:
         rule = SGD(config.inner_lr)
         if self.method == "imaml":
             rule = SGD(config.proximal_lr, config.proximal_lr * config.proximal)
-        self.reader = Reader(net, score, rule, priors, ReadConfig(kernel="eager", trust=0))
+        self.reader = InnerLoop(net, score, rule, priors, ReadConfig(kernel="eager", trust=0))
         self.measure = mean_loss if regression else error_rate
 
     @property
@@ -164,14 +164,14 @@ class Trial:
             self.reader.priors = [p._replace(theta0=q.theta0[0].view(p.theta0.shape).clone()) for p, q in pairs]
         return learned.best, learned.best_step
 
-    def stacked_reader(self, copies: int) -> Reader:
+    def stacked_reader(self, copies: int) -> InnerLoop:
         """One reader of as many copies of the network as a step has tasks."""
         if not isinstance(self.reader.model, MLP):
             raise InputError("fewshot.outer.stacked copies MLPs only (sinusoid): set it to false")
         net = stacked(self.reader.model, copies)
         parameters = adapted_parameters(net)
         priors = make_priors(parameters, [torch.ones_like(a.matrix_RC) for a in parameters])
-        return Reader(net, StackedScorer(net, squared_error), self.reader.rule, priors, self.reader.config)
+        return InnerLoop(net, StackedScorer(net, squared_error), self.reader.rule, priors, self.reader.config)
 
     def task(self, task: FewShotTask, generator: torch.Generator) -> Task:
         """Return what the method's inner loop reads of a training task."""

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from dynlm import runs
-from dynlm.adapt import ReadConfig, Reader
 from dynlm.changes import changing
+from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.labs.general.tasks import TaskConfig, TrainingTask, sample_task
 from dynlm.labs.general.workers import make_workers
 from dynlm.meta.train import MetaProgress, SaveRule, set_rate
@@ -78,7 +78,7 @@ def blank_priors(task: TrainingTask) -> list[Prior]:
 def train_task(rule: Rule, task: TrainingTask, seed: int) -> Rollout:
     """Train the task's network over its horizon. The network keeps its trained weights."""
     # blank priors know no usual size of a gradient
-    reader, losses = Reader(task.net, task.score, rule, blank_priors(task), ReadConfig(trust=0)), list[float]()
+    reader, losses = InnerLoop(task.net, task.score, rule, blank_priors(task), ReadConfig(trust=0)), list[float]()
     for piece in task.pieces(task.horizon, seed):
         try:
             losses.append(float(reader.segment(*piece).losses_S.mean()))

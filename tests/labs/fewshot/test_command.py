@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from dynlm.adapt import ReadConfig, Reader, make_priors
 from dynlm.cli.main import main
+from dynlm.inner import InnerLoop, ReadConfig, make_priors
 from dynlm.labs.fewshot.evaluate import adapted, mean_loss, mean_over_tasks
 from dynlm.labs.fewshot.nets import MLP, NetScorer, seeded, squared_error
 from dynlm.labs.fewshot.tasks import Sinusoids
@@ -66,7 +66,7 @@ def test_the_learned_start_gives_the_reported_error(finished):
     priors = make_priors(parameters, [a.matrix_RC.abs() for a in parameters])
     priors = [p._replace(theta0=tensors[p.name]) for p in priors]
     config = ReadConfig(kernel="eager", trust=0)
-    reader = Reader(net, NetScorer(net, squared_error), SGD(meta["result"]["lr"]), priors, config)
+    reader = InnerLoop(net, NetScorer(net, squared_error), SGD(meta["result"]["lr"]), priors, config)
     values = adapted(reader, tasks_of(Sinusoids(10, 8), 6, seed=3), 3, mean_loss)
     assert mean_over_tasks(values).value == pytest.approx(result["error"], rel=1e-5)
 

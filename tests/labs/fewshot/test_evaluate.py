@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dynlm.adapt import ReadConfig, Reader, make_priors
+from dynlm.inner import InnerLoop, ReadConfig, make_priors
 from dynlm.labs.fewshot.evaluate import adapted, error_rate, mean_loss, mean_over_tasks, tune_rate
 from dynlm.labs.fewshot.nets import MLP, NetScorer, seeded, squared_error
 from dynlm.labs.fewshot.tasks import FewShotTask, Sinusoids
@@ -17,7 +17,7 @@ def reader():
     net = seeded(lambda: MLP((1, 10, 1)), 0)
     parameters = adapted_parameters(net)
     priors = make_priors(parameters, [torch.ones_like(a.matrix_RC) for a in parameters])
-    return Reader(net, NetScorer(net, squared_error), SGD(0.02), priors, ReadConfig(kernel="eager", trust=0))
+    return InnerLoop(net, NetScorer(net, squared_error), SGD(0.02), priors, ReadConfig(kernel="eager", trust=0))
 
 
 def test_each_task_starts_from_theta0_and_equals_torch_sgd(reader):

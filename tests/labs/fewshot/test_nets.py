@@ -74,7 +74,7 @@ def test_seed_decides_the_weights_and_leaves_the_global_one_alone():
 
 def test_stacked_copies_learn_their_own_tasks():
     """One inner loop over three copies is three inner loops, in every weight."""
-    from dynlm.adapt import ReadConfig, Reader, make_priors
+    from dynlm.inner import InnerLoop, ReadConfig, make_priors
     from dynlm.labs.fewshot.nets import StackedScorer, stacked
     from dynlm.models.params import adapted_parameters
     from dynlm.optim.handmade import SGD
@@ -82,7 +82,7 @@ def test_stacked_copies_learn_their_own_tasks():
     def reader_of(net, score):
         parameters = adapted_parameters(net)
         priors = make_priors(parameters, [torch.ones_like(a.matrix_RC) for a in parameters])
-        return Reader(net, score, SGD(0.05), priors, ReadConfig(kernel="eager"))
+        return InnerLoop(net, score, SGD(0.05), priors, ReadConfig(kernel="eager"))
 
     net = seeded(lambda: MLP((1, 6, 6, 1)), 0).double()
     copies = stacked(net, 3)

@@ -82,14 +82,14 @@ class Snapshot(NamedTuple):
     hidden: Any
 
 
-_READERS: WeakKeyDictionary[nn.Module, Reader] = WeakKeyDictionary()
+_LEASES: WeakKeyDictionary[nn.Module, InnerLoop] = WeakKeyDictionary()
 """who reads with a model, inside its context"""
 
 
-class Reader:
-    """Reads with a model and a rule; a context manager that puts θ0 back bit for bit, also after an exception.
+class InnerLoop:
+    """Read with a model and a rule: a context manager that puts θ0 back bit for bit, also after an exception.
 
-    Inside the context the model's weights are this reader's: another one on the same model is refused until it ends.
+    Inside the context the model's weights are this loop's: another one on the same model is refused until it ends.
     """
 
     def __init__(
@@ -111,9 +111,9 @@ class Reader:
         """updates so far whose gradient left the trust region"""
         self.begin()
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> InnerLoop:
         _require_alone(self.model, self)
-        _READERS[self.model] = self
+        _LEASES[self.model] = self
         self._was_training = self.model.training
         self.model.eval()
         return self
@@ -123,7 +123,7 @@ class Reader:
     ) -> None:
         self.restore()
         self.model.train(self._was_training)
-        _READERS.pop(self.model, None)
+        _LEASES.pop(self.model, None)
 
     def restore(self) -> None:
         """θ ← θ0, bit for bit."""
@@ -222,8 +222,8 @@ class Reader:
         return cast(Tensor, losses_T)
 
 
-def _require_alone(model: nn.Module, reader: Reader | None) -> None:
-    if (other := _READERS.get(model)) not in (None, reader):
+def _require_alone(model: nn.Module, reader: InnerLoop | None) -> None:
+    if (other := _LEASES.get(model)) not in (None, reader):
         rule = other.rule.name if other else ""
         raise InputError(
             f"a reader with rule {rule!r} reads with this model: leave its `with` first, or read with a copy of it"

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dynlm.adapt import ReadConfig, Reader, measure_priors
 from dynlm.data.segments import article_segments
 from dynlm.evaluation.audit import first_leak, restores
+from dynlm.inner import InnerLoop, ReadConfig, measure_priors
 from dynlm.models.causal import LSTMScorer
 from dynlm.models.lstm import LSTMConfig, LSTMForCausalLM
 from dynlm.optim.gated import Gated
@@ -23,7 +23,7 @@ SETTINGS = {"lr": 3e-2, "eps": 1e-3, "decay": 1e-2}
 
 def reader_for(lab, rule, **config):
     model, score, priors = lab
-    return Reader(model, score, rule, priors, ReadConfig(**{"segment": 8, **config}))
+    return InnerLoop(model, score, rule, priors, ReadConfig(**{"segment": 8, **config}))
 
 
 def read(lab, rule, article, **config):
@@ -137,14 +137,14 @@ def test_only_the_chosen_parameters_move():
     priors = measure_priors(model, score, article_segments(make_article(60).ids_T, START, 8), globs)
     assert [p.name for p in priors] == ["layers.0.weight_ih", "layers.0.weight_hh", "layers.0.bias"]
     before = model.embedding.weight.clone()
-    reader = Reader(model, score, SGD(0.5), priors, ReadConfig(params=globs, segment=8))
+    reader = InnerLoop(model, score, SGD(0.5), priors, ReadConfig(params=globs, segment=8))
     for piece in article_segments(make_article(24).ids_T, START, 8):
         reader.segment(*piece)
     assert torch.equal(model.embedding.weight, before)
     assert not torch.equal(model.layers[0].weight_hh, priors[1].theta0)
     reader.restore()
     with pytest.raises(InputError, match="the prior belongs to other parameters"):
-        Reader(model, score, SGD(), priors, ReadConfig())
+        InnerLoop(model, score, SGD(), priors, ReadConfig())
 
 
 def test_empty_article_and_empty_training_text():
@@ -179,7 +179,7 @@ def test_gradients_of_any_memory_layout_are_matrices(layout):
         return (net(inputs) - targets).square().flatten(1).mean(1), None
 
     priors = measure_priors(net, score, iter([(images, targets)]))
-    with Reader(net, score, SGD(0.1), priors) as reader:
+    with InnerLoop(net, score, SGD(0.1), priors) as reader:
         before = [theta.clone() for theta in reader.thetas]
         weight, bias = reader.segment(images, targets).grads
         assert (weight.shape, bias.shape) == ((4, 27), (1, 4))
@@ -230,7 +230,7 @@ def test_a_second_reader_on_a_model_is_refused_until_the_first_ends():
             pass
         assert torch.equal(reader.thetas[0], learned)
         copied = copy.deepcopy(lab[0])
-        Reader(copied, LSTMScorer(copied), SGD(0.5), lab[2], reader.config)
+        InnerLoop(copied, LSTMScorer(copied), SGD(0.5), lab[2], reader.config)
     with outside:
         pass
 
@@ -253,7 +253,7 @@ def test_a_loss_that_is_not_finite_before_any_update_is_the_models():
     with torch.no_grad():
         next(lab[0].parameters()).fill_(float("nan"))
     with pytest.raises(DivergedError, match="before any update: the model's weights or the text"):
-        Reader(lab[0], lab[1], SGD(0.1), [p._replace(theta0=p.theta0 * float("nan")) for p in lab[2]]).read(
+        InnerLoop(lab[0], lab[1], SGD(0.1), [p._replace(theta0=p.theta0 * float("nan")) for p in lab[2]]).read(
             make_article(16), START
         )
 
@@ -272,7 +272,7 @@ def test_memory_does_not_grow_with_the_length_of_an_article():
     ids = torch.randint(vocabulary, (segments * 32,), generator=torch.Generator().manual_seed(0))
     article = TokenizedArticle(id="long", title="", ids_T=ids, n_words=1, n_bytes=1)
     priors = measure_priors(model, score, article_segments(ids[:64], START, 32))
-    with Reader(model, score, Static(), priors) as reader:
+    with InnerLoop(model, score, Static(), priors) as reader:
         reader.read(replace(article, ids_T=ids[:64]), START)  # whatever is allocated once
         before = resident()
         assert reader.read(article, START).shape == (segments * 32,)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from dynlm.changes import Changes
-from dynlm.runs import Json, Run, read_tensors, write_json
+from dynlm.files import Json, read_tensors, write_json
+from dynlm.runs import Run
 from dynlm.settings import Bound, Settings
 from dynlm.stamps import Stamp
 from dynlm.types import InputError

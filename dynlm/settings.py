@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import types
@@ -98,6 +99,12 @@ class Settings:
             checked = check(hints[field.name], value, f"{type(self).__name__}.{field.name}")
             if checked is not value:
                 object.__setattr__(self, field.name, checked)
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """Return a configuration as JSON gives it back: tuples are lists."""
+    settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return settings
 
 
 def hints_of(kind: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dynlm.runs import Json, read_json
+from dynlm.files import Json, read_json
 from dynlm.types import InputError
 
 KEY = "dynlm"

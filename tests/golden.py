@@ -54,7 +54,8 @@ def chain(folder: Path) -> dict[str, Any]:
     import torch
 
     from chain import run_chain
-    from dynlm.runs import Run, read_tensors
+    from dynlm.files import read_tensors
+    from dynlm.runs import Run
 
     articles = [{"title": f"Text {seed}", "text": text(seed, 140)} for seed in range(30)]
     run = Run(run_chain(folder, articles, *FLAGS.split())[1])

@@ -9,7 +9,8 @@ import pytest
 
 from dynlm.changes import COMMIT, LIST
 from dynlm.claim import LOCK, claim, recover
-from dynlm.runs import Run, replacing, write_json
+from dynlm.files import replacing, write_json
+from dynlm.runs import Run
 from dynlm.stamps import Stamp, fingerprint_files, read_stamped
 from dynlm.types import InputError
 

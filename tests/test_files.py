@@ -12,7 +12,16 @@ from safetensors.torch import save_file
 
 from dynlm import files
 from dynlm.changes import changing
-from dynlm.files import read_json, read_tensors, replacing, require_layout, why_unreadable, write_tensors, write_text
+from dynlm.files import (
+    read_json,
+    read_tensors,
+    replacing,
+    require_layout,
+    why_unreadable,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from dynlm.optim.handmade import RMS
 from dynlm.optim.library import load_rule, make_rule
 from dynlm.optim.sharing import save_rule
@@ -222,3 +231,66 @@ def test_write_text_is_bytes_as_they_are(tmp_path):
 def test_devices_that_never_end_are_told_from_those_that_do():
     assert why_unreadable("/dev/zero") == "is a device that never ends"
     assert why_unreadable("/dev/null") is None
+
+
+def test_tensors_and_their_meta_come_back(tmp_path):
+    tensors = {"a": torch.arange(6).view(2, 3).t(), "b": torch.tensor(2.5, dtype=torch.float64)}
+    write_tensors(tmp_path / "x" / "t.safetensors", tensors, {"step": 3})
+    again, meta = read_tensors(tmp_path / "x" / "t.safetensors")
+    assert meta == {"step": 3}
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+
+
+def test_tensors_that_share_memory_are_written_apart(tmp_path):
+    shared = torch.ones(4)
+    write_tensors(tmp_path / "t", {"a": shared, "b": shared[:2]})
+    again, _ = read_tensors(tmp_path / "t")
+    assert again["b"].tolist() == [1, 1]
+
+
+def test_an_error_while_writing_keeps_the_earlier_file_and_leaves_nothing(tmp_path):
+    path = tmp_path / "file.txt"
+    write_text(path, "first")
+
+    def broken():
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        broken()
+    assert path.read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_directories_are_replaced_whole(tmp_path):
+    for name in ("old", "new"):
+        with replacing(tmp_path / "model") as temporary:
+            temporary.mkdir()
+            (temporary / name).write_text(name)
+    assert [p.name for p in (tmp_path / "model").iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_strict_json(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "x.json", {"nats": float("inf")})
+    assert not (tmp_path / "x.json").exists()
+    write_json(tmp_path / "x.json", {"a": [1, 2]})
+    assert read_json(tmp_path / "x.json") == {"a": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "does not exist"), (b"{", "not readable JSON"), (b"[1]", "holds a list")]
+)
+def test_bad_json_is_one_clear_line(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_json(tmp_path / "x.json")
+
+
+def test_unwritable_places_are_one_clear_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot write .*; choose another run directory"):
+        write_text(tmp_path / "file" / "below" / "x", "text")

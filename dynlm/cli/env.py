@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from dynlm.compiler import find_compiler
-from dynlm.runs import Json
+from dynlm.files import Json
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "sentencepiece", "numpy", "peft", "tyro")
 

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import dynlm
 from dynlm.claim import claim, recover
 from dynlm.cli.terminal import noted, tell, usage_errors
+from dynlm.files import Json
 from dynlm.interrupt import Interrupted
 from dynlm.lazy import optional
 from dynlm.progress import hush_libraries, set_quiet
-from dynlm.runs import Json, Run
+from dynlm.runs import Run
 from dynlm.types import InputError
 
 if TYPE_CHECKING:

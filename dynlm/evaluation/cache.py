@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from dynlm import runs
 from dynlm.evaluation.tap import Tap, TappedReader
+from dynlm.files import Json, read_tensors, require_layout, write_tensors
 from dynlm.inner import InnerLoop, Scored
 from dynlm.methods import CACHE
 from dynlm.settings import Count, NotNegative, Settings, Share, build
@@ -136,19 +136,19 @@ class CachedReader(TappedReader):
         return scored._replace(losses_S=-log_probs_S)
 
 
-def save_cache(cache: CacheConfig, path: Path, made: runs.Json) -> None:
+def save_cache(cache: CacheConfig, path: Path, made: Json) -> None:
     """Write the settings; ``made`` tells how they were found."""
     values = {name: torch.tensor(float(value), dtype=torch.float64) for name, value in asdict(cache).items()}
-    runs.write_tensors(path, values, {"kind": CACHE, "made": made})
+    write_tensors(path, values, {"kind": CACHE, "made": made})
 
 
 def load_cache(path: Path) -> CacheConfig:
     """Return the counterpart of :func:`save_cache`."""
-    tensors, meta = runs.read_tensors(path)
+    tensors, meta = read_tensors(path)
     if meta.get("kind") != CACHE:
         raise InputError(f"{path} holds no settings of a cache: tune it again")
     number = torch.zeros((), dtype=torch.float64)
-    runs.require_layout(path, tensors, dict.fromkeys(asdict(CacheConfig()), number), advice=": tune it again")
+    require_layout(path, tensors, dict.fromkeys(asdict(CacheConfig()), number), advice=": tune it again")
     values = {name: tensor.item() for name, tensor in tensors.items()}
     if float(values["window"]).is_integer():
         values["window"] = int(values["window"])

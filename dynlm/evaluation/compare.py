@@ -14,11 +14,12 @@ import torch
 from dynlm.changes import changing
 from dynlm.evaluation.metrics import Counts, gain_by_position, holm, paired_gain, perplexities, sign_flip_p
 from dynlm.evaluation.stream import Scores
+from dynlm.files import write_tensors
 from dynlm.methods import STATELESS, STATIC, Method
 from dynlm.optim.base import Rule
 from dynlm.optim.sharing import fingerprint
 from dynlm.results import Comparison, Description, MethodResult, Results, Seeds, Spread, Summary, save_results
-from dynlm.runs import Run, write_tensors
+from dynlm.runs import Run
 from dynlm.types import InputError, TokenizedArticle
 
 

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from dynlm import runs
 from dynlm.evaluation.cache import Attention, CacheConfig, Memory, look_back
 from dynlm.evaluation.tap import Tap, TappedReader
+from dynlm.files import Json, read_tensors, require_layout, write_tensors
 from dynlm.inner import InnerLoop, Scored, Scorer, detach
 from dynlm.methods import MIX
 from dynlm.types import InputError
@@ -235,9 +235,9 @@ def running(evidence: Evidence, gains_SE: Tensor) -> tuple[Tensor, Evidence]:
     return means_SDE, Evidence(after_DE, evidence.tokens + size)
 
 
-def save_mixture(mixture: Mixture, path: Path, made: runs.Json) -> None:
+def save_mixture(mixture: Mixture, path: Path, made: Json) -> None:
     """Write the network; ``made`` tells how it was fitted."""
-    runs.write_tensors(path, mixture.state_dict(), {"kind": MIX, "made": made})
+    write_tensors(path, mixture.state_dict(), {"kind": MIX, "made": made})
 
 
 def load_mixture(path: Path, learns: bool, cached: bool) -> Mixture:
@@ -246,10 +246,10 @@ def load_mixture(path: Path, learns: bool, cached: bool) -> Mixture:
     Raises:
         InputError: a file of another kind, or one that was fitted for another kind of method.
     """
-    tensors, meta = runs.read_tensors(path)
+    tensors, meta = read_tensors(path)
     if meta.get("kind") != MIX:
         raise InputError(f"{path} holds no mixture: fit it again with `dynlm tune`")
     mixture = Mixture(1 + learns + cached, count_features(learns, cached))
-    runs.require_layout(path, tensors, mixture.state_dict(), advice=": fit it again with `dynlm tune`")
+    require_layout(path, tensors, mixture.state_dict(), advice=": fit it again with `dynlm tune`")
     mixture.load_state_dict(tensors)
     return mixture.eval().requires_grad_(False)

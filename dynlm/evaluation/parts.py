@@ -8,7 +8,7 @@ import torch
 
 from dynlm.evaluation.gates import Gates
 from dynlm.evaluation.stream import Scores
-from dynlm.runs import Json, read_tensors, write_tensors
+from dynlm.files import Json, read_tensors, write_tensors
 from dynlm.types import InputError
 
 

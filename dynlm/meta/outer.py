@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dynlm import runs
+from dynlm.checkpoints import fitting, load_optimizer, optimizer_tensors, step_of
+from dynlm.files import Json, require_layout
 from dynlm.inner import InnerLoop
 from dynlm.meta.initialisation import Method, Task, add, outer_gradient
 from dynlm.settings import AnyFloat, Count, NotNegative, Positive, Settings, Size, build
@@ -59,7 +60,7 @@ class OuterProgress(NamedTuple):
     """steps where an inner loop ran away: each time the best start came back, and the rates were halved"""
 
 
-Checkpoint = tuple[dict[str, Tensor], runs.Json]
+Checkpoint = tuple[dict[str, Tensor], Json]
 
 
 def learn_start(
@@ -154,21 +155,21 @@ class _Loop:
         """Return all of it for a checkpoint."""
         tensors = {f"learned.{i}": t for i, t in enumerate(self.learned)}
         tensors |= {f"kept.{i}": t for i, t in enumerate(self.kept)}
-        return tensors | runs.optimizer_tensors(self.outer), {"step": self.step, "result": self.result._asdict()}
+        return tensors | optimizer_tensors(self.outer), {"step": self.step, "result": self.result._asdict()}
 
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
         """The counterpart of :meth:`state`."""
         tensors, meta = checkpoint
-        with runs.fitting():
+        with fitting():
             layout = {f"{part}.{i}": t for i, t in enumerate(self.learned) for part in ("learned", "kept")}
             own = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in ("learned", "kept")}
-            runs.require_layout("it", own, layout, advice="")
-            step, result = runs.step_of(meta, self.config.steps), build(OuterProgress, meta.get("result"), "result")
+            require_layout("it", own, layout, advice="")
+            step, result = step_of(meta, self.config.steps), build(OuterProgress, meta.get("result"), "result")
             for i, (learned, kept) in enumerate(zip(self.learned, self.kept, strict=True)):
                 learned.copy_(tensors[f"learned.{i}"])
                 kept.copy_(tensors[f"kept.{i}"])
-            runs.load_optimizer(self.outer, tensors)
+            load_optimizer(self.outer, tensors)
             self.step, self.result = step, result
 
 

@@ -18,9 +18,19 @@ from typing import Annotated, Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from dynlm import runs
 from dynlm.changes import Changes, changing
+from dynlm.checkpoints import (
+    fitting,
+    load_optimizer,
+    log_of,
+    optimizer_layout,
+    optimizer_tensors,
+    progress_of,
+    resuming,
+    write_log,
+)
 from dynlm.data.segments import article_segments
+from dynlm.files import Json, read_tensors, require_layout, write_tensors
 from dynlm.inner import InnerLoop
 from dynlm.interrupt import Interrupted, Interruptible
 from dynlm.meta.estimators import EstimatorConfig, make_estimator
@@ -28,7 +38,21 @@ from dynlm.meta.positions import pack, unpack
 from dynlm.optim.base import Rule
 from dynlm.optim.registry import trained
 from dynlm.progress import Bar
-from dynlm.settings import WIDE, AnyFloat, Bound, Count, NotNegative, Positive, Seed, Settings, Size, Whole, check
+from dynlm.runs import Run
+from dynlm.settings import (
+    WIDE,
+    AnyFloat,
+    Bound,
+    Count,
+    NotNegative,
+    Positive,
+    Seed,
+    Settings,
+    Size,
+    Whole,
+    as_json,
+    check,
+)
 from dynlm.tracking import Track, untracked
 from dynlm.types import InputError, TokenizedArticle
 
@@ -110,7 +134,7 @@ class StreamRecord(TypedDict):
 
     article: int
     done: int
-    position: runs.Json
+    position: Json
 
 
 class MetaTrainer:
@@ -132,7 +156,7 @@ class MetaTrainer:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.estimator = make_estimator(reader, config.estimator, self.generator)
         self.streams: list[Stream] = [self._fresh_stream() for _ in range(config.articles)]
-        self.progress, self.records = MetaProgress(), list[runs.Json]()
+        self.progress, self.records = MetaProgress(), list[Json]()
         self.best = copy.deepcopy(self.rule)
         """the rule as it was where validation was lowest"""
 
@@ -177,37 +201,37 @@ class MetaTrainer:
         ids_T = self.articles[article].ids_T.to(self.reader.parameters[0].device)
         return Stream(article, list(article_segments(ids_T, self.start_id, self.reader.config.segment)))
 
-    def state(self) -> tuple[dict[str, Tensor], runs.Json]:
+    def state(self) -> tuple[dict[str, Tensor], Json]:
         tensors: dict[str, Tensor] = {f"phi.{name}": p for name, p in self.rule.named_parameters()}
         tensors |= {f"best.{name}": p for name, p in self.best.named_parameters()}
-        tensors |= runs.optimizer_tensors(self.optimizer)
+        tensors |= optimizer_tensors(self.optimizer)
         tensors["rng"] = self.generator.get_state()
         streams = [
             {"article": s.article, "done": s.done, "position": pack(s.position, f"stream.{i}", tensors)}
             for i, s in enumerate(self.streams)
         ]
-        told = {"progress": self.progress._asdict(), "config": runs.settings_of(self.config), "log": self.records}
+        told = {"progress": self.progress._asdict(), "config": as_json(self.config), "log": self.records}
         return tensors, {**told, "model": self.model, "streams": streams}
 
-    def keep(self, run: runs.Run, stage: str, save_best: SaveRule | None) -> None:
+    def keep(self, run: Run, stage: str, save_best: SaveRule | None) -> None:
         """Write log and checkpoint, and the best rule too where there is a new one."""
         with changing(run.path) as new:
             if save_best:
                 save_best(self.best, self.progress, new)
-            runs.write_log(new.at(run.log(stage)), self.records)
-            runs.write_tensors(new.at(run.checkpoint(stage)), *self.state())
+            write_log(new.at(run.log(stage)), self.records)
+            write_tensors(new.at(run.checkpoint(stage)), *self.state())
 
     def load(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        with runs.resuming(meta, self.config, "meta", model=self.model):
-            progress, records = runs.progress_of(MetaProgress, meta, self.config.steps), runs.log_of(meta)
-            layout = runs.optimizer_layout(self.optimizer, tensors) | {"rng": self.generator.get_state()}
+        with resuming(meta, self.config, "meta", model=self.model):
+            progress, records = progress_of(MetaProgress, meta, self.config.steps), log_of(meta)
+            layout = optimizer_layout(self.optimizer, tensors) | {"rng": self.generator.get_state()}
             for prefix in ("phi.", "best."):
                 layout |= {f"{prefix}{name}": p for name, p in self.rule.named_parameters()}
             own = {name: tensor for name, tensor in tensors.items() if not name.startswith("stream.")}
-            runs.require_layout("it", own, layout, advice="")
+            require_layout("it", own, layout, advice="")
             for rule, prefix in ((self.rule, "phi."), (self.best, "best.")):
                 rule.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-            runs.load_optimizer(self.optimizer, tensors)
+            load_optimizer(self.optimizer, tensors)
             self.generator.set_state(tensors["rng"])
             streams = check(list[StreamRecord], meta.get("streams"), "streams")
             for i, record in zip(range(len(self.streams)), streams, strict=True):
@@ -224,7 +248,7 @@ class MetaTrainer:
 def meta_train(
     trainer: MetaTrainer,
     validate: Callable[[], float],
-    run: runs.Run,
+    run: Run,
     save_best: SaveRule,
     resume: bool = False,
     stage: str = "meta-train",
@@ -239,7 +263,7 @@ def meta_train(
     """
     config, path = trainer.config, run.checkpoint(stage)
     if resume:
-        trainer.load(*runs.read_tensors(path))
+        trainer.load(*read_tensors(path))
     first, started = trainer.progress.step, time.perf_counter() - trainer.progress.seconds
     bar = Bar(config.steps, "meta-train", initial=trainer.progress.step)
     with bar, Interruptible() as signals:
@@ -249,7 +273,7 @@ def meta_train(
             track({"valid": trainer.progress.best}, 0)
             bar.write(f"start, the tuned hand-made rule: meta-validation {trainer.progress.best:.4f} nats/token")
         while trainer.progress.step < config.steps and trainer.progress.stale < config.patience:
-            with runs.fitting() if resume and trainer.progress.step == first else nullcontext():
+            with fitting() if resume and trainer.progress.step == first else nullcontext():
                 loss = trainer.step()
             bar.update()
             bar.set_postfix_str(f"reading {loss:.3f} nats/token")
@@ -273,7 +297,7 @@ def meta_train(
             if signals.asked and step < config.steps:
                 if not due:
                     trainer.progress = trainer.progress._replace(seconds=seconds)
-                    runs.write_tensors(path, *trainer.state())
+                    write_tensors(path, *trainer.state())
                 said = f"interrupted after step {step}, which is saved: --resume goes on from there"
                 raise Interrupted(said, signals.asked)
     return trainer.progress

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dynlm.files import read_json, read_tensors, require_layout
 from dynlm.models.recurrence import lstm_layer, one_stream
 from dynlm.models.tied import Link, embed, read_out
-from dynlm.runs import read_json, read_tensors, require_layout
 from dynlm.settings import Bound, Size, check
 from dynlm.types import InputError
 

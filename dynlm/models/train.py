@@ -18,13 +18,23 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
 
-from dynlm import runs
 from dynlm.changes import Changes, changing
+from dynlm.checkpoints import (
+    load_optimizer,
+    log_of,
+    optimizer_layout,
+    optimizer_tensors,
+    progress_of,
+    resuming,
+    write_log,
+)
 from dynlm.data.segments import training_streams
+from dynlm.files import Json, read_tensors, require_layout, write_tensors
 from dynlm.interrupt import Interrupted, Interruptible
 from dynlm.models.lstm import Hidden, LSTMForCausalLM
 from dynlm.progress import Bar
-from dynlm.settings import AnyFloat, Count, NotNegative, Positive, Seed, Settings, Share, Whole
+from dynlm.runs import Run
+from dynlm.settings import AnyFloat, Count, NotNegative, Positive, Seed, Settings, Share, Whole, as_json
 from dynlm.tracking import Track, untracked
 from dynlm.types import InputError, TokenizedArticle, perplexity
 
@@ -73,7 +83,7 @@ def train_base_model(
     model: LSTMForCausalLM,
     articles: tuple[Sequence[TokenizedArticle], Sequence[TokenizedArticle]],
     config: TrainConfig,
-    run: runs.Run,
+    run: Run,
     save_best: Callable[[LSTMForCausalLM, Changes], None],
     resume: bool = False,
     *,
@@ -91,7 +101,7 @@ def train_base_model(
     trainer = _Trainer(model, articles, config, accelerator)
     path = run.checkpoint("train")
     if resume:
-        trainer.load(*runs.read_tensors(path))
+        trainer.load(*read_tensors(path))
     started = time.perf_counter() - trainer.progress.seconds
     bar = Bar(trainer.total_steps, "train", initial=trainer.progress.step)
     with bar, Interruptible() as signals:
@@ -115,7 +125,7 @@ def train_base_model(
 
 def _validate(
     trainer: _Trainer,
-    run: runs.Run,
+    run: Run,
     save_best: Callable[[LSTMForCausalLM, Changes], None],
     loss: float,
     seconds: float,
@@ -129,18 +139,18 @@ def _validate(
         with changing(run.path) as new:
             if improved:
                 save_best(trainer.bare_model, new)
-            runs.write_log(new.at(run.log("train")), trainer.records)
-            runs.write_tensors(new.at(run.checkpoint("train")), *trainer.state())
+            write_log(new.at(run.log("train")), trainer.records)
+            write_tensors(new.at(run.checkpoint("train")), *trainer.state())
 
 
-def _leave(trainer: _Trainer, run: runs.Run, signal_number: int, seconds: float) -> None:
+def _leave(trainer: _Trainer, run: Run, signal_number: int, seconds: float) -> None:
     """Save a checkpoint, if a first model stands in the run that it belongs to, and end."""
     step = trainer.progress.step
     if math.isinf(trainer.progress.best):
         raise Interrupted("interrupted before the first validation: nothing was saved", signal_number)
     trainer.progress = trainer.progress._replace(seconds=seconds)
     if trainer.accelerator.is_main_process:
-        runs.write_tensors(run.checkpoint("train"), *trainer.state())
+        write_tensors(run.checkpoint("train"), *trainer.state())
     raise Interrupted(f"interrupted after step {step}, which is saved: --resume goes on from there", signal_number)
 
 
@@ -183,7 +193,7 @@ class _Trainer:
         self.bare_model = model
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.hidden: Hidden | None = None
-        self.progress, self.records = Progress(), list[runs.Json]()
+        self.progress, self.records = Progress(), list[Json]()
         torch.manual_seed(config.seed + accelerator.process_index)
 
     def told(self) -> str:
@@ -242,25 +252,25 @@ class _Trainer:
             nats += F.cross_entropy(logits, window[:, 1:].flatten(), reduction="sum").item()
         return nats / (streams.shape[0] * (streams.shape[1] - 1))
 
-    def state(self) -> tuple[dict[str, Tensor], runs.Json]:
+    def state(self) -> tuple[dict[str, Tensor], Json]:
         tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.bare_model.named_parameters()}
-        tensors |= runs.optimizer_tensors(self.optimizer)
+        tensors |= optimizer_tensors(self.optimizer)
         for layer, (h, c) in enumerate(self.hidden or ()):
             tensors |= {f"hidden.{layer}.h": h, f"hidden.{layer}.c": c}
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
-        settings = runs.settings_of(self.config)
+        settings = as_json(self.config)
         return tensors, {"progress": self.progress._asdict(), "config": settings, "log": self.records}
 
     def load(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        with runs.resuming(meta, self.config, "train", "model"):
-            runs.require_layout("it", tensors, self.layout(tensors), advice="")
-            progress, records = runs.progress_of(Progress, meta, self.total_steps), runs.log_of(meta)
+        with resuming(meta, self.config, "train", "model"):
+            require_layout("it", tensors, self.layout(tensors), advice="")
+            progress, records = progress_of(Progress, meta, self.total_steps), log_of(meta)
             with torch.no_grad():
                 for name, parameter in self.bare_model.named_parameters():
                     parameter.copy_(tensors[f"model.{name}"])
-            runs.load_optimizer(self.optimizer, tensors)
+            load_optimizer(self.optimizer, tensors)
             device, layers = self.accelerator.device, self.bare_model.config.num_hidden_layers
             self.hidden = tuple(
                 (tensors[f"hidden.{i}.h"].to(device), tensors[f"hidden.{i}.c"].to(device)) for i in range(layers)
@@ -273,7 +283,7 @@ class _Trainer:
     def layout(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what a checkpoint must hold; of ``tensors``, whether it is one of a CUDA device."""
         layout: dict[str, Tensor] = {f"model.{name}": p for name, p in self.bare_model.named_parameters()}
-        layout |= runs.optimizer_layout(self.optimizer, tensors)
+        layout |= optimizer_layout(self.optimizer, tensors)
         for layer, (h, c) in enumerate(self.bare_model.initial_hidden(self.local.stop - self.local.start)):
             layout |= {f"hidden.{layer}.h": h, f"hidden.{layer}.c": c}
         layout["rng.cpu"] = torch.get_rng_state()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dynlm import runs
+from dynlm.files import Json, read_tensors, require_layout
 from dynlm.methods import Method
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.handmade import HandMade
@@ -32,13 +32,13 @@ def start_rule(name: str, settings: dict[str, float], priors: Sequence[Prior], s
     return rule
 
 
-def load_rule(path: str | Path) -> tuple[Rule, runs.Json]:
+def load_rule(path: str | Path) -> tuple[Rule, Json]:
     """Return (rule, how it was made).
 
     Raises:
         InputError: a file that holds no whole rule, settings or numbers that no rule has.
     """
-    tensors, meta = runs.read_tensors(Path(path))
+    tensors, meta = read_tensors(Path(path))
     kind, config, made = meta.get("kind"), meta.get("config", {}), meta.get("made", {})
     if not (isinstance(kind, str) and isinstance(config, dict) and isinstance(made, dict)):
         raise InputError(f"{path} is no rule: its kind is {shown(kind)}; make it again")
@@ -47,7 +47,7 @@ def load_rule(path: str | Path) -> tuple[Rule, runs.Json]:
     method = Method.find(Path(path).name)
     if method and method.rule != kind and method.rule in RULES:
         raise InputError(f"{path} holds a rule of kind {kind!r}, not {method.rule!r}: make it again")
-    runs.require_layout(path, tensors, rule.state_dict())
+    require_layout(path, tensors, rule.state_dict())
     rule.load_state_dict(tensors)
     if isinstance(rule, HandMade):
         rule.require_bounds(str(path))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dynlm import runs
+from dynlm.files import Json, write_tensors, write_text
 from dynlm.lazy import optional
 from dynlm.types import InputError
 
@@ -27,12 +27,12 @@ def rule_config(rule: Rule) -> dict[str, Any]:
     return asdict(rule.config) if rule.config else {}
 
 
-def save_rule(rule: Rule, path: Path, made: runs.Json | None = None) -> None:
+def save_rule(rule: Rule, path: Path, made: Json | None = None) -> None:
     """Write a rule; ``made`` tells how it was found (objective, trials, steps, …)."""
-    runs.write_tensors(path, rule.state_dict(), {"kind": rule.name, "config": rule_config(rule), "made": made or {}})
+    write_tensors(path, rule.state_dict(), {"kind": rule.name, "config": rule_config(rule), "made": made or {}})
 
 
-def save_pretrained(rule: Rule, folder: str | Path, made: runs.Json | None = None, license: str = "apache-2.0") -> Path:
+def save_pretrained(rule: Rule, folder: str | Path, made: Json | None = None, license: str = "apache-2.0") -> Path:
     """Write ``rule.safetensors`` and a model card into ``folder``; returns the rule's file.
 
     Args:
@@ -46,11 +46,11 @@ def save_pretrained(rule: Rule, folder: str | Path, made: runs.Json | None = Non
     """
     path, made = Path(folder) / FILE, rule.made if made is None else made
     save_rule(rule, path, made)
-    runs.write_text(Path(folder) / "README.md", model_card(rule, made, license))
+    write_text(Path(folder) / "README.md", model_card(rule, made, license))
     return path
 
 
-def push_to_hub(rule: Rule, repo_id: str, made: runs.Json | None = None, license: str = "apache-2.0") -> str:
+def push_to_hub(rule: Rule, repo_id: str, made: Json | None = None, license: str = "apache-2.0") -> str:
     """Upload a rule as ``user/repo``, which is made where it does not exist; returns the address of the commit.
 
     Args:
@@ -79,7 +79,7 @@ def push_to_hub(rule: Rule, repo_id: str, made: runs.Json | None = None, license
             ) from error
 
 
-def model_card(rule: Rule, made: runs.Json, license: str) -> str:
+def model_card(rule: Rule, made: Json, license: str) -> str:
     """Return a short ``README.md`` for the hub: license, what the rule is, how it was made, how to use it."""
     how = [f"- {key}: {value}" for key, value in made.items()] or ["- not recorded"]
     lines = [

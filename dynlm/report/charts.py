@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from dynlm.files import Json
 from dynlm.report.evaluation import Floats, Gates
 from dynlm.report.looks import DASHES, INK, METHODS, looks
 from dynlm.report.plots import (
@@ -27,7 +28,6 @@ from dynlm.report.plots import (
 )
 from dynlm.report.svg import Drawing
 from dynlm.results import Boundaries, Breakdowns, Calibration, ClassName, Row
-from dynlm.runs import Json
 
 CLASSES: dict[ClassName, str] = {
     "occurrence": "occurrence of the word in its article",

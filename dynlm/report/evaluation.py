@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dynlm.files import read_tensors, require_layout
 from dynlm.methods import STATIC
 from dynlm.results import AGAIN, Breakdowns, Results, load_results
-from dynlm.runs import Run, read_tensors, require_layout
+from dynlm.runs import Run
 from dynlm.types import InputError
 
 Floats = npt.NDArray[np.float64]

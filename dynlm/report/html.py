@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dynlm.files import Json, write_text
 from dynlm.methods import STATELESS, STATIC
 from dynlm.report import charts, page, plots
 from dynlm.report.evaluation import Evaluation, Floats, load_evaluation
@@ -15,7 +16,7 @@ from dynlm.report.maps import Pieces, token_maps
 from dynlm.report.svg import Drawing, formats
 from dynlm.report.tokens import legend
 from dynlm.results import Comparison, Interval, Results
-from dynlm.runs import Json, Run, write_text
+from dynlm.runs import Run
 
 FEWEST_ARTICLES = 8  # a bootstrap over fewer says nothing: the smallest p of a sign-flip test of five is 1/16
 SIGNIFICANT = 0.05

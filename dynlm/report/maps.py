@@ -7,12 +7,12 @@ import json
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
+from dynlm.files import Json
 from dynlm.methods import STATIC
 from dynlm.report.evaluation import Evaluation
 from dynlm.report.plots import article_spans
 from dynlm.report.tokens import tokens
 from dynlm.report.words import extremes
-from dynlm.runs import Json
 from dynlm.types import InputError
 
 Pieces = Callable[[Sequence[int]], list[str]]

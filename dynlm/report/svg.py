@@ -14,8 +14,8 @@ from pathlib import Path
 import matplotlib.style
 from matplotlib.figure import Figure
 
+from dynlm.files import replacing
 from dynlm.report.looks import INK, METHODS
-from dynlm.runs import replacing
 from dynlm.types import InputError
 
 WIDE, NARROW = 8.0, 4.4  # inches; a phone shows the narrow one at about its size

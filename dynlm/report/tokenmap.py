@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from dynlm.files import Json, write_text
 from dynlm.report import page
 from dynlm.report.evaluation import Floats
 from dynlm.report.looks import INK
@@ -20,7 +21,6 @@ from dynlm.report.shades import LIGHT
 from dynlm.report.svg import Drawing
 from dynlm.report.tokens import legend, tokens
 from dynlm.report.words import extremes
-from dynlm.runs import Json, write_text
 
 BINS = 100  # points of the figure
 BIN_TOKENS = 32  # at the least

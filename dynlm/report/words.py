@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
-from dynlm.runs import Json
+from dynlm.files import Json
 
 OCCURRENCES = 3
 """occurrences of a word whose losses are kept"""

@@ -11,13 +11,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynlm import runs
 from dynlm.changes import Changes, changing
 from dynlm.data.texts import Source, Text, as_texts
 from dynlm.data.tokenizers import HuggingFaceTokenizer
 from dynlm.evaluation.audit import Verdict, adds_up
 from dynlm.evaluation.audit import audit as audit_method
 from dynlm.evaluation.stream import read_articles
+from dynlm.files import Json
 from dynlm.inner import InnerLoop
 from dynlm.meta.train import MetaConfig, MetaProgress, MetaTrainer, divide_meta_split
 from dynlm.meta.train import meta_train as meta_training
@@ -27,11 +27,12 @@ from dynlm.optim.library import start_rule
 from dynlm.optim.registry import RULES, tuned
 from dynlm.optim.sharing import save_rule
 from dynlm.progress import Bar
+from dynlm.runs import Run
 from dynlm.session.evaluation import Results, evaluate_readers
 from dynlm.session.reader import Reader
 from dynlm.session.ready import given_session, untuned_rule
 from dynlm.session.session import Session
-from dynlm.settings import build
+from dynlm.settings import as_json, build
 from dynlm.tracking import Tracker, tracking
 from dynlm.types import Article, InputError, TokenizedArticle
 
@@ -111,7 +112,7 @@ def tune(
         "static_nats_per_token": found.static,
         "trials": found.trials,
         "at_bound": list(found.at_bound),
-        "config": runs.settings_of(config),
+        "config": as_json(config),
     }
     return found.rule
 
@@ -153,9 +154,9 @@ def meta_train(
     texts, model = session.tokenize(as_articles(articles)), session.fingerprints(start)["model"]
     trainer, validate = rule_trainer(session, texts, start.settings(), config, model)
     with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
-        run = runs.Run(place)
+        run = Run(place)
         run.path.mkdir(parents=True, exist_ok=True)
-        made: runs.Json = {"config": asdict(config), "start": start.settings()}
+        made: Json = {"config": asdict(config), "start": start.settings()}
 
         def save_best(best: Rule, progress: MetaProgress, new: Changes) -> None:
             save_rule(best, new.at(run.rule(config.rule)), {**made, "progress": progress._asdict()})

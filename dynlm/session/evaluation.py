@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 import dynlm
-from dynlm import results, runs
+from dynlm import results
 from dynlm.data.articles import Corpus
 from dynlm.data.tokenizers import Tokenizer, load_tokenizer, lost_share
 from dynlm.evaluation.breakdowns import Reading, break_down
@@ -26,11 +26,13 @@ from dynlm.evaluation.metrics import Counts, count
 from dynlm.evaluation.mixture import MixedReader
 from dynlm.evaluation.stream import Scores, read_and_watch
 from dynlm.evaluation.tap import TappedReader
+from dynlm.files import Json
 from dynlm.inner import InnerLoop
 from dynlm.lazy import optional
 from dynlm.methods import Method
 from dynlm.progress import Bar
 from dynlm.report import tables
+from dynlm.runs import Run
 from dynlm.session.reading import frame
 from dynlm.session.session import Session, model_fingerprint
 from dynlm.stamps import fingerprint_files
@@ -104,7 +106,7 @@ class Results:
 
     def save(self, folder: str | Path) -> None:
         """Write FOLDER/evaluate/results.json and, beside it, every loss (dynlm.evaluation.compare)."""
-        run = runs.Run(folder)
+        run = Run(folder)
         run.evaluation.mkdir(parents=True, exist_ok=True)
         write_results(run, self.scores, self.articles, self.data)
 
@@ -114,7 +116,7 @@ class Results:
         with optional("a report"):
             from dynlm.report.html import write_report
 
-        return write_report(runs.Run(folder), pieces=self.tokenizer.pieces, vocab_size=self.tokenizer.vocab_size)
+        return write_report(Run(folder), pieces=self.tokenizer.pieces, vocab_size=self.tokenizer.vocab_size)
 
 
 def _number(value: float | None, form: str) -> str:
@@ -247,7 +249,7 @@ def circumstances(session: Session, counts: Counts) -> results.Circumstances:
     }
 
 
-def report_of_run(run: runs.Run, formats: str = "", titles: Sequence[str] = ()) -> Path:
+def report_of_run(run: Run, formats: str = "", titles: Sequence[str] = ()) -> Path:
     """Write the report of a finished evaluation of a run directory; returns its path.
 
     Raises:
@@ -265,7 +267,7 @@ def report_of_run(run: runs.Run, formats: str = "", titles: Sequence[str] = ()) 
     return write_report(run, formats, pieces, titles, vocab_size)
 
 
-def told(found: results.Results) -> runs.Json:
+def told(found: results.Results) -> Json:
     """Return what ``--json`` shows of an evaluation."""
     names = ("bits_per_byte", "gain_nats_per_token", "gain_ci95", "word_ppl", "tokens_per_s")
     methods = {name: {k: v for k, v in method.items() if k in names} for name, method in found["methods"].items()}

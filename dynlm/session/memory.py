@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dynlm import runs
+from dynlm.files import Json, read_tensors, require_layout, write_tensors
 from dynlm.inner import InnerLoop, Snapshot
 from dynlm.meta.positions import pack, unpack
 from dynlm.optim.base import RuleState
@@ -27,7 +27,7 @@ from dynlm.types import InputError
 KIND = "dynlm memory 1"
 
 
-def save_memory(path: Path, static: InnerLoop, adapted: InnerLoop, belongs: runs.Json) -> None:
+def save_memory(path: Path, static: InnerLoop, adapted: InnerLoop, belongs: Json) -> None:
     """Write the readers' position; ``belongs`` are the fingerprints that :func:`load_memory` asks for.
 
     Raises:
@@ -49,7 +49,7 @@ def save_memory(path: Path, static: InnerLoop, adapted: InnerLoop, belongs: runs
     rest = dataclasses.replace(state, slots=slots), position.hidden, static.hidden
     layout = pack(rest, "state", tensors)
     told = {"kind": KIND, **belongs, "segment": adapted.config.segment, "scales": scales, "state": layout}
-    runs.write_tensors(path, tensors, told)
+    write_tensors(path, tensors, told)
 
 
 class Memory(NamedTuple):
@@ -62,13 +62,13 @@ class Memory(NamedTuple):
     """tokens between two updates when it was made; None where an older version made it"""
 
 
-def load_memory(path: Path, adapted: InnerLoop, belongs: runs.Json) -> Memory:
+def load_memory(path: Path, adapted: InnerLoop, belongs: Json) -> Memory:
     """Return what :func:`save_memory` wrote.
 
     Raises:
         InputError: not a memory, or one of another model or rule.
     """
-    tensors, meta = runs.read_tensors(path)
+    tensors, meta = read_tensors(path)
     if meta.get("kind") != KIND:
         raise InputError(f"{path} is no memory: `dynlm read --save-memory FILE` writes one")
     for name, own in belongs.items():
@@ -85,19 +85,19 @@ def load_memory(path: Path, adapted: InnerLoop, belongs: runs.Json) -> Memory:
     return Memory(position, static_hidden, segment if isinstance(segment, int) else None)
 
 
-def _unpacked(tensors: dict[str, Tensor], meta: runs.Json, adapted: InnerLoop) -> tuple[Snapshot, Any]:
+def _unpacked(tensors: dict[str, Tensor], meta: Json, adapted: InnerLoop) -> tuple[Snapshot, Any]:
     """Return (position, hidden state of the static reader), of the reader's own shapes and finite."""
     deltas = {f"delta.{prior.name}": prior.theta0 for prior in adapted.priors}
-    runs.require_layout("it", {name: tensors[name] for name in deltas}, deltas, advice="")
+    require_layout("it", {name: tensors[name] for name in deltas}, deltas, advice="")
     rest = {name: tensor for name, tensor in tensors.items() if name not in deltas}
-    runs.require_layout("it", rest, rest, advice="")
+    require_layout("it", rest, rest, advice="")
     thetas = []
     for prior in adapted.priors:
         scale = check(Finite, meta["scales"][prior.name], "scale")
         thetas.append(prior.theta0 + tensors[f"delta.{prior.name}"].to(prior.theta0) * scale)
     state, hidden, static_hidden = unpack(meta["state"], tensors, thetas[0].device)
     fresh = _slots(adapted.state)
-    runs.require_layout("it", _slots(state), fresh, advice="")
+    require_layout("it", _slots(state), fresh, advice="")
     slots = [tuple(s.to(t.dtype) for s in part) for part, t in zip(state.slots, thetas, strict=True)]
     return Snapshot(thetas, dataclasses.replace(state, slots=slots), hidden), static_hidden
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 import dynlm
+from dynlm.files import Json
 from dynlm.lazy import optional
 from dynlm.optim.base import Rule
 from dynlm.printable import printable
 from dynlm.report.words import Occurrences
-from dynlm.runs import Json
 from dynlm.session.totals import Totals
 from dynlm.types import InputError
 

@@ -25,6 +25,7 @@ from dynlm.data.tokenizers import Tokenizer, load_tokenizer, tokenize
 from dynlm.evaluation.cache import CacheConfig, CachedReader, load_cache
 from dynlm.evaluation.mixture import MixedReader, load_mixture
 from dynlm.evaluation.stateless import StatelessScorer
+from dynlm.files import Json, read_json, read_tensors, require_layout
 from dynlm.inner import InnerLoop, ReadConfig, Scorer, make_priors
 from dynlm.lazy import optional
 from dynlm.methods import STATELESS, STATIC, Method
@@ -37,7 +38,7 @@ from dynlm.optim.hub import load
 from dynlm.optim.library import load_rule
 from dynlm.optim.registry import made_by, trained
 from dynlm.optim.sharing import fingerprint
-from dynlm.runs import Json, Run, read_json, read_tensors, require_layout
+from dynlm.runs import Run
 from dynlm.session.prior import read_prior
 from dynlm.settings import Positive, build, check
 from dynlm.stamps import Stamp, fingerprint_files, read_stamped, unfinished

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from dynlm.runs import replacing
+from dynlm.files import replacing
 from dynlm.session.memory import KIND
 from dynlm.types import InputError
 

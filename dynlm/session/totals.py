@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dynlm.files import Json
 from dynlm.report.numbers import SANE_PERPLEXITY, likelier, plus, three
-from dynlm.runs import Json
 from dynlm.types import perplexity
 
 FAR = math.log(10)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dynlm import runs
 from dynlm.changes import Changes, changing
 from dynlm.data.tokenizers import Tokenizer
+from dynlm.files import write_json, write_text
 from dynlm.kept import saved_settings
 from dynlm.models.causal import load_model
 from dynlm.models.params import adapted_parameters
 from dynlm.models.ready import load_ready_tokenizer, require_reads, with_lora
+from dynlm.runs import Run
 from dynlm.stages.recipe import Recipe
 from dynlm.stamps import Stamp, fingerprint_files
 
 
-def adopt(recipe: Recipe, run: runs.Run, data: str) -> None:
+def adopt(recipe: Recipe, run: Run, data: str) -> None:
     """Make ``run`` from a ready model and its tokenizer, untrained; nothing is written unless all of it reads.
 
     ``data``: the fingerprint of the corpus.
@@ -34,20 +35,20 @@ def adopt(recipe: Recipe, run: runs.Run, data: str) -> None:
     print(f"{type(model).__name__}: {total:,} weights, {adapted:,} adapted ({adapted / total:.2%})")
 
 
-def begin_run(new: Changes, run: runs.Run, tokenizer: Tokenizer, demo: bool = False) -> None:
+def begin_run(new: Changes, run: Run, tokenizer: Tokenizer, demo: bool = False) -> None:
     """Put a tokenizer in the place of an earlier run's, and remove what was made from that.
 
     ``demo``: the demo makes this run, and may replace it.
     """
     new.remove(*run.derived())
     if demo:
-        runs.write_text(new.at(run.demo), "`dynlm demo` made this run, and replaces it when it is run again\n")
+        write_text(new.at(run.demo), "`dynlm demo` made this run, and replaces it when it is run again\n")
     tokenizer.save(new.at(run.tokenizer))
 
 
-def write_recipe(new: Changes, run: runs.Run, recipe: Recipe, data: str, *, finished: bool) -> None:
+def write_recipe(new: Changes, run: Run, recipe: Recipe, data: str, *, finished: bool) -> None:
     """Write recipe.json for the tokenizer and the base model, each as it will stand when the changes are made."""
     prints = {"data": data}
     for name, folder in (("tokenizer", run.tokenizer), ("model", run.model)):
         prints[name] = fingerprint_files(new.coming(folder))
-    runs.write_json(new.at(run.recipe), Stamp(finished, prints).put_on(saved_settings(recipe)))
+    write_json(new.at(run.recipe), Stamp(finished, prints).put_on(saved_settings(recipe)))

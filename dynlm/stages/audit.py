@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from dynlm.evaluation.audit import Verdict, adds_up, verdicts
+from dynlm.files import Json
 from dynlm.results import load_results
-from dynlm.runs import Json
 from dynlm.stages.recipe import Recipe
 from dynlm.stages.run import Bench, methods_of
 from dynlm.types import InputError

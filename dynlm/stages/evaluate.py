@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dynlm import runs
 from dynlm.changes import changing
 from dynlm.evaluation.parts import load_part, save_part
 from dynlm.evaluation.stream import Scores
+from dynlm.files import Json
 from dynlm.inner import InnerLoop
 from dynlm.kept import free_parts
 from dynlm.methods import Method
@@ -14,14 +14,16 @@ from dynlm.report.maps import require_titles
 from dynlm.report.svg import formats
 from dynlm.report.tables import table
 from dynlm.results import load_results
+from dynlm.runs import Run
 from dynlm.session.evaluation import evaluate_readers, read_method, read_of, report_of_run, settings_of, told
 from dynlm.session.session import model_fingerprint
+from dynlm.settings import as_json
 from dynlm.stages.recipe import Recipe
 from dynlm.stages.run import Bench, methods_of
 from dynlm.types import InputError, TokenizedArticle
 
 
-def evaluate(recipe: Recipe) -> runs.Json:
+def evaluate(recipe: Recipe) -> Json:
     """Return all methods over the same tokens of one split; results.json, losses and the report."""
     bench, config = Bench(recipe, any_text=True), recipe.evaluate
     methods = methods_of(bench.run, config.methods)
@@ -58,7 +60,7 @@ def evaluate(recipe: Recipe) -> runs.Json:
 
 def report(recipe: Recipe) -> None:
     """The report of a finished evaluation."""
-    run = runs.Run(recipe.run)
+    run = Run(recipe.run)
     print(f"report: {report_of_run(run, recipe.report.format, recipe.report.articles)}")
     if recipe.report.format:
         print(f"figures: {run.figures}")
@@ -66,16 +68,16 @@ def report(recipe: Recipe) -> None:
         print(table(load_results(run.results), recipe.report.table), end="")
 
 
-def _asked(bench: Bench) -> runs.Json:
+def _asked(bench: Bench) -> Json:
     """Return all that an evaluation depends on, as JSON, but the methods."""
-    recipe, config = bench.recipe, runs.settings_of(bench.recipe.evaluate)
-    tables = {name: runs.settings_of(getattr(recipe, name)) for name in ("read", "context", "lora", "prior")}
+    recipe, config = bench.recipe, as_json(bench.recipe.evaluate)
+    tables = {name: as_json(getattr(recipe, name)) for name in ("read", "context", "lora", "prior")}
     if bench.other:
-        tables["data"] = runs.settings_of(bench.other)
+        tables["data"] = as_json(bench.other)
     return {"made of": {**bench.stamp.fingerprints}, **tables, "evaluate": {**config, "methods": []}}
 
 
-def _evaluated(run: runs.Run, asked: runs.Json, recipe: Recipe) -> runs.Json | None:
+def _evaluated(run: Run, asked: Json, recipe: Recipe) -> Json | None:
     """Return the figures of a finished evaluation that ``--resume`` keeps; None where there is something to read.
 
     Raises:

@@ -9,10 +9,10 @@ from functools import cached_property
 
 import torch
 
-from dynlm import runs
 from dynlm.changes import Changes, changing
 from dynlm.data.articles import Corpus, DataConfig, load_corpus, load_texts
 from dynlm.data.tokenizers import load_tokenizer
+from dynlm.files import Json, read_tensors, write_tensors
 from dynlm.inner import make_priors
 from dynlm.kept import free, is_finished, saved_settings
 from dynlm.meta.train import MetaProgress, meta_train
@@ -23,6 +23,7 @@ from dynlm.models.ready import load_base
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.registry import RULES
 from dynlm.optim.sharing import save_rule
+from dynlm.runs import Run
 from dynlm.session.api import rule_trainer
 from dynlm.session.prior import measured, read_prior
 from dynlm.session.session import Session, open_run
@@ -39,12 +40,12 @@ USUAL = {"sgd": "tune", "rms": "tune", "adam": "tune", "gated": "meta-train"}
 class Bench(Session):
     """The session of a run directory with the settings of a recipe; its corpus and prior come when first used."""
 
-    run: runs.Run
+    run: Run
     stamp: Stamp
 
     def __init__(self, recipe: Recipe, *, any_text: bool = False) -> None:
         """``any_text``: ``recipe.data`` may name another source, whose texts are only read."""
-        run = runs.Run(recipe.run)
+        run = Run(recipe.run)
         trained = recipe_of_run(run.require(run.recipe, "train"))
         self.other: DataConfig | None = None
         if any_text and recipe.data.source != trained.data.source:
@@ -76,7 +77,7 @@ class Bench(Session):
         self.stamp.require("data", corpus.fingerprint, f"data.source {self.recipe.data.source!r}", advice)
         return corpus
 
-    def finished(self) -> runs.Json:
+    def finished(self) -> Json:
         """Return what a finished rule, cache or start says of itself: the base model that it belongs to."""
         return {"model": self.stamp.fingerprints["model"], "finished": True}
 
@@ -108,16 +109,16 @@ class Bench(Session):
         if isinstance(self.score, CausalScorer):
             settings["context"] = asdict(self.recipe.context)
         if self.run.prior.is_file():
-            _, meta = runs.read_tensors(self.run.prior)
+            _, meta = read_tensors(self.run.prior)
             if meta == settings:
                 return make_priors(adapted, read_prior(self.run.prior, adapted)[0])
         train = self.corpus.split("train")
         priors = measured(self.model, self.score, train, self.tokenizer, self.config, self.recipe.prior.tokens)
-        runs.write_tensors(self.run.prior, {p.name: p.rms for p in priors}, settings)
+        write_tensors(self.run.prior, {p.name: p.rms for p in priors}, settings)
         return priors
 
 
-def meta_training(recipe: Recipe) -> runs.Json:
+def meta_training(recipe: Recipe) -> Json:
     """Return a learned rule, from the tuned hand-made rule that it starts at, on the meta-training articles."""
     bench, kind = Bench(recipe), recipe.meta.rule
     stage = Method("meta-train", recipe.meta.seed).stem
@@ -144,7 +145,7 @@ def meta_training(recipe: Recipe) -> runs.Json:
     return {"meta_validation_nats_per_token": progress.best, "steps": progress.step, "seconds": progress.seconds}
 
 
-def methods_of(run: runs.Run, chosen: Sequence[str]) -> list[str]:
+def methods_of(run: Run, chosen: Sequence[str]) -> list[str]:
     """Return the methods to read with: those chosen, or the baselines and every rule that the run holds.
 
     Raises:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from dynlm import runs
 from dynlm.changes import changing
+from dynlm.checkpoints import resuming, step_of
 from dynlm.data.segments import article_segments
 from dynlm.evaluation.stream import read_articles
+from dynlm.files import Json, read_tensors, write_tensors
 from dynlm.inner import InnerLoop
 from dynlm.kept import free, made_alike, saved_settings, told
 from dynlm.meta.initialisation import Task
@@ -20,20 +21,21 @@ from dynlm.methods import Method
 from dynlm.optim.registry import trained
 from dynlm.optim.sharing import fingerprint
 from dynlm.progress import Bar
+from dynlm.settings import as_json
 from dynlm.stages.recipe import Recipe
 from dynlm.stages.run import Bench
 from dynlm.tracking import tracking
 from dynlm.types import InputError, TokenizedArticle
 
 
-def learn_start_stage(recipe: Recipe) -> runs.Json:
+def learn_start_stage(recipe: Recipe) -> Json:
     """θ0 by ``start.method`` with ``start.rule`` in the inner loop; kept in RUN/starts, read as ``RULE@METHOD``."""
     bench, config = Bench(recipe), recipe.start
     target, checkpoint = bench.run.start(config.method), bench.run.checkpoint(f"learn-start-{config.method}")
     rule = bench.rule(config.rule)
     if config.outer.phi_lr and Method.parse(config.rule).rule not in trained():
         raise InputError(f"start.outer.phi_lr trains learned rules, start.rule is {config.rule!r}: set it to 0")
-    made = {"config": runs.settings_of(config), "rule": fingerprint(rule), **bench.finished()}
+    made = {"config": as_json(config), "rule": fingerprint(rule), **bench.finished()}
     if not checkpoint.exists() and made_alike(target, made, recipe):
         print(f"{target}: kept as it was learned before")
         return _told(target)
@@ -47,7 +49,7 @@ def learn_start_stage(recipe: Recipe) -> runs.Json:
     if config.outer.phi_lr:
         tensors |= {f"rule.{name}": value for name, value in rule.state_dict().items()}
     with changing(bench.run.path) as new:
-        runs.write_tensors(new.at(target), tensors, {**found, **made})
+        write_tensors(new.at(target), tensors, {**found, **made})
         new.remove(checkpoint)
     for restart in learned.restarts:
         print(f"restarted from the best start with half the rate ({restart})")
@@ -55,7 +57,7 @@ def learn_start_stage(recipe: Recipe) -> runs.Json:
     return _told(target)
 
 
-def _told(target: Path) -> runs.Json:
+def _told(target: Path) -> Json:
     """Return what ``--json`` shows of a start."""
     made = told(target)
     return {"meta_validation_nats_per_token": made["best"], "best_step": made["best_step"], "start": str(target)}
@@ -64,9 +66,7 @@ def _told(target: Path) -> runs.Json:
 class _Learning:
     """The outer loop on articles, with a checkpoint after every validation."""
 
-    def __init__(
-        self, bench: Bench, reader: InnerLoop, sample: ArticleTasks, made: runs.Json, checkpoint: Path
-    ) -> None:
+    def __init__(self, bench: Bench, reader: InnerLoop, sample: ArticleTasks, made: Json, checkpoint: Path) -> None:
         self.bench, self.reader, self.sample, self.made, self.checkpoint = bench, reader, sample, made, checkpoint
         _, self.held_back = divide_meta_split(bench.articles("meta"), bench.recipe.meta)
         self.started = time.perf_counter()
@@ -96,14 +96,14 @@ class _Learning:
     def _keep(self, state: Checkpoint) -> None:
         tensors, meta = state
         told = {"seconds": time.perf_counter() - self.started, **self.made}
-        runs.write_tensors(self.checkpoint, {**tensors, "rng": self.sample.generator.get_state()}, {**meta, **told})
+        write_tensors(self.checkpoint, {**tensors, "rng": self.sample.generator.get_state()}, {**meta, **told})
 
     def _load(self) -> Checkpoint:
-        tensors, meta = runs.read_tensors(self.checkpoint)
+        tensors, meta = read_tensors(self.checkpoint)
         if meta.get("rule") != self.made["rule"]:
             raise InputError(f"{self.checkpoint} was made with another rule: put it back, or use --overwrite")
-        with runs.resuming(meta, self.bench.recipe.start, "start", model=self.made["model"]):
-            runs.step_of(meta, self.bench.recipe.start.outer.steps)
+        with resuming(meta, self.bench.recipe.start, "start", model=self.made["model"]):
+            step_of(meta, self.bench.recipe.start.outer.steps)
             self.started -= meta["seconds"]
             self.sample.generator.set_state(tensors.pop("rng"))
         return tensors, meta

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shutil
 
-from dynlm import runs
 from dynlm.changes import Changes, changing
 from dynlm.claim import is_first_process
 from dynlm.data.articles import Corpus, load_corpus
 from dynlm.data.tokenizers import Tokenizer, load_tokenizer, tokenize, train_tokenizer
+from dynlm.files import Json
 from dynlm.kept import free, saved_settings
 from dynlm.models.lstm import LSTMForCausalLM
 from dynlm.models.train import Progress, choose_precision, train_base_model
+from dynlm.runs import Run
 from dynlm.stages.adopt import adopt, begin_run, write_recipe
 from dynlm.stages.recipe import Recipe, recipe_of_run, require_apart, require_same
 from dynlm.stamps import fingerprint_files, read_stamped
@@ -20,9 +21,9 @@ from dynlm.tracking import tracking
 from dynlm.types import InputError
 
 
-def train(recipe: Recipe, demo: bool = False) -> runs.Json | None:
+def train(recipe: Recipe, demo: bool = False) -> Json | None:
     """Tokenizer and base model from the train split, or as ``model.pretrained`` holds them."""
-    run = runs.Run(recipe.run)
+    run = Run(recipe.run)
     require_apart(recipe, run)
     unfinished = [work for work in (run.retraining, run) if work.checkpoint("train").exists()]
     work = unfinished[0] if unfinished else run
@@ -47,7 +48,7 @@ def train(recipe: Recipe, demo: bool = False) -> runs.Json | None:
     return {"validation_nats_per_token": progress.best, "steps": progress.step, "seconds": progress.seconds}
 
 
-def _tokenizer_of(work: runs.Run, corpus: Corpus) -> Tokenizer:
+def _tokenizer_of(work: Run, corpus: Corpus) -> Tokenizer:
     """Return the tokenizer of unfinished training, which goes on with the same texts."""
     stamp = read_stamped(work.recipe)[1]
     stamp.require("data", corpus.fingerprint, "data.source", "resume with the same texts, or use --overwrite")
@@ -56,9 +57,9 @@ def _tokenizer_of(work: runs.Run, corpus: Corpus) -> Tokenizer:
     return load_tokenizer(work.tokenizer)
 
 
-def _train(recipe: Recipe, work: runs.Run, tokenizer: Tokenizer, corpus: Corpus, demo: bool) -> Progress:
+def _train(recipe: Recipe, work: Run, tokenizer: Tokenizer, corpus: Corpus, demo: bool) -> Progress:
     """Train in ``work``: the run itself, or a folder of it while the run holds a finished model."""
-    run = runs.Run(recipe.run)
+    run = Run(recipe.run)
     train_texts, valid_texts = corpus.split("train"), corpus.split("valid")
     articles = tokenize(tokenizer, train_texts), tokenize(tokenizer, valid_texts)
     saved = tokenizer.pretrained()
@@ -88,7 +89,7 @@ def _train(recipe: Recipe, work: runs.Run, tokenizer: Tokenizer, corpus: Corpus,
         return train_base_model(model, articles, recipe.train, work, save_best, recipe.resume, track=track)
 
 
-def _finish(recipe: Recipe, work: runs.Run, run: runs.Run) -> None:
+def _finish(recipe: Recipe, work: Run, run: Run) -> None:
     """Mark the run as finished, and put what was trained beside an earlier model in the place of that."""
     if not work.model.exists():
         raise InputError("no validation gave a finite loss: lower train.lr; nothing was replaced")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from dynlm import runs
 from dynlm.evaluation.cache import load_cache, save_cache
 from dynlm.evaluation.cache_search import tune_cache
 from dynlm.evaluation.mixture import save_mixture
 from dynlm.evaluation.mixture_fit import EPOCHS, Recorder, fit_mixture
+from dynlm.files import Json
 from dynlm.kept import free, made_alike, told
 from dynlm.meta.train import divide_meta_split
 from dynlm.meta.tune import tune_rule
@@ -17,15 +17,16 @@ from dynlm.methods import Method
 from dynlm.optim.library import load_rule
 from dynlm.optim.sharing import save_rule
 from dynlm.progress import Bar
+from dynlm.settings import as_json
 from dynlm.stages.recipe import Recipe
 from dynlm.stages.run import Bench
 from dynlm.types import DivergedError, TokenizedArticle
 
 
-def tune(recipe: Recipe) -> runs.Json:
+def tune(recipe: Recipe) -> Json:
     """Each rule is written when it is tuned; with ``resume`` those that are written stay as they are."""
-    bench, figures, failures = Bench(recipe), runs.Json(), list[str]()
-    settings = runs.settings_of(recipe.tune)
+    bench, figures, failures = Bench(recipe), Json(), list[str]()
+    settings = as_json(recipe.tune)
     del settings["rules"]
     made = {"config": settings, **bench.finished()}
     for kind in recipe.tune.rules:
@@ -48,15 +49,15 @@ def tune(recipe: Recipe) -> runs.Json:
     return {"rules": figures}
 
 
-def _figures(path: Path) -> runs.Json:
+def _figures(path: Path) -> Json:
     """Return what ``--json`` shows of a tuned rule or cache."""
-    method, settings = Method.parse(path.name), runs.Json()
+    method, settings = Method.parse(path.name), Json()
     if not method.mix:
         settings = asdict(load_cache(path)) if method.cache else load_rule(path)[0].settings()
     return {"nats_per_token": told(path)["nats_per_token"], "settings": settings}
 
 
-def _tune_rule(bench: Bench, kind: str, articles: list[TokenizedArticle], made: runs.Json) -> runs.Json:
+def _tune_rule(bench: Bench, kind: str, articles: list[TokenizedArticle], made: Json) -> Json:
     """Settings of the hand-made rule ``kind``."""
     config = bench.recipe.tune
     with Bar(total=config.trials, desc=f"tune {kind}", unit="trial") as bar:
@@ -70,7 +71,7 @@ def _tune_rule(bench: Bench, kind: str, articles: list[TokenizedArticle], made: 
     return _figures(bench.run.rule(kind))
 
 
-def _tune_cache(bench: Bench, name: str, articles: list[TokenizedArticle], made: runs.Json) -> runs.Json:
+def _tune_cache(bench: Bench, name: str, articles: list[TokenizedArticle], made: Json) -> Json:
     """Settings of the cache of method ``name``, on what the hand-made rules are tuned on."""
     config, beside = bench.recipe.tune, str(Method.parse(name).inner)
     with Bar(desc=f"tune {name}", unit="trial") as bar:
@@ -84,7 +85,7 @@ def _tune_cache(bench: Bench, name: str, articles: list[TokenizedArticle], made:
     return _figures(bench.run.rule(name))
 
 
-def _tune_mixture(bench: Bench, name: str, articles: list[TokenizedArticle], made: runs.Json) -> runs.Json:
+def _tune_mixture(bench: Bench, name: str, articles: list[TokenizedArticle], made: Json) -> Json:
     """Network of the mixture of method ``name``, on what the hand-made rules are tuned on."""
     config, recorder = bench.recipe.tune, bench.mixed(Method.parse(name), Recorder)
     with Bar(total=EPOCHS, desc=f"tune {name}", unit="epoch") as bar:

@@ -14,9 +14,10 @@ import torch
 import dynlm
 from dynlm.cli.help import SECTIONS
 from dynlm.cli.main import COMMANDS, main, parse
+from dynlm.files import read_json
 from dynlm.kept import FLAGS
 from dynlm.progress import Bar, set_quiet
-from dynlm.runs import Run, read_json
+from dynlm.runs import Run
 from dynlm.stages.recipe import Recipe, find_recipe, load_recipe, shipped_recipes
 from dynlm.threads import choose_threads
 from dynlm.types import InputError

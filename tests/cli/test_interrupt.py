@@ -12,7 +12,7 @@ import pytest
 from dynlm.cli.main import main
 from dynlm.cli.read import Outcome
 from dynlm.cli.stop import Stop, Stopped
-from dynlm.runs import read_tensors
+from dynlm.files import read_tensors
 
 LINE = "The cat sat on the mat , and the cat liked the mat .\n"
 

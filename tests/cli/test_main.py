@@ -8,8 +8,9 @@ import pytest
 
 from chain import STEPS
 from dynlm.cli.main import COMMANDS, main
+from dynlm.files import read_tensors, write_json
 from dynlm.kept import saved_settings
-from dynlm.runs import Run, read_tensors, write_json
+from dynlm.runs import Run
 from dynlm.stages.recipe import Recipe, load_recipe, recipe_of_run
 from dynlm.stamps import Stamp
 from dynlm.types import InputError

@@ -16,7 +16,7 @@ from dynlm.cli.main import main
 from dynlm.cli.read import Outcome, ReadSettings, read
 from dynlm.cli.terminal import Screen
 from dynlm.data.texts import read_texts
-from dynlm.runs import read_tensors
+from dynlm.files import read_tensors
 from dynlm.session.reader import Reader
 from dynlm.session.step import Step
 from support.commands import fails

@@ -14,8 +14,8 @@ import torch
 from dynlm.cli.main import COMMANDS, main, stage
 from dynlm.cli.read import ReadSettings, read
 from dynlm.data.tokenizers import tokenize
+from dynlm.files import read_tensors, write_tensors
 from dynlm.optim.handmade import Static
-from dynlm.runs import read_tensors, write_tensors
 from dynlm.session import reading
 from dynlm.session.reader import Reader
 from dynlm.session.session import SHIPPED, load_session, shipped_models

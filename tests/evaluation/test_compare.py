@@ -8,11 +8,12 @@ import torch
 from dynlm.evaluation.compare import describe, summarize, write_results
 from dynlm.evaluation.metrics import count
 from dynlm.evaluation.stream import Scores, read_articles
+from dynlm.files import read_tensors
 from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.optim.handmade import SGD, Static
 from dynlm.optim.library import make_rule
 from dynlm.optim.sharing import fingerprint
-from dynlm.runs import Run, read_tensors
+from dynlm.runs import Run
 from dynlm.types import InputError
 from lab import START, make_article, make_lab
 

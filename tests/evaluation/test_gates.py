@@ -12,13 +12,14 @@ from dynlm.evaluation.compare import write_results
 from dynlm.evaluation.gates import SAMPLE, GateRecorder, draw_sample
 from dynlm.evaluation.stream import read_and_watch
 from dynlm.evaluation.tap import TappedReader
+from dynlm.files import read_json, read_tensors
 from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.optim.base import Coordinates
 from dynlm.optim.gated import Gated
 from dynlm.optim.handmade import RMS, SGD, Static
 from dynlm.optim.library import start_rule
 from dynlm.optim.linear import Linear, LinearConfig
-from dynlm.runs import Run, read_json, read_tensors
+from dynlm.runs import Run
 from dynlm.types import InputError
 from lab import START, VOCAB, make_article, make_lab
 from support.rules import LEARNING, SETTINGS, make

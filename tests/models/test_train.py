@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from dynlm.interrupt import Interrupted
+from dynlm.models import train
 from dynlm.models.lstm import LSTMForCausalLM, ModelConfig
 from dynlm.models.train import TrainConfig, _Trainer, choose_precision, cycle, train_base_model
 from dynlm.runs import Run
@@ -57,9 +58,7 @@ def test_an_interrupted_training_resumes_bit_for_bit(tmp_path, monkeypatch):
     class StopError(Exception):
         pass
 
-    from dynlm import runs
-
-    write, calls = runs.write_tensors, []
+    write, calls = train.write_tensors, []
 
     def stop_within_the_third(path, tensors, meta=None):
         write(path, tensors, meta)
@@ -67,7 +66,7 @@ def test_an_interrupted_training_resumes_bit_for_bit(tmp_path, monkeypatch):
         if len(calls) == 3:
             raise StopError
 
-    monkeypatch.setattr(runs, "write_tensors", stop_within_the_third)
+    monkeypatch.setattr(train, "write_tensors", stop_within_the_third)
     with pytest.raises(StopError):
         train_base_model(build(), ARTICLES, config, Run(tmp_path / "cut"), ignore)
     monkeypatch.undo()

@@ -7,7 +7,7 @@ import torch
 
 from dynlm.cli import read as command
 from dynlm.cli.main import main
-from dynlm.runs import read_tensors, write_tensors
+from dynlm.files import read_tensors, write_tensors
 from dynlm.session.targets import Target, is_memory, is_page, require_apart
 from dynlm.types import InputError
 from support.commands import fails

@@ -11,7 +11,8 @@ import torch
 
 from dynlm.cli.main import main
 from dynlm.data.tokenizers import load_tokenizer
-from dynlm.runs import Run, read_tensors
+from dynlm.files import read_tensors
+from dynlm.runs import Run
 from dynlm.session.session import load_session
 from support.commands import fails, files
 

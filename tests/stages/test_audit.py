@@ -9,10 +9,11 @@ import torch
 import dynlm
 from dynlm.cli.main import main
 from dynlm.data.tokenizers import load_tokenizer
+from dynlm.files import read_tensors, write_tensors
 from dynlm.models.causal import LSTMScorer
 from dynlm.optim.library import load_rule
 from dynlm.optim.sharing import save_rule
-from dynlm.runs import Run, read_tensors, write_tensors
+from dynlm.runs import Run
 from dynlm.session.session import load_session
 from dynlm.stamps import fingerprint_files
 from support.commands import fails

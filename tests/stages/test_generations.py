@@ -10,11 +10,12 @@ import torch
 
 from dynlm.claim import claim
 from dynlm.cli.main import main
+from dynlm.files import read_tensors, write_tensors
 from dynlm.meta import outer
 from dynlm.meta import train as meta_train
 from dynlm.models import train as base_train
 from dynlm.models.causal import load_model
-from dynlm.runs import Run, read_tensors, write_tensors
+from dynlm.runs import Run
 from dynlm.session import api
 from dynlm.stages import evaluate as evaluation
 from dynlm.stages.recipe import load_recipe

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dynlm.cli.main import main
-from dynlm.runs import Run, read_tensors, write_tensors
+from dynlm.files import read_tensors, write_tensors
+from dynlm.runs import Run
 from support.commands import fails, files
 
 pytestmark = pytest.mark.usefixtures("plain_reports")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from dynlm.files import Json, write_json, write_tensors
 from dynlm.methods import Method
-from dynlm.runs import Json, Run, write_json, write_tensors
+from dynlm.runs import Run
 
 EDGES = (0, 32, 64, 128, 256)
 WORDS = ("a ", "text ", "<unk> ", "& ", '"signs" ', "</script> ", "\n", "", "日")

@@ -12,22 +12,23 @@ from typing import TypedDict, cast
 import torch
 
 import dynlm
-from dynlm import runs
 from dynlm.changes import changing
+from dynlm.files import Json, read_tensors, write_json, write_tensors
 from dynlm.kept import Call, free_parts, mark
 from dynlm.labs.fewshot.tasks import TaskSplits, load_tasks
 from dynlm.labs.fewshot.trial import METHODS, FewShotConfig, Trial
+from dynlm.runs import Run
 from dynlm.settings import NotNegative, Positive, check
 from dynlm.types import InputError
 
 
-def few_shot(call: Call, config: FewShotConfig) -> runs.Json:
+def few_shot(call: Call, config: FewShotConfig) -> Json:
     """Return every method over the same tasks: few-shot.json, and the learned starts beside it.
 
     With ``resume``, methods that an earlier command finished under the same settings are taken over. An earlier
     comparison stays until all methods are finished.
     """
-    run = runs.Run(call.run)
+    run = Run(call.run)
     parts = run.parts("few-shot")
     for name in config.methods:
         if name not in METHODS:
@@ -40,7 +41,7 @@ def few_shot(call: Call, config: FewShotConfig) -> runs.Json:
         with changing(run.path) as new:
             new.remove(parts)
     torch.set_num_threads(1)  # such small networks lose by threads
-    results: runs.Json = {}
+    results: Json = {}
     for name in config.methods:
         results[name] = finished.get(name) or _run_method(call, config, name, splits)
     print(table(results, config.tasks.kind))
@@ -51,19 +52,19 @@ def few_shot(call: Call, config: FewShotConfig) -> runs.Json:
             if (part := _part(run, name)).exists():
                 shutil.copy(part, new.at(run.few_shot_start(name)))
         comparison = {"schema": 1, "fewshot": asdict(config), "versions": versions, "methods": results}
-        runs.write_json(new.at(run.few_shot), comparison)
+        write_json(new.at(run.few_shot), comparison)
         new.remove(parts)
     print(f"results: {run.few_shot}")
     return {"methods": results}
 
 
-def own_settings(settings: Mapping[str, object], name: str) -> runs.Json:
+def own_settings(settings: Mapping[str, object], name: str) -> Json:
     """Return what the result of one method depends on, as JSON has it: without the settings of the others."""
     others = {"methods"}
     for prefix, method in (("reptile", "reptile"), ("proximal", "imaml")):
         if METHODS[name] != method:
             others |= {key for key in settings if key.startswith(prefix)}
-    kept: runs.Json = json.loads(json.dumps({key: value for key, value in settings.items() if key not in others}))
+    kept: Json = json.loads(json.dumps({key: value for key, value in settings.items() if key not in others}))
     if METHODS[name] != "imaml" and isinstance(kept.get("outer"), dict):
         kept["outer"].pop("cg_steps", None)
     return kept
@@ -88,15 +89,15 @@ class Made(TypedDict):
     """What the file of a learned start says of itself."""
 
     result: Result
-    settings: runs.Json
+    settings: Json
 
 
-def _part(run: runs.Run, name: str) -> Path:
+def _part(run: Run, name: str) -> Path:
     """Return where a method of an unfinished comparison is kept."""
     return run.parts("few-shot") / f"{name}.safetensors"
 
 
-def _finished(run: runs.Run, name: str, call: Call, config: FewShotConfig) -> runs.Json | None:
+def _finished(run: Run, name: str, call: Call, config: FewShotConfig) -> Json | None:
     """Return the result of a method that was finished under these settings, in this comparison or in an earlier one.
 
     Raises:
@@ -105,26 +106,26 @@ def _finished(run: runs.Run, name: str, call: Call, config: FewShotConfig) -> ru
     for path in (_part(run, name), run.few_shot_start(name)):
         if not path.exists():
             continue
-        made: Made = check(Made, runs.read_tensors(path)[1], str(path))
+        made: Made = check(Made, read_tensors(path)[1], str(path))
         if own_settings(made["settings"], name) == own_settings(asdict(config), name):
-            return cast(runs.Json, made["result"])
+            return cast(Json, made["result"])
         if path != _part(run, name) and not call.overwrite:
             raise InputError(f"{path} was made with other settings: add --overwrite too, to replace it")
     return None
 
 
-def _run_method(call: Call, config: FewShotConfig, name: str, splits: TaskSplits) -> runs.Json:
+def _run_method(call: Call, config: FewShotConfig, name: str, splits: TaskSplits) -> Json:
     """Learn, tune and test; the learned start is kept with its result until the comparison is finished."""
-    run, trial = runs.Run(call.run), Trial(config, name, splits)
+    run, trial = Run(call.run), Trial(config, name, splits)
     result = trial.run()
     tensors = {prior.name: prior.theta0 for prior in trial.reader.priors}
     with changing(run.path) as new:
         mark(new, run, call)
-        runs.write_tensors(new.at(_part(run, name)), tensors, {"result": result, "settings": asdict(config)})
+        write_tensors(new.at(_part(run, name)), tensors, {"result": result, "settings": asdict(config)})
     return result
 
 
-def table(results: runs.Json, kind: str) -> str:
+def table(results: Json, kind: str) -> str:
     """Return the results as text: squared errors, or accuracies in %."""
     show: Callable[[float], str] = (
         (lambda error: f"{error:8.4f}") if kind == "sinusoid" else (lambda error: f"{100 * (1 - error):6.2f} %")

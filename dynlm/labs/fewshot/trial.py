@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from dynlm import runs
+from dynlm.files import Json
 from dynlm.inner import InnerLoop, ReadConfig, make_priors
 from dynlm.labs.fewshot.evaluate import adapted, error_rate, mean_loss, mean_over_tasks, tune_rate
 from dynlm.labs.fewshot.nets import (
@@ -107,7 +107,7 @@ class Trial:
         own = {"joint": 0, "imaml": config.proximal_steps, "reptile": config.reptile_steps}
         return own.get(self.method, config.inner_steps)
 
-    def run(self) -> runs.Json:
+    def run(self) -> Json:
         """Train, tune, test; the learned start is in the reader's priors."""
         config, clock = self.config, time.process_time
         outer = config.outer

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from dynlm import runs
 from dynlm.changes import Changes, changing
+from dynlm.files import Json
 from dynlm.kept import Call, free, is_finished, mark
 from dynlm.labs.general.train import GeneralMetaConfig, GeneralTrainer, meta_train_general
 from dynlm.meta.train import MetaProgress
 from dynlm.optim.base import Rule
 from dynlm.optim.general import General
 from dynlm.optim.sharing import save_rule
-from dynlm.runs import Json, Run
+from dynlm.runs import Run
+from dynlm.settings import as_json
 from dynlm.tracking import tracking
 
 
@@ -34,7 +35,7 @@ def learn_optimizer(call: Call, config: GeneralMetaConfig) -> Json:
             made = {"step": progress.step, "best_meta_validation": progress.best, "seconds": round(progress.seconds)}
             save_rule(rule, new.at(path), {**made, "settings": trainer.state()[1]["config"], "finished": finished})
 
-    with tracking(call.log_with, "learn-optimizer", run.trackers, runs.settings_of(config)) as track:
+    with tracking(call.log_with, "learn-optimizer", run.trackers, as_json(config)) as track:
         progress = meta_train_general(trainer, run, save, call.resume, track=track)
     with changing(run.path) as new:
         save(trainer.rule, progress, new, finished=True)

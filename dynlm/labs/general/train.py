@@ -19,8 +19,17 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from dynlm import runs
 from dynlm.changes import changing
+from dynlm.checkpoints import (
+    load_optimizer,
+    log_of,
+    optimizer_layout,
+    optimizer_tensors,
+    progress_of,
+    resuming,
+    write_log,
+)
+from dynlm.files import Json, read_tensors, require_layout, write_tensors
 from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.labs.general.tasks import TaskConfig, TrainingTask, sample_task
 from dynlm.labs.general.workers import make_workers
@@ -29,7 +38,8 @@ from dynlm.models.params import adapted_parameters
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.general import General, GeneralConfig
 from dynlm.progress import Bar
-from dynlm.settings import Bound, Count, Positive, Seed, Settings, Size
+from dynlm.runs import Run
+from dynlm.settings import Bound, Count, Positive, Seed, Settings, Size, as_json
 from dynlm.tracking import Track, untracked
 from dynlm.types import DivergedError
 
@@ -132,7 +142,7 @@ class GeneralTrainer:
         parts = zip(rule.parameters(), moving, strict=True)
         self.sigma = torch.cat([torch.full((p.numel(),), config.sigma * moves) for p, moves in parts])
         self.optimizer = torch.optim.Adam([self.phi], lr=config.lr, betas=(0.9, 0.95))
-        self.progress, self.records = MetaProgress(), list[runs.Json]()
+        self.progress, self.records = MetaProgress(), list[Json]()
         self.pool = make_workers(config.workers) if config.workers > 1 else None
 
     def step(self) -> float:
@@ -165,25 +175,25 @@ class GeneralTrainer:
     def _run(self, jobs: Sequence[Job]) -> list[float]:
         return list(self.pool.map(work, jobs) if self.pool else map(work, jobs))
 
-    def state(self) -> tuple[dict[str, Tensor], runs.Json]:
-        tensors = {"phi": self.phi, **runs.optimizer_tensors(self.optimizer)}
-        settings = runs.settings_of(self.config)
+    def state(self) -> tuple[dict[str, Tensor], Json]:
+        tensors = {"phi": self.phi, **optimizer_tensors(self.optimizer)}
+        settings = as_json(self.config)
         return tensors, {"progress": self.progress._asdict(), "config": settings, "log": self.records}
 
-    def load(self, tensors: dict[str, Tensor], meta: runs.Json) -> None:
-        with runs.resuming(meta, self.config, "general"):
-            progress, records = runs.progress_of(MetaProgress, meta, self.config.steps), runs.log_of(meta)
-            layout = {"phi": self.phi, **runs.optimizer_layout(self.optimizer, tensors)}
-            runs.require_layout("it", tensors, layout, advice="")
+    def load(self, tensors: dict[str, Tensor], meta: Json) -> None:
+        with resuming(meta, self.config, "general"):
+            progress, records = progress_of(MetaProgress, meta, self.config.steps), log_of(meta)
+            layout = {"phi": self.phi, **optimizer_layout(self.optimizer, tensors)}
+            require_layout("it", tensors, layout, advice="")
             with torch.no_grad():
                 self.phi.copy_(tensors["phi"])
-            runs.load_optimizer(self.optimizer, tensors)
+            load_optimizer(self.optimizer, tensors)
             vector_to_parameters(self.phi.detach(), self.rule.parameters())
             self.progress, self.records = progress, records
 
 
 def meta_train_general(
-    trainer: GeneralTrainer, run: runs.Run, save: SaveRule, resume: bool = False, *, track: Track = untracked
+    trainer: GeneralTrainer, run: Run, save: SaveRule, resume: bool = False, *, track: Track = untracked
 ) -> MetaProgress:
     """Train φ until the steps are done; ``save`` gets the rule at each validation.
 
@@ -195,7 +205,7 @@ def meta_train_general(
     config, path = trainer.config, run.checkpoint("learn-optimizer")
     validated = None
     if resume:
-        trainer.load(*runs.read_tensors(path))
+        trainer.load(*read_tensors(path))
         validated = trainer.progress.step
     started, outcomes = time.perf_counter() - trainer.progress.seconds, list[float]()
     with Bar(total=config.steps, initial=trainer.progress.step, desc="learn-optimizer", unit="step") as bar:
@@ -209,8 +219,8 @@ def meta_train_general(
                 trainer.records.append(record)
                 with changing(run.path) as new:
                     save(trainer.rule, trainer.progress, new)
-                    runs.write_log(new.at(run.log("learn-optimizer")), trainer.records)
-                    runs.write_tensors(new.at(path), *trainer.state())
+                    write_log(new.at(run.log("learn-optimizer")), trainer.records)
+                    write_tensors(new.at(path), *trainer.state())
                 track({"valid": valid}, step)
                 bar.write(f"step {step}: mean log(last / first held-out loss) {valid:.4f}")
                 outcomes = []

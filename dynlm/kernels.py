@@ -49,6 +49,24 @@ class Array(NamedTuple):
 Argument = Long | Double | Array
 Given = Mapping[str, Tensor | float]
 """what a call gives, by name"""
+Columns = Mapping[str, Sequence[Tensor] | Sequence[float]]
+"""what it gives of n tensors, by name: n entries each"""
+
+
+class Column(tuple[Tensor, ...]):
+    """Arrays of n tensors that come again: each is looked at once, and then only at where it lies."""
+
+    _known: tuple[torch.dtype, Sequence[torch.Size], list[int]] | None = None
+
+    def where(self, dtype: torch.dtype, shapes: Sequence[torch.Size]) -> list[int]:
+        """Return the addresses; nothing where an array is not as it should be."""
+        if self._known and self._known[0] is dtype and self._known[1] == shapes:
+            addresses = [t.data_ptr() for t in self]
+            if addresses == self._known[2]:
+                return addresses
+        addresses = _where(self, dtype, shapes)
+        self._known = (dtype, shapes, addresses) if addresses else None
+        return addresses
 
 
 class _Declared:
@@ -61,13 +79,13 @@ class _Declared:
         self.arrays = [a for a in arguments if isinstance(a, Array)]
         self.plans: dict[tuple[Any, ...], _Plan] = {}
 
-    def lines(self, at: Sequence[str] = ("", "", "")) -> list[str]:
-        """Return C that declares them; ``at`` is where its sizes, numbers and arrays begin."""
-        lines = [f"const long {name} = sizes[{at[0]}{i}];" for i, name in enumerate(self.sizes)]
-        lines += [f"const double {name} = numbers[{at[1]}{i}];" for i, name in enumerate(self.numbers)]
+    def lines(self, at: Sequence[str] = ("{}", "{}", "{}")) -> list[str]:
+        """Return C that declares them; ``at`` is where its sizes, numbers and arrays lie, by their place."""
+        lines = [f"const long {name} = sizes[{at[0].format(i)}];" for i, name in enumerate(self.sizes)]
+        lines += [f"const double {name} = numbers[{at[1].format(i)}];" for i, name in enumerate(self.numbers)]
         for i, array in enumerate(self.arrays):
             constant = "" if array.out else "const "
-            lines.append(f"{constant}{array.kind} *restrict {array.name} = arrays[{at[2]}{i}];")
+            lines.append(f"{constant}{array.kind} *restrict {array.name} = arrays[{at[2].format(i)}];")
         return lines
 
 
@@ -88,7 +106,7 @@ class Kernel:
         name: the function's.
         body: its C, which finds all that follows declared, arrays as pointers.
         arguments: those that come once.
-        each: those that each of n tensors has; ``EACH(k)`` in the body declares those of tensor k.
+        each: those that each of n tensors has, given as columns; ``EACH(k)`` in the body declares those of tensor k.
         head: C before the function.
     """
 
@@ -96,8 +114,9 @@ class Kernel:
         self, name: str, body: str, arguments: Sequence[Argument], each: Sequence[Argument] = (), head: str = ""
     ) -> None:
         self.name, self.once, self.each = name, _Declared(arguments), _Declared(each)
-        both = [(getattr(self.once, kind), getattr(self.each, kind)) for kind in ("sizes", "numbers", "arrays")]
-        of_each = self.each.lines([f"{len(once)} + {len(each)} * (k) + " for once, each in both])
+        self._known: tuple[Any, list[Sequence[torch.Size]]] | None = None  # the last sizes of n tensors, and the shapes
+        before = [len(kind) for kind in (self.once.sizes, self.once.numbers, self.once.arrays)]
+        of_each = self.each.lines([f"{n} + {{}} * n + (k)" for n in before])
         self.source = "\n".join(
             [
                 head,
@@ -118,7 +137,7 @@ class Kernel:
         """Return the part of :meth:`serves` that is this kernel's own; a failure is noted once."""
         return _function(self, dtype) is not None
 
-    def __call__(self, given: Given, each: Sequence[Given] = ()) -> None:
+    def __call__(self, given: Given, each: Columns | None = None) -> None:
         """Run on these arguments; ``out`` arrays change in place and share their memory with no other.
 
         Of an array that is only read, a copy is taken where it is not contiguous or its sign is kept apart.
@@ -126,73 +145,125 @@ class Kernel:
         Raises:
             InputError: an argument is missing, or is not what its declaration says; nothing has run.
         """
-        values = _Values([], [], [], [])
-        key: tuple[Any, ...] = (self._dtype(given, each), len(each))
-        self._read(self.once, given, key, values)
-        key += (*values.sizes,)
-        for k, of_tensor in enumerate(each):
-            self._read(self.each, of_tensor, key, values, f" of tensor {k}")
+        values, each = _Values([], [], [], []), each or {}
+        n = max(map(len, each.values()), default=0)
+        key: tuple[Any, ...] = (self._dtype(given, each), n)
+        self._read(given, key, values)
+        if n:
+            self._read_each(each, (*key, *values.sizes), values)
         function = _function(self, key[0])
         if function is None:
             raise InputError(f"kernel {self.name!r} could not be built: set DYNLM_KERNEL=eager to go on without it")
         function(
-            ctypes.c_long(len(each)),
+            ctypes.c_long(n),
             (ctypes.c_long * len(values.sizes))(*values.sizes),
             (ctypes.c_double * len(values.numbers))(*values.numbers),
             (ctypes.c_void_p * len(values.addresses))(*values.addresses),
         )
 
-    def _dtype(self, given: Given, each: Sequence[Given]) -> torch.dtype:
+    def _dtype(self, given: Given, each: Columns) -> torch.dtype:
         """Return what T is: the dtype of the first array of that type."""
-        for declared, of_one in ((self.once, given), *((self.each, of_tensor) for of_tensor in each[:1])):
-            for array in declared.arrays:
-                if array.kind == "T" and isinstance(first := of_one.get(array.name), Tensor):
-                    if first.dtype in TYPES:
-                        return first.dtype
-                    raise InputError(
-                        f"kernel {self.name!r} takes {array.name} as float32 or float64, not {_name(first.dtype)}"
-                    )
+        firsts: list[tuple[Array, object]] = [(array, given.get(array.name)) for array in self.once.arrays]
+        firsts += [(array, next(iter(each.get(array.name, ())), None)) for array in self.each.arrays]
+        for array, first in firsts:
+            if array.kind == "T" and isinstance(first, Tensor):
+                if first.dtype in TYPES:
+                    return first.dtype
+                raise InputError(
+                    f"kernel {self.name!r} takes {array.name} as float32 or float64, not {_name(first.dtype)}"
+                )
         raise InputError(f"kernel {self.name!r} got no array of numbers")
 
-    def _read(self, declared: _Declared, given: Given, key: tuple[Any, ...], values: _Values, where: str = "") -> None:
-        """Add what is given to ``values``, in the order of the declarations, once all of it fits."""
+    def _read(self, given: Given, key: tuple[Any, ...], values: _Values) -> None:
+        """Add what is given once to ``values``, in the order of the declarations, once all of it fits."""
+        declared = self.once
+        self._check_names(declared, given)
+        values.sizes.extend(self._size(name, given.get(name)) for name in declared.sizes)
+        values.numbers.extend(self._number(name, given.get(name)) for name in declared.numbers)
+        for array, shape in zip(declared.arrays, self._shapes(declared, (*key, *values.sizes)), strict=True):
+            dtype = KINDS.get(array.kind, key[0])
+            values.addresses.append(self._address(array, given.get(array.name), dtype, shape, values))
+
+    def _read_each(self, each: Columns, key: tuple[Any, ...], values: _Values) -> None:
+        """The same of what n tensors have, array by array: one that lies right in all of them is looked at quickly."""
+        declared, n = self.each, key[1]
+        self._check_names(declared, each, " of tensor 0")
+        columns = {name: column for name, column in each.items() if len(column) == n}
+        blank = (None,) * n  # stands for what is missing, so that it is told as any other fault
+        sizes = [tuple(columns.get(name, blank)) for name in declared.sizes]
+        known, whole = self._known, all({*map(type, column)} == {int} for column in sizes)
+        if known is None or not whole or known[0] != (key, sizes):
+            self._known = known = (key, sizes), self._shapes_each(key, sizes)
+        for column in sizes:
+            values.sizes.extend(column)
+        for name in declared.numbers:
+            values.numbers.extend(self._numbers_each(name, columns.get(name, blank)))
+        for array, shapes_n in zip(declared.arrays, known[1], strict=True):
+            dtype, given = KINDS.get(array.kind, key[0]), columns.get(array.name, blank)
+            addresses = given.where(dtype, shapes_n) if isinstance(given, Column) else _where(given, dtype, shapes_n)
+            values.addresses.extend(
+                addresses
+                or [
+                    self._address(array, one, dtype, shape, values, f" of tensor {k}")
+                    for k, (one, shape) in enumerate(zip(given, shapes_n, strict=True))
+                ]
+            )
+
+    def _shapes_each(self, key: tuple[Any, ...], of_sizes: Sequence[Sequence[Any]]) -> list[Sequence[torch.Size]]:
+        """Return the shapes of each array in n tensors, from n of each size."""
+        for name, column in zip(self.each.sizes, of_sizes, strict=True):
+            for k, value in enumerate(column):
+                self._size(name, value, f" of tensor {k}")
+        sizes = list(zip(*of_sizes, strict=True)) or [()] * key[1]
+        shapes_of = {one: self._shapes(self.each, (*key, *one)) for one in set(sizes)}
+        return list(zip(*(shapes_of[one] for one in sizes), strict=True))
+
+    def _numbers_each(self, name: str, column: Sequence[Any]) -> Sequence[float]:
+        if {*map(type, column)} <= {int, float}:
+            return column
+        return [self._number(name, value, f" of tensor {k}") for k, value in enumerate(column)]
+
+    def _check_names(self, declared: _Declared, given: Given | Columns, where: str = "") -> None:
         if len(given) != len(declared.names):
             raise InputError(f"kernel {self.name!r} takes {declared.names}{where} and got {list(given)}")
-        sizes: list[Any] = [given.get(name) for name in declared.sizes]
-        numbers: list[Any] = [given.get(name) for name in declared.numbers]
-        for name, value in zip(declared.sizes + declared.numbers, sizes + numbers, strict=True):
-            if not isinstance(value, int) and (name in declared.sizes or not isinstance(value, float)):
-                expected = "a whole number" if name in declared.sizes else "a number"
-                raise InputError(f"kernel {self.name!r} takes {name}{where} as {expected}, and got {_shown(value)}")
-        values.sizes.extend(sizes)
-        values.numbers.extend(numbers)
-        plan = declared.plans.get((*key, *sizes))
-        if plan is None:
-            plan = self._plan(declared, *key, *sizes)
-        for name, dtype, shape, out in plan:
-            array: Any = given.get(name)
-            try:
-                if array.dtype is dtype and array.shape == shape and array.is_cpu:
-                    lies_right = array.is_contiguous() and not array.is_neg()
-                    if not lies_right and not out:
-                        array = array.contiguous().resolve_neg()
-                        values.kept.append(array)
-                    address = array.data_ptr()
-                    if (lies_right or not out) and (address or not array.numel()):
-                        values.addresses.append(address)
-                        continue
-            except (AttributeError, RuntimeError):  # no tensor, or one without memory of its own, as while tracing
-                pass
-            expected = f"{_name(dtype)} {list(shape)}, contiguous, on the CPU"
-            raise InputError(f"kernel {self.name!r} takes {name}{where} as {expected}, and got {_shown(array)}")
+
+    def _size(self, name: str, value: Any, where: str = "") -> int:
+        if not isinstance(value, int):
+            raise InputError(f"kernel {self.name!r} takes {name}{where} as a whole number, and got {_shown(value)}")
+        return value
+
+    def _number(self, name: str, value: Any, where: str = "") -> float:
+        if not isinstance(value, int | float):
+            raise InputError(f"kernel {self.name!r} takes {name}{where} as a number, and got {_shown(value)}")
+        return value
+
+    def _address(
+        self, array: Array, given: Any, dtype: torch.dtype, shape: torch.Size, values: _Values, where: str = ""
+    ) -> int:
+        """Return where an array lies, or a copy of one that is only read."""
+        try:
+            if given.dtype is dtype and given.shape == shape and given.is_cpu:
+                lies_right = given.is_contiguous() and not given.is_neg()
+                if not lies_right and not array.out:
+                    given = given.contiguous().resolve_neg()
+                    values.kept.append(given)
+                address: int = given.data_ptr()
+                if (lies_right or not array.out) and (address or not given.numel()):
+                    return address
+        except (AttributeError, RuntimeError):  # no tensor, or one without memory of its own, as while tracing
+            pass
+        expected = f"{_name(dtype)} {list(shape)}, contiguous, on the CPU"
+        raise InputError(f"kernel {self.name!r} takes {array.name}{where} as {expected}, and got {_shown(given)}")
+
+    def _shapes(self, declared: _Declared, key: tuple[Any, ...]) -> _Plan:
+        plan = declared.plans.get(key)
+        return self._plan(declared, *key) if plan is None else plan
 
     def _plan(self, declared: _Declared, dtype: torch.dtype, *sizes: int) -> _Plan:
-        """Return name, dtype and shape of each array at these sizes, and whether it changes."""
+        """Return the shape of each array at these sizes."""
         names = ("n", *self.once.sizes, *(self.each.sizes if declared is self.each else ()))
-        named, plan = dict(zip(names, sizes, strict=True)), []
-        for array in declared.arrays:
-            shape = torch.Size(_extent(text, named) for text in array.shape.split(",") if text)
-            plan.append((array.name, KINDS.get(array.kind, dtype), shape, array.out))
+        named = dict(zip(names, sizes, strict=True))
+        plan = [torch.Size(_extent(text, named) for text in a.shape.split(",") if text) for a in declared.arrays]
         if len(declared.plans) >= MOST_PLANS:
             declared.plans.clear()
         declared.plans[dtype, *sizes] = plan
@@ -222,7 +293,20 @@ def _try_to_build(source: str, dtype: torch.dtype, name: str, compiler: str | No
     return None
 
 
-_Plan = list[tuple[str, torch.dtype, torch.Size, bool]]
+_Plan = list[torch.Size]
+
+
+def _where(column: Sequence[Any], dtype: torch.dtype, shapes: Sequence[torch.Size]) -> list[int]:
+    """Return the addresses of arrays that are all right; nothing where one is not."""
+    try:
+        addresses = [
+            t.data_ptr()
+            for t, shape in zip(column, shapes, strict=True)
+            if t.dtype is dtype and t.shape == shape and t.is_cpu and t.is_contiguous() and not t.is_neg()
+        ]
+    except (AttributeError, RuntimeError):
+        return []
+    return addresses if len(addresses) == len(column) and all(addresses) else []
 
 
 def _extent(text: str, sizes: Mapping[str, int]) -> int:

@@ -97,12 +97,21 @@ DOORS = {
 }
 
 
+def of_tensors(columns):
+    """What each tensor has, from columns, and back."""
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def columns_of(each):
+    return {name: [of_one[name] for of_one in each] for name in each[0]} if each else {}
+
+
 def calls_of(run, monkeypatch):
     """(kernel, what it was given, what of each tensor) of every call into C."""
     calls, call = [], Kernel.__call__
 
-    def record(self, given, each=()):
-        calls.append((self, given, each))
+    def record(self, given, each=None):
+        calls.append((self, given, of_tensors(each or {})))
         call(self, given, each)
 
     with monkeypatch.context() as patch:
@@ -164,12 +173,12 @@ def test_every_array_of_every_door_is_checked(door, monkeypatch):
                 for fault, wrong in faults:
                     first, *others = [{**g, name: wrong} if i == number else g for i, (g, _) in enumerate(groups)]
                     with pytest.raises(InputError, match=f"^kernel '{kernel.name}' takes ") as error:
-                        kernel(first, others)
+                        kernel(first, columns_of(others))
                     assert "\n" not in str(error.value), fault
                     assert fault in ("float64", "integers") or f"takes {name}{where} as " in str(error.value)
         for of_one, _ in groups:
             assert all(torch.equal(t, before[id(t)]) for t in tensors_of(of_one).values())  # C never ran
-        kernel(given, each)  # as it was, it runs
+        kernel(given, columns_of(each))  # as it was, it runs
 
 
 LAYOUTS = {"scattered": scattered, "negated": lambda t: torch._neg_view(-t) if t.is_floating_point() else t}
@@ -185,7 +194,7 @@ def test_what_is_only_read_may_lie_as_it_likes(door, lay, monkeypatch):
             for of_one in (given, *each):
                 laid = {n: t.clone() if n in changing else change(t) for n, t in tensors_of(of_one).items()}
                 groups.append({**of_one, **laid})
-            kernel(groups[0], groups[1:])
+            kernel(groups[0], columns_of(groups[1:]))
             results.append([g[name] for g in groups for name in g if name in changing])
         assert results[0]
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -224,7 +233,7 @@ def test_arrays_reach_c_by_name_and_sums_and_products_of_sizes_count():
     for dtype in (torch.float32, torch.float64):
         xs = [torch.arange(3.0, dtype=dtype), torch.ones(2, dtype=dtype)]
         ys = [torch.zeros_like(x) for x in xs]
-        each = [{"y": y, "m": len(x), "x": x, "shift": 10 * k} for k, (x, y) in enumerate(zip(xs, ys, strict=True))]
+        each = {"y": ys, "m": [len(x) for x in xs], "x": xs, "shift": [0, 10]}
         kernel({"bias": torch.tensor(0.5, dtype=dtype), "factor": 2.0}, each)
         assert [y.tolist() for y in ys] == [[3.5, 5.5, 7.5], [14.5, 14.5]]
     shapes = Kernel("f", "", (Long("S"), Long("D"), Array("a", "S + 1, 3 * D"), Array("b", "2 * D + S")))

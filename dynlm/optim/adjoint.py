@@ -27,7 +27,7 @@ class FusedAdjoint:
     def __call__(self, w: Coordinates, slots: Slots, context_N: Tensor) -> tuple[Tensor, Slots]:
         there = w._replace(theta=w.theta.detach().clone(), theta0=w.theta0.detach(), grad=w.grad.detach())
         new = tuple(slot.detach().clone() for slot in slots)
-        done = self.forwards.fused(Work([there], [new], context_N.detach()[None], 0, None))
+        done = self.forwards.fused(Work([there], [there.theta], [there.grad], [new], context_N.detach()[None], 0, None))
         if not done or not self.kernels(len(w.row), len(w.col)).builds(w.theta.dtype):
             return self.rule.flat_step(w, slots, context_N)
         moving = context_N, w.theta, w.theta0, w.grad, *slots

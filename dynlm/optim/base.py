@@ -19,16 +19,30 @@ import abc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dynlm.kernels import Kernel
+from dynlm.kernels import Column, Kernel
 from dynlm.optim import sharing
 
 Slots = tuple[Tensor, ...]
+
+
+class KeptSlots(list[Slots]):
+    """``slots[tensor][slot]`` of tensors that stay the same from step to step, and so do their columns."""
+
+    @cached_property
+    def columns(self) -> tuple[Column, ...]:
+        return tuple(map(Column, zip(*self, strict=True)))
+
+
+def columns_of(slots: Sequence[Slots]) -> tuple[Sequence[Tensor], ...]:
+    """Return each slot, or feature, of all tensors."""
+    return slots.columns if isinstance(slots, KeptSlots) else tuple(zip(*slots, strict=True))
 
 
 class Prior(NamedTuple):

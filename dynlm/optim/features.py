@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dynlm.kernels import Array, Double, Given, Kernel, Long
+from dynlm.kernels import Array, Double, Kernel, Long
 from dynlm.optim.base import Clock, Prior, Seen, Slots
 
 N_ROW, N_COL, N_SCALARS = 2, 1, 4
@@ -123,7 +123,7 @@ _LOOK = Kernel(
         row[r] = activity_of(row[r] / C, row_level[r], least);
         row_memory[r] = (T)decay * memory[r] + (1 - (T)decay) * row[r];
       }
-      *activity = activity_of(sum / ((double)R * C), *tensor_level, least);
+      activity[k] = activity_of(sum / ((double)R * C), *tensor_level, least);
       for (long c = 0; c < C; c++) col[c] = 0;
       for (long r = 0; r < R; r += stride)
         for (long c = 0; c < C; c++) col[c] += grad[r * C + c] * grad[r * C + c];
@@ -131,7 +131,7 @@ _LOOK = Kernel(
       for (long c = 0; c < C; c++) col[c] = activity_of(col[c] / seen, col_level[c], least);
     }
   }""",
-    (Long("threads"), Double("tiny"), Double("decay")),
+    (Long("threads"), Double("tiny"), Double("decay"), Array("activity", "n", out=True)),
     (
         *map(Long, ("R", "C", "stride")),
         Array("grad", "R, C"),
@@ -142,7 +142,6 @@ _LOOK = Kernel(
         Array("row", "R, 1", out=True),
         Array("row_memory", "R, 1", out=True),
         Array("col", "1, C", out=True),
-        Array("activity", out=True),
     ),
     head=f"""#define NEGLIGIBLE {NEGLIGIBLE}
 static T activity_of(T square, T level, T least) {{
@@ -155,31 +154,18 @@ static T activity_of(T square, T level, T least) {{
 def _look_in_c(grads: Sequence[Tensor], memory: Sequence[Statistics]) -> tuple[list[Slots], list[Slots], Tensor]:
     """Return the same in one pass over the gradients."""
     first = grads[0]
-    sizes = [n for grad in grads for n in (grad.shape[0], grad.shape[0], grad.shape[1])]
-    parts = iter(first.new_empty(sum(sizes)).split(sizes))
+    n_rows, n_columns = zip(*(grad.shape for grad in grads), strict=True)
+    row, row_memory = (first.new_empty(sum(n_rows), 1).split(n_rows) for _ in range(2))
+    col = first.new_empty(1, sum(n_columns)).split(n_columns, 1)
     activity_n = first.new_empty(len(grads))
-    rows, cols, each = list[Slots](), list[Slots](), list[Given]()
-    for grad, m, activity in zip(grads, memory, activity_n.unbind(), strict=True):
-        row, row_memory, col = next(parts)[:, None], next(parts)[:, None], next(parts)[None]
-        rows.append((row, row_memory))
-        cols.append((col,))
-        of_tensor = {
-            "R": grad.shape[0],
-            "C": grad.shape[1],
-            "stride": _stride(grad.shape[0]),
-            "grad": grad,
-            "row_level": m.row_level,
-            "col_level": m.col_level,
-            "tensor_level": m.tensor_level,
-            "memory": m.row_memory,
-            "row": row,
-            "row_memory": row_memory,
-            "col": col,
-            "activity": activity,
-        }
-        each.append(of_tensor)
-    _LOOK({"threads": torch.get_num_threads(), "tiny": _tiny(first.dtype), "decay": MEMORY_DECAY}, each)
-    return rows, cols, activity_n
+    row_level, col_level, tensor_level, before = zip(*memory, strict=True)
+    of_memory = {"row_level": row_level, "col_level": col_level, "tensor_level": tensor_level, "memory": before}
+    _LOOK(
+        {"threads": torch.get_num_threads(), "tiny": _tiny(first.dtype), "decay": MEMORY_DECAY, "activity": activity_n},
+        {"R": n_rows, "C": n_columns, "stride": [_stride(n) for n in n_rows], "grad": grads}
+        | {"row": row, "row_memory": row_memory, "col": col, **of_memory},
+    )
+    return list(zip(row, row_memory, strict=True)), [(c,) for c in col], activity_n
 
 
 def _stride(n_rows: int) -> int:

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynlm.kernels import Array, Given, Kernel, Long
-from dynlm.optim.base import Coordinates, Prior, Rule, RuleState, Seen, Shared, Slots
+from dynlm.kernels import Array, Kernel, Long
+from dynlm.optim.base import Coordinates, Prior, Rule, RuleState, Seen, Shared, Slots, columns_of
 from dynlm.optim.features import affine, softsign
 from dynlm.optim.learned import Weights, assemble, power
 from dynlm.settings import Decay, Log2, Settings, Size
@@ -194,9 +194,8 @@ _MEANS = Kernel(
 def _means_in_c(thetas: Sequence[Tensor], grads: Sequence[Tensor], slots: Sequence[Slots]) -> Tensor:
     """Return the same in one call."""
     out = thetas[0].new_empty(len(thetas), 6)
-    each = list[Given]()
-    for theta, grad, (fast, slow, square) in zip(thetas, grads, slots, strict=True):
-        arrays = {"theta": theta, "grad": grad, "fast": fast, "slow": slow, "square": square}
-        each.append({"R": theta.shape[0], "C": theta.shape[1], "stride": _stride(theta), **arrays})
-    _MEANS({"out": out}, each)
+    rows, columns = zip(*(theta.shape for theta in thetas), strict=True)
+    fast, slow, square = columns_of(slots)
+    arrays = {"theta": thetas, "grad": grads, "fast": fast, "slow": slow, "square": square}
+    _MEANS({"out": out}, {"R": rows, "C": columns, "stride": [_stride(theta) for theta in thetas], **arrays})
     return out

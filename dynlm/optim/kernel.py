@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dynlm.compiler import kernel_choice, supported, why_not
-from dynlm.kernels import Kernel
-from dynlm.optim.base import Coordinates, Prior, Rule, RuleState, Seen, Shared, Slots
+from dynlm.kernels import Column, Kernel
+from dynlm.optim.base import Coordinates, Prior, Rule, RuleState, Seen, Shared, Slots, columns_of
 from dynlm.optim.rounding import rounded
 from dynlm.optim.source import numbered, replay_kernel, update_kernel
 from dynlm.optim.trace import trace_step
@@ -51,6 +51,8 @@ class Work(NamedTuple):
     """One update of n tensors: weights and slots change in place."""
 
     ws: Sequence[Coordinates]
+    thetas: Sequence[Tensor]
+    grads: Sequence[Tensor]
     slots: Sequence[Slots]
     """bfloat16 where half the memory is wanted, rounded as ``age`` says"""
     context_nN: Tensor
@@ -60,8 +62,8 @@ class Work(NamedTuple):
 
     def in_c(self) -> bool:
         """Return whether all that changes in place lies as kernels take it, and a compiler is there."""
-        changing = [t for w, slots in zip(self.ws, self.slots, strict=True) for t in (w.theta, *slots)]
-        return supported(*(w.theta for w in self.ws)) and all(t.is_contiguous() for t in changing)
+        changing = (self.thetas, *columns_of(self.slots))
+        return supported(*self.thetas) and all(t.is_contiguous() for column in changing for t in column)
 
 
 class InPlaceUpdate:
@@ -96,7 +98,9 @@ class InPlaceUpdate:
 
         Slots may be bfloat16 where the weights are float32. ``scales`` are of each tensor.
         """
-        grads = [grad.resolve_neg() for grad in grads]  # of complex numbers: a sign beside the memory
+        if any(grad.is_neg() for grad in grads):  # of complex numbers: a sign beside the memory
+            grads = [grad.resolve_neg() for grad in grads]
+        thetas, grads = (part if isinstance(part, Column) else Column(part) for part in (thetas, grads))
         seen, state.memory = self.rule.observe(thetas, grads, state, priors)
         context_nN, state.tensors = self.rule.tensor_step(self._shared(priors, seen, state.clock.step), state.tensors)
         ws = [
@@ -104,7 +108,7 @@ class InPlaceUpdate:
             for theta, prior, grad, row, col in zip(thetas, priors, grads, seen.rows, seen.cols, strict=True)
         ]
         scales = scales if scales and any(scale != Scale() for scale in scales) else None
-        work = Work(ws, state.slots, context_nN.to(thetas[0].dtype), state.clock.step, scales)
+        work = Work(ws, thetas, grads, state.slots, context_nN.to(thetas[0].dtype), state.clock.step, scales)
         next(backend for backend in self.backends if backend(work))  # who has done it is the last to be asked
         return seen
 
@@ -126,9 +130,13 @@ class InPlaceUpdate:
         kernel = self.kernels(len(w.row), len(w.col), state=state, scaled=work.scales is not None)
         if not kernel.builds(w.theta.dtype):
             return False
-        each = [arrays_of(*of_tensor) for of_tensor in zip(work.ws, work.slots, strict=True)]
-        for arrays, scale in zip(each, work.scales or (), strict=False):
-            arrays.update(lr=scale.lr, keep=scale.keep)
+        n_rows, n_columns = zip(*(theta.shape for theta in work.thetas), strict=True)
+        rms, theta0, rows, cols = zip(*((w.rms, w.theta0, w.row, w.col) for w in work.ws), strict=True)
+        each = {"R": n_rows, "C": n_columns, "theta": work.thetas, "theta0": theta0, "rms": rms, "grad": work.grads}
+        for name, columns in (("slot", columns_of(work.slots)), ("row", columns_of(rows)), ("col", columns_of(cols))):
+            each |= numbered(name, columns)
+        if work.scales:
+            each |= {"lr": [scale.lr for scale in work.scales], "keep": [scale.keep for scale in work.scales]}
         kernel({"threads": torch.get_num_threads(), "age": work.age, "context": work.context_nN}, each)
         return True
 

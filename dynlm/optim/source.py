@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Literal
-
-from torch import Tensor
+from typing import Literal, TypeVar
 
 from dynlm.kernels import Array, Double, Kernel, Long
 from dynlm.optim.trace import Node, Traced
@@ -38,6 +36,7 @@ REVERSE: dict[str, tuple[str, ...]] = {
     "atleast": ("({0} >= {1} ? {a} : 0)", "({0} < {1} ? {a} : 0)"),
 }
 Leaf = Callable[[Node], str]
+_X = TypeVar("_X")  # a tensor, or one of each of n
 BF16 = """#include <stdint.h>
 typedef uint16_t bf16;
 static inline float widen(bf16 x) {
@@ -55,7 +54,7 @@ static inline bf16 narrow(float x, uint32_t seed, uint32_t i) {  /* up or down a
 """
 
 
-def numbered(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+def numbered(name: str, tensors: Sequence[_X]) -> dict[str, _X]:
     """Slots or features by the names that the kernels here give them."""
     return dict(zip(_names(name, len(tensors)), tensors, strict=True))
 

@@ -1,8 +1,8 @@
 """A rule as a ``torch.optim.Optimizer``: for training loops, schedulers, accelerate and the transformers Trainer.
 
 The rules and their update in place are those of reading and meta-training (dynlm.optim.kernel); this module keeps
-their state by parameter instead of by list of tensors. A step gathers the parameters of one device, computing dtype and
-number of past steps, updates them in one call and hands their state back, so each has the bias corrections of its age.
+their state by parameter instead of by list of tensors. A step updates the parameters of one device, computing dtype and
+number of past steps in one call (dynlm.optim.bundle), so each has the bias corrections of its age.
 """
 
 from __future__ import annotations
@@ -11,33 +11,22 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from dynlm.models.params import as_matrix
-from dynlm.optim.base import Clock, Prior, Rule, RuleState
+from dynlm.optim.base import Clock, Prior, Rule
+from dynlm.optim.bundle import Bundle, Member, computing
+from dynlm.optim.gradients import first_not_finite, running_rms
 from dynlm.optim.hub import resolve
 from dynlm.optim.kernel import InPlaceUpdate, Scale
 from dynlm.optim.sharing import fingerprint
 from dynlm.types import InputError
 
-RMS_DECAY = 0.999  # of the running RMS, per step
 LEAST = 1e-30  # mean RMS of a tensor that has seen no gradient but zero: cells divide by it
 Priors = Mapping[str, Tensor] | Mapping[Tensor, Tensor] | Sequence[Prior]
-
-
-class _Active(NamedTuple):
-    """A parameter with a gradient; both (R, C) in the computing dtype, weights in their own memory where possible."""
-
-    parameter: Tensor
-    name: str
-    theta: Tensor
-    grad: Tensor
-    scale: Scale
-    state: dict[str, Any]
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -105,6 +94,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._static: dict[Tensor, Prior] = {}
         self._updates: dict[torch.device, InPlaceUpdate] = {}
         self._fits: dict[Tensor, tuple[Any, ...]] = {}
+        self._bundles: tuple[list[list[int]], list[Bundle]] = ([], [])
         self._memory_kind = _memory_kind(self.rule)
         self.reference_lr = self.rule.reference_lr
         settings = {"lr": self.reference_lr if lr is None else lr, "weight_decay": weight_decay}
@@ -154,21 +144,18 @@ class LearnedOptimizer(torch.optim.Optimizer):
         with torch.enable_grad():
             loss = closure() if closure else None
         value = loss.detach() if isinstance(loss, Tensor) else loss
-        active = self._active()
-        self._require_finite(active)
+        bundles = self._bundled()
+        maximize = [group["maximize"] for group in self.param_groups]
+        grads: Sequence[Sequence[Tensor]] = [bundle.gradients(maximize) for bundle in bundles]
+        self._require_finite(bundles, grads)
         clock = self._tick(math.nan if value is None else float(value))
-        active = self._clipped(active)
-        batches: dict[Any, list[tuple[_Active, Prior]]] = {}
-        for a, prior in zip(active, self._priors(active), strict=True):
-            key = (a.theta.device, a.theta.dtype, a.state["step"])
-            batches.setdefault(key, []).append((a, prior))
-        for batch in batches.values():
-            self._update([a for a, _ in batch], [prior for _, prior in batch], clock)
-        for a in active:
-            if a.theta.data_ptr() != a.parameter.data_ptr():
-                a.parameter.copy_(a.theta.view(a.parameter.shape))
-        if active:  # kernels write where autograd does not look: an old graph must notice
-            torch.autograd.graph.increment_version([a.parameter for a in active])
+        grads = self._clipped(grads)
+        scales = [self._scale(group) for group in self.param_groups]
+        for bundle, of_bundle, priors in zip(bundles, grads, self._priors(bundles, grads), strict=True):
+            bundle.update(self._update_on(bundle.device), of_bundle, priors, scales, clock)
+        changed = [p for bundle in bundles for p in bundle.parameters]
+        if changed:  # kernels write where autograd does not look: an old graph must notice
+            torch.autograd.graph.increment_version(changed)
         return loss
 
     def _tick(self, loss: float) -> Clock:
@@ -180,29 +167,36 @@ class LearnedOptimizer(torch.optim.Optimizer):
             group["loss"], group["baseline"] = clock.loss, clock.baseline
         return clock
 
-    def _active(self) -> list[_Active]:
-        active = []
-        for group in self.param_groups:
-            lr = float(group["lr"])
-            scale = Scale(lr / self.reference_lr, 1 - lr * float(group["weight_decay"]))
-            for name, p in _named(group):
-                if p.grad is None or p.numel() == 0:
-                    continue
-                if p.is_cuda and torch.cuda.is_current_stream_capturing():
-                    raise InputError("a step cannot be captured in a CUDA graph: capture the model alone")
-                dtype = _computing(p)
-                grad = p.grad if p.grad.layout == torch.strided else p.grad.to_dense()
-                grad = as_matrix(grad.to(dtype).contiguous())
-                theta = as_matrix(p.detach().to(dtype).contiguous())
-                state = self.state[p] = self._fitting(p)
-                active.append(_Active(p, name, theta, -grad if group["maximize"] else grad, scale, state))
-        return active
+    def _scale(self, group: dict[str, Any]) -> Scale:
+        lr = float(group["lr"])
+        return Scale(lr / self.reference_lr, 1 - lr * float(group["weight_decay"]))
 
-    def _require_finite(self, active: list[_Active]) -> None:
-        """Look at gradients on a CPU, before anything changes; on a GPU that would wait for it at every step."""
-        for a in active:
-            if a.grad.device.type == "cpu" and not math.isfinite(float(a.grad.sum())) and not a.grad.isfinite().all():
-                called = f"parameter {a.name!r}" if a.name else f"a parameter of shape {tuple(a.parameter.shape)}"
+    def _bundled(self) -> list[Bundle]:
+        """Return all parameters that have a gradient, as at the last step where nothing but gradients has changed."""
+        given = [[p for p in group["params"] if p.grad is not None and p.numel()] for group in self.param_groups]
+        if any(p.is_cuda and torch.cuda.is_current_stream_capturing() for of_group in given for p in of_group):
+            raise InputError("a step cannot be captured in a CUDA graph: capture the model alone")
+        which = [list(map(id, of_group)) for of_group in given]
+        if self._bundles[0] == which and all(bundle.holds(self.state) for bundle in self._bundles[1]):
+            return self._bundles[1]
+        together: dict[Any, list[Member]] = {}
+        for number, (group, of_group) in enumerate(zip(self.param_groups, map(set, given), strict=True)):
+            for name, p in _named(group):
+                if p in of_group:
+                    state = self.state[p] = self._fitting(p)
+                    key = p.device, computing(p), state["step"]
+                    together.setdefault(key, []).append(Member(p, name, number, state))
+        bundles = [Bundle(self.rule, members, self._memory_kind) for members in together.values()]
+        self._bundles = which, bundles
+        return bundles
+
+    def _require_finite(self, bundles: Sequence[Bundle], grads: Sequence[Sequence[Tensor]]) -> None:
+        """Look at all gradients before anything changes."""
+        for bundle, of_bundle in zip(bundles, grads, strict=True):
+            found = first_not_finite(of_bundle)
+            if found is not None:
+                p, name, *_ = bundle.members[found]
+                called = f"parameter {name!r}" if name else f"a parameter of shape {tuple(p.shape)}"
                 raise InputError(
                     f"the gradient of {called} is not finite: skip this step, or lower lr or the loss scale"
                 )
@@ -218,17 +212,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._fits[p] = now
         return state
 
-    def _clipped(self, active: list[_Active]) -> list[_Active]:
+    def _clipped(self, grads: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
         """As ``torch.nn.utils.clip_grad_norm_``, but the parameters' own gradients stay as they are."""
-        if self.max_grad_norm is None or not active:
-            return active
-        norm = torch.stack([a.grad.norm().to(active[0].grad.device) for a in active]).norm()
+        if self.max_grad_norm is None or not grads:
+            return grads
+        norm = torch.nn.utils.get_total_norm([grad for of_bundle in grads for grad in of_bundle])
         factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        return [a._replace(grad=a.grad * factor.to(a.grad)) for a in active]
+        return [[grad * factor.to(grad) for grad in of_bundle] for of_bundle in grads]
 
     def _layout(self, p: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shapes and dtypes of a parameter's state from its first step on, those of the rule's memory apart."""
-        rule, shape, dtype = self.rule, tuple(p.shape), _computing(p)
+        rule, shape, dtype = self.rule, tuple(p.shape), computing(p)
         width = (rule.slot_width,) * (rule.slot_width > 0)
         slot = shape + width, torch.bfloat16 if self.state_dtype == torch.bfloat16 else dtype
         layout = {f"slot{k}": slot for k in range(rule.n_slots)}
@@ -245,40 +239,24 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 state["rms"].copy_(self._static[p].rms.view(p.shape))
         return {"step": 0, **state}
 
-    def _priors(self, active: Sequence[_Active]) -> list[Prior]:
+    def _priors(self, bundles: Sequence[Bundle], grads: Sequence[Sequence[Tensor]]) -> list[list[Prior]]:
         """Return what the rule may know of each tensor; the running RMS takes in this step's gradient."""
         if not self.rule.uses_prior:
-            return [Prior(a.name, a.theta, a.theta, 1.0, 1.0) for a in active]
-        running = [a for a in active if a.parameter not in self._static]
-        for a in running:
-            past = RMS_DECAY * (1 - RMS_DECAY ** a.state["step"]) / (1 - RMS_DECAY ** (a.state["step"] + 1))
-            grad = a.grad.view(a.parameter.shape)
-            a.state["rms"].square_().mul_(past).addcmul_(grad, grad, value=1 - past).sqrt_()
-        means = [a.state["rms"].mean() for a in running]
-        numbers: list[float] = torch.stack([mean.to(means[0]) for mean in means]).tolist() if means else []
-        relative = _inverse(numbers)
-        of = {a.parameter: (max(number, LEAST), relative) for a, number in zip(running, numbers, strict=True)}
+            return [bundle.known for bundle in bundles]
+        means = dict[Tensor, float]()
+        for bundle, of_bundle in zip(bundles, grads, strict=True):
+            rows = zip(bundle.parameters, bundle.known, of_bundle, strict=True)
+            running = [(p, prior.rms, grad) for p, prior, grad in rows if p not in self._static]
+            if running:
+                parameters, rms, their = zip(*running, strict=True)
+                means |= zip(parameters, running_rms(rms, their, bundle.age), strict=True)
+        relative = _inverse(list(means.values()))
+        of = {p: (max(mean, LEAST), relative) for p, mean in means.items()}
         of |= {p: (prior.mean_rms, prior.relative_rms) for p, prior in self._static.items()}
         return [
-            Prior(a.name, as_matrix(a.state["theta0"]), as_matrix(a.state["rms"]), *of[a.parameter]) for a in active
+            [Prior(k.name, k.theta0, k.rms, *of[p]) for p, k in zip(bundle.parameters, bundle.known, strict=True)]
+            for bundle in bundles
         ]
-
-    def _update(self, batch: Sequence[_Active], priors: Sequence[Prior], clock: Clock) -> None:
-        """One step of tensors of the same age, device and dtype, in place."""
-        rule, thetas, states = self.rule, [a.theta for a in batch], [a.state for a in batch]
-        width = (rule.slot_width,) * (rule.slot_width > 0)
-        slots = [tuple(a.state[f"slot{k}"].view(a.theta.shape + width) for k in range(rule.n_slots)) for a in batch]
-        parts = [tuple(s[key] for key in sorted(s) if key.startswith("memory")) for s in states]
-        tensors = [s["tensor"] for s in states] if rule.tensor_width else [t.new_empty(0) for t in thetas]
-        now = Clock(states[0]["step"] + 1, clock.loss, clock.baseline)
-        state = RuleState(slots, rule.join_memory(parts, self._memory_kind), torch.stack(tensors), now)
-        grads, scales = [a.grad for a in batch], [a.scale for a in batch]
-        self._update_on(thetas[0].device)(thetas, grads, state, priors, scales)
-        parts = rule.split_memory(state.memory, len(batch))
-        for own, part, tensor in zip(states, parts, state.tensors, strict=True):
-            own |= {"step": now.step} | {f"memory{k}": m for k, m in enumerate(part)}
-            if rule.tensor_width:
-                own["tensor"] = tensor
 
     def _update_on(self, device: torch.device) -> InPlaceUpdate:
         if device not in self._updates:
@@ -321,18 +299,18 @@ class LearnedOptimizer(torch.optim.Optimizer):
             found = tuple(saved[key].shape) if key in saved else "missing"
             if found != shape:
                 raise InputError(f"saved {key!r} is {found}, not {shape}: give the same parameters in the same order")
-        dtypes = {key: layout[key][1] if key in layout else _computing(p) for key in saved if key != "step"}
+        dtypes = {key: layout[key][1] if key in layout else computing(p) for key in saved if key != "step"}
         own = {key: saved[key].detach().to(p.device, dtype, copy=True) for key, dtype in dtypes.items()}
         return {"step": int(saved["step"]), **own}
 
     def __getstate__(self) -> dict[str, Any]:
         """Compiled functions are not pickled: they are built again when needed."""
         names = ("rule", "reference_lr", "state_dtype", "max_grad_norm", "_given", "_static", "_memory_kind")
-        return super().__getstate__() | {name: getattr(self, name) for name in names} | {"_updates": {}, "_fits": {}}
-
-
-def _computing(p: Tensor) -> torch.dtype:
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
+        return (
+            super().__getstate__()
+            | {name: getattr(self, name) for name in names}
+            | {"_updates": {}, "_fits": {}, "_bundles": ([], [])}
+        )
 
 
 def _named(group: dict[str, Any]) -> list[tuple[str, Tensor]]:

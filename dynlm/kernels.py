@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from array import array as packed
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -54,16 +55,14 @@ Columns = Mapping[str, Sequence[Tensor] | Sequence[float]]
 
 
 class Column(tuple[Tensor, ...]):
-    """Arrays of n tensors that come again: each is looked at once, and then only at where it lies."""
+    """Arrays of n tensors that come again, and whose memory stays where it is: each is looked at once."""
 
-    _known: tuple[torch.dtype, Sequence[torch.Size], list[int]] | None = None
+    _known: tuple[torch.dtype, Sequence[torch.Size], Sequence[int]] | None = None
 
-    def where(self, dtype: torch.dtype, shapes: Sequence[torch.Size]) -> list[int]:
+    def where(self, dtype: torch.dtype, shapes: Sequence[torch.Size]) -> Sequence[int]:
         """Return the addresses; nothing where an array is not as it should be."""
         if self._known and self._known[0] is dtype and self._known[1] == shapes:
-            addresses = [t.data_ptr() for t in self]
-            if addresses == self._known[2]:
-                return addresses
+            return self._known[2]
         addresses = _where(self, dtype, shapes)
         self._known = (dtype, shapes, addresses) if addresses else None
         return addresses
@@ -92,9 +91,9 @@ class _Declared:
 class _Values(NamedTuple):
     """What C gets."""
 
-    sizes: list[int]
-    numbers: list[float]
-    addresses: list[int]
+    sizes: packed[int]
+    numbers: packed[float]
+    addresses: packed[int]
     kept: list[Tensor]
     """copies that must outlive the call"""
 
@@ -114,7 +113,7 @@ class Kernel:
         self, name: str, body: str, arguments: Sequence[Argument], each: Sequence[Argument] = (), head: str = ""
     ) -> None:
         self.name, self.once, self.each = name, _Declared(arguments), _Declared(each)
-        self._known: tuple[Any, list[Sequence[torch.Size]]] | None = None  # the last sizes of n tensors, and the shapes
+        self._known: tuple[Any, list[Sequence[torch.Size]], packed[int]] | None = None  # of the last sizes of n tensors
         before = [len(kind) for kind in (self.once.sizes, self.once.numbers, self.once.arrays)]
         of_each = self.each.lines([f"{n} + {{}} * n + (k)" for n in before])
         self.source = "\n".join(
@@ -145,7 +144,7 @@ class Kernel:
         Raises:
             InputError: an argument is missing, or is not what its declaration says; nothing has run.
         """
-        values, each = _Values([], [], [], []), each or {}
+        values, each = _Values(packed("l"), packed("d"), packed("L"), []), each or {}
         n = max(map(len, each.values()), default=0)
         key: tuple[Any, ...] = (self._dtype(given, each), n)
         self._read(given, key, values)
@@ -154,12 +153,7 @@ class Kernel:
         function = _function(self, key[0])
         if function is None:
             raise InputError(f"kernel {self.name!r} could not be built: set DYNLM_KERNEL=eager to go on without it")
-        function(
-            ctypes.c_long(n),
-            (ctypes.c_long * len(values.sizes))(*values.sizes),
-            (ctypes.c_double * len(values.numbers))(*values.numbers),
-            (ctypes.c_void_p * len(values.addresses))(*values.addresses),
-        )
+        function(ctypes.c_long(n), *(ctypes.c_void_p(numbers.buffer_info()[0]) for numbers in values[:3]))
 
     def _dtype(self, given: Given, each: Columns) -> torch.dtype:
         """Return what T is: the dtype of the first array of that type."""
@@ -193,9 +187,9 @@ class Kernel:
         sizes = [tuple(columns.get(name, blank)) for name in declared.sizes]
         known, whole = self._known, all({*map(type, column)} == {int} for column in sizes)
         if known is None or not whole or known[0] != (key, sizes):
-            self._known = known = (key, sizes), self._shapes_each(key, sizes)
-        for column in sizes:
-            values.sizes.extend(column)
+            shapes = self._shapes_each(key, sizes)
+            self._known = known = (key, sizes), shapes, packed("l", [size for column in sizes for size in column])
+        values.sizes.extend(known[2])
         for name in declared.numbers:
             values.numbers.extend(self._numbers_each(name, columns.get(name, blank)))
         for array, shapes_n in zip(declared.arrays, known[1], strict=True):
@@ -296,7 +290,7 @@ def _try_to_build(source: str, dtype: torch.dtype, name: str, compiler: str | No
 _Plan = list[torch.Size]
 
 
-def _where(column: Sequence[Any], dtype: torch.dtype, shapes: Sequence[torch.Size]) -> list[int]:
+def _where(column: Sequence[Any], dtype: torch.dtype, shapes: Sequence[torch.Size]) -> packed[int]:
     """Return the addresses of arrays that are all right; nothing where one is not."""
     try:
         addresses = [
@@ -305,8 +299,8 @@ def _where(column: Sequence[Any], dtype: torch.dtype, shapes: Sequence[torch.Siz
             if t.dtype is dtype and t.shape == shape and t.is_cpu and t.is_contiguous() and not t.is_neg()
         ]
     except (AttributeError, RuntimeError):
-        return []
-    return addresses if len(addresses) == len(column) and all(addresses) else []
+        addresses = []
+    return packed("L", addresses if len(addresses) == len(column) and all(addresses) else [])
 
 
 def _extent(text: str, sizes: Mapping[str, int]) -> int:

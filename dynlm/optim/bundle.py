@@ -58,7 +58,7 @@ class Bundle:
         self.memory = rule.join_memory(parts, like)
         blank = self.thetas[0].new_empty(0)
         self.tensors = torch.stack([s["tensor"] for s in self.states] if rule.tensor_width else [blank] * len(members))
-        self.lies = [_place(p) for p in self.parameters]
+        self.lies = self._places()
         self.seen = [[*s.values()] for s in self.states]
         self.shown: Any = None  # the memory whose parts the states hold
 
@@ -76,9 +76,14 @@ class Bundle:
         """Return whether the parameters lie where they lay, and their states in the optimizer's are untouched."""
         return (
             all(state.get(p) is s for p, s in zip(self.parameters, self.states, strict=True))
-            and [_place(p) for p in self.parameters] == self.lies
             and all(map(_same, self.states, self.seen))
+            and self._places() == self.lies
         )
+
+    def _places(self) -> list[Any]:
+        """Return where weights and slots lie; whoever moves them may keep the tensors."""
+        slots = [s[f"slot{k}"].data_ptr() for s in self.states for k in range(self.rule.n_slots)]
+        return [*[(p.data_ptr(), p.dtype, p.shape, p.is_contiguous()) for p in self.parameters], *slots]
 
     def gradients(self, maximize: Sequence[bool]) -> Column:
         """(R, C) in the computing dtype; negative in a group that climbs."""
@@ -137,7 +142,3 @@ def _matrix(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _same(state: State, values: list[Any]) -> bool:
     return len(state) == len(values) and all(map(operator.is_, state.values(), values))
-
-
-def _place(p: Tensor) -> tuple[Any, ...]:
-    return p.data_ptr(), p.dtype, p.shape, p.is_contiguous()

@@ -179,11 +179,16 @@ _MEANS = Kernel(
   for (long k = 0; k < n; k++) {
     EACH(k)
     const long size = R * C;
-    T sums[6] = {0, 0, 0, 0, 0, 0};
-    for (long i = 0; i < size; i += stride) {
-      sums[0] += grad[i] * grad[i]; sums[1] += fast[i] * fast[i]; sums[2] += slow[i] * slow[i];
-      sums[3] += square[i]; sums[4] += grad[i] * fast[i]; sums[5] += theta[i] * theta[i];
-    }
+    T g = 0, m = 0, n2 = 0, v = 0, gm = 0, t = 0;
+    #define ADD \
+      g += grad[i] * grad[i]; m += fast[i] * fast[i]; n2 += slow[i] * slow[i]; \
+      v += square[i]; gm += grad[i] * fast[i]; t += theta[i] * theta[i];
+    if (stride == 1) {
+      #pragma omp simd reduction(+: g, m, n2, v, gm, t)
+      for (long i = 0; i < size; i++) { ADD }
+    } else
+      for (long i = 0; i < size; i += stride) { ADD }
+    const T sums[6] = {g, m, n2, v, gm, t};
     for (int j = 0; j < 6; j++) out[6 * k + j] = sums[j] / ((size + stride - 1) / stride);
   }""",
     [Array("out", "n, 6", out=True)],

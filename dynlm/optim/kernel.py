@@ -137,7 +137,8 @@ class InPlaceUpdate:
             each |= numbered(name, columns)
         if work.scales:
             each |= {"lr": [scale.lr for scale in work.scales], "keep": [scale.keep for scale in work.scales]}
-        kernel({"threads": torch.get_num_threads(), "age": work.age, "context": work.context_nN}, each)
+        taken = {name: each[name] for name in kernel.each.names}
+        kernel({"threads": torch.get_num_threads(), "age": work.age, "context": work.context_nN}, taken)
         return True
 
     def own(self, work: Work) -> bool:

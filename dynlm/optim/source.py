@@ -71,7 +71,7 @@ def feature_arrays(traced: Traced, rows: str = "R, 1", columns: str = "1, C") ->
 
 
 def update_kernel(traced: Traced, state: Literal["T", "bf16"] = "T", scaled: bool = False) -> Kernel:
-    """One update in place of n tensors.
+    """One update in place of n tensors; takes of θ0, static RMS and gradient what the step reads.
 
     Slots are of type ``state``: T, or bf16 for half the memory, rounded as ``age`` says.
     ``scaled``: θ ← keep θ + lr (step(θ) − θ) instead of step(θ), with a ``keep`` and an ``lr`` of each tensor.
@@ -84,6 +84,7 @@ def update_kernel(traced: Traced, state: Literal["T", "bf16"] = "T", scaled: boo
         text = places[node.op].format(node.name)
         return f"widen({text})" if half and node.op == "field" and node.name in slots else text
 
+    read = {traced.program.nodes[number].name for number in _read(traced)}
     of_tensor, of_row, of_each = _forward_by_level(traced, leaf)
     theta, *rest = (f"v{n}" for n in traced.outputs)
     moved = f"(T)keep * theta[i] + (T)lr * ({theta} - theta[i])" if scaled else theta
@@ -122,7 +123,7 @@ def update_kernel(traced: Traced, state: Literal["T", "bf16"] = "T", scaled: boo
             *map(Long, "RC"),
             *map(Double, ("lr", "keep") if scaled else ()),
             Array("theta", "R, C", out=True),
-            *(Array(name, "R, C") for name in ("theta0", "rms", "grad")),
+            *(Array(name, "R, C") for name in ("theta0", "rms", "grad") if name in read),
             *(Array(slot, "R, C", state, out=True) for slot in slots),
             *feature_arrays(traced),
         ),
@@ -270,12 +271,20 @@ def _forward(traced: Traced, leaf: Leaf) -> list[str]:
 def _forward_by_level(traced: Traced, leaf: Leaf) -> tuple[list[str], list[str], list[str]]:
     """Return the statements that are the same for a tensor, for a row, and those of each coordinate."""
     levels: list[int] = []
+    read = _read(traced)
     for node in traced.program.nodes:
         own = {"field": 2, "col": 2, "row": 1}.get(node.op, 0)
         levels.append(max([own, *(levels[a] for a in node.args)]))
-    statements = list(zip(levels, _forward(traced, leaf), strict=True))
+    statements = [
+        (level, text) for n, (level, text) in enumerate(zip(levels, _forward(traced, leaf), strict=True)) if n in read
+    ]
     of_tensor, of_row, of_each = ([text for level, text in statements if level == k] for k in range(3))
     return of_tensor, of_row, of_each
+
+
+def _read(traced: Traced) -> set[int]:
+    """Return the values that others, or the results, are made of."""
+    return {argument for node in traced.program.nodes for argument in node.args}.union(traced.outputs)
 
 
 def _reverse(traced: Traced, state: list[str], extra: tuple[str, ...], index: str) -> tuple[list[str], dict[int, str]]:

@@ -40,6 +40,7 @@ hidden = 2
 coordinates = 500
 [evaluate]
 methods = ["static", "sgd", "rms", "gated"]
+gate_articles = 1
 """
 
 

@@ -11,6 +11,7 @@ import torch
 from chain import run_chain
 from dynlm.optim.registry import RULES
 from lab import make_lab
+from shared import shared
 
 
 @pytest.fixture(autouse=True)
@@ -79,11 +80,15 @@ max_articles = 1
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """(recipe file, run directory) after the whole chain, on a few articles of Python's own documentation."""
-    from dynlm.data.articles import DataConfig, read_pools
+    from dynlm.data.stdlib import load_topics
 
-    folder = tmp_path_factory.mktemp("chain")
-    rows = [{"title": a.title, "text": a.text[:3000]} for a in read_pools(DataConfig())["all"][:40]]
-    return run_chain(folder, rows)
+    rows = [{"title": a.title, "text": a.text[:1500]} for a in load_topics()[:40]]
+    made = shared(tmp_path_factory, "chain", lambda folder: run_chain(folder, rows))
+    folder = tmp_path_factory.mktemp("finished") / "chain"
+    shutil.copytree(made, folder)
+    for path in (folder / "recipe.toml", folder / "run" / "recipe.json"):
+        path.write_text(path.read_text().replace(str(made), str(folder)))
+    return folder / "recipe.toml", folder / "run"
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
 """The front of the command line: help, names, flags of every command, progress, threads, figures as JSON."""
 
+import itertools
 import json
 import os
 import pathlib
 import re
-import shutil
+import signal
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from dynlm.cli.help import SECTIONS
 from dynlm.cli.main import COMMANDS, main, parse
 from dynlm.files import read_json
 from dynlm.kept import FLAGS
+from dynlm.models import train
 from dynlm.progress import Bar, set_quiet
 from dynlm.runs import Run
 from dynlm.stages.recipe import Recipe, find_recipe, load_recipe, shipped_recipes
@@ -216,42 +218,65 @@ def counted(self, window):
     global count
     count += 1
     if count == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.{signal})
+        os.kill(os.getpid(), signal.SIGINT)
     return step(self, window)
 train._Trainer._step = counted
 sys.exit(main(sys.argv[2:]))
 """
 
 
-def test_a_signal_leaves_a_checkpoint_that_goes_on_bitwise_or_promises_none(finished, tmp_path):
+def in_a_process(arguments, at):
+    """(exit code, standard error) of a command that gets Ctrl-C at a step of training."""
+    command = [sys.executable, "-c", INTERRUPTED, str(at), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stderr
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    def interrupted(arguments, at, number):
+        """The same in this process, with any signal."""
+        step, count = train._Trainer._step, itertools.count(1)
+
+        def counted(self, window):
+            if next(count) == at:
+                signal.raise_signal(number)
+            return step(self, window)
+
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(train._Trainer, "_step", counted)
+            code = main(arguments)
+        return code, capsys.readouterr().err
+
+    return interrupted
+
+
+def test_a_signal_leaves_a_checkpoint_that_goes_on_bitwise_or_promises_none(finished, tmp_path, here):
     recipe, _ = finished
     training = ["train", str(recipe), "--train.validations-per-epoch", "4", "--run"]
-
-    def interrupted(signal, at, run):
-        command = [sys.executable, "-c", INTERRUPTED.format(signal=signal), str(at), *training, str(run)]
-        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
     assert main([*training, str(tmp_path / "whole")]) == 0
     whole = (tmp_path / "whole" / "model" / "model.safetensors").read_bytes()
     steps = json.loads((tmp_path / "whole" / "train.jsonl").read_text().splitlines()[-1])["step"]
-    for name, code in (("SIGINT", 130), ("SIGTERM", 143)):
-        run = tmp_path / name
-        early = interrupted(name, 2, run)
-        assert early.returncode == code
-        assert "interrupted before the first validation: nothing was saved" in early.stderr
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        run = tmp_path / number.name
+        arguments = [*training, str(run)]
+        found, said = here(arguments, 2, number)
+        assert found == code
+        assert "interrupted before the first validation: nothing was saved" in said
         assert not run.exists()
-        late = interrupted(name, steps - 2, run)
-        assert late.returncode == code
-        assert f"interrupted after step {steps - 2}, which is saved: --resume goes on from there" in late.stderr
+        late = steps - 2
+        found, said = in_a_process(arguments, late) if code == 130 else here(arguments, late, number)
+        assert found == code
+        assert f"interrupted after step {late}, which is saved: --resume goes on from there" in said
         assert main(["train", "--run", str(run), "--resume"]) == 0
         assert (run / "model" / "model.safetensors").read_bytes() == whole
 
 
-def test_the_log_of_a_run_in_a_file_is_short(finished, tmp_path):
+def test_the_log_of_a_run_in_a_file_is_short(copy):
     """No redrawn bars, no bars of libraries: what a newcomer's log of the demo is made of."""
-    _, run = finished
-    shutil.copytree(run, tmp_path / "run")
-    command = [sys.executable, "-m", "dynlm", "evaluate", "--run", str(tmp_path / "run"), "--overwrite"]
+    _, run = copy
+    command = [sys.executable, "-m", "dynlm", "evaluate", "--run", str(run), "--overwrite"]
     command += ["--evaluate.methods", "static", "rms"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = (done.stdout + done.stderr).splitlines()

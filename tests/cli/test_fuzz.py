@@ -46,7 +46,7 @@ def tiny(finished, tmp_path, monkeypatch):
 def test_a_part_of_the_cases_of_each_kind(tiny, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking where there are threads
-        assert fuzz.fuzz(tiny, cases=24, seed=20261126, whole_every=12) == 0
+        assert fuzz.fuzz(tiny, cases=24, seed=20261126, whole_every=24) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1].startswith("24 cases, seed 20261126, ")
 

@@ -60,8 +60,7 @@ def test_nothing_is_written_where_nothing_was_read(tmp_path, monkeypatch, capsys
     assert "interrupted after 0 tokens" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_ends_the_process_with_its_code(tmp_path, number, code):
+def test_a_signal_ends_the_process_with_its_code(tmp_path):
     page, memory = tmp_path / "page.html", tmp_path / "memory"
     command = [sys.executable, "-m", "dynlm.cli.main", "read", "-", "--rule", "rms", "--html", str(page)]
     command += ["--save-memory", str(memory)]
@@ -69,13 +68,38 @@ def test_a_signal_ends_the_process_with_its_code(tmp_path, number, code):
         p.stdin.write(LINE.encode() * 40)
         p.stdin.flush()
         first = p.stdout.read(1)  # it reads now
-        p.send_signal(number)
+        p.send_signal(signal.SIGTERM)
         out, err = p.stdout.read(), p.stderr.read()
-        assert p.wait() == code
+        assert p.wait() == 143
     assert first == b"T"
     assert b"word perplexity" in out
     assert b"interrupted after" in err
     assert b"Traceback" not in err
+    assert page.is_file()
+    assert read_tensors(memory)[1]["kind"].startswith("dynlm memory")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_each_signal_ends_with_its_code_and_keeps_what_was_read(tmp_path, monkeypatch, capsys, number, code):
+    class Signalled(Pipe):
+        def read1(self, size=-1):
+            if self.lines == 1:
+                signal.raise_signal(number)
+            return super().read1(size)
+
+    monkeypatch.setattr("sys.stdin", type("In", (), {"buffer": Signalled(40)}))
+    page, memory = tmp_path / "page.html", tmp_path / "memory"
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which a parent, as nohup, may have set aside
+    try:
+        with pytest.raises(SystemExit) as end:
+            main(["read", "-", "--rule", "rms", "--html", str(page), "--save-memory", str(memory)])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert end.value.code == code
+    out, err = capsys.readouterr()
+    assert out.startswith("T")
+    assert "word perplexity" in out
+    assert "interrupted after" in err
     assert page.is_file()
     assert read_tensors(memory)[1]["kind"].startswith("dynlm memory")
 

@@ -16,10 +16,12 @@ from dynlm.runs import Run
 from dynlm.session.session import load_session
 from support.commands import fails, files
 
-pytestmark = pytest.mark.usefixtures("plain_reports")
+pytestmark = [
+    pytest.mark.usefixtures("plain_reports"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+]
 
 LORA = ["--lora.rank", "2", "--lora.targets", "*.c_attn"]
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 
 def test_the_tokenizer_stands_beside_the_model(ready, tmp_path):

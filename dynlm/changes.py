@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dynlm.files import let_read, read_json, sync, sync_one, write_json, writing
+from dynlm.processes import is_main, turn
 from dynlm.types import InputError
 
 NEXT, COMMIT = ".next.", ".commit"
@@ -61,8 +62,20 @@ class Changes:
 def changing(run: Path) -> Iterator[Changes]:
     """Collect changes of the run directory ``run``; they are made when the block ends without an error.
 
-    Only the process that has claimed the directory may do this (dynlm.claim).
+    Only the process that has claimed the directory may do this (dynlm.claim). Those that share its command come here
+    too; what they collect is dropped.
     """
+    with turn():
+        if is_main():
+            with _deciding(run) as changes:
+                yield changes
+        else:
+            with tempfile.TemporaryDirectory(prefix="dynlm.") as scratch:
+                yield Changes(run, Path(scratch))
+
+
+@contextmanager
+def _deciding(run: Path) -> Iterator[Changes]:
     try:
         run.mkdir(parents=True, exist_ok=True)
         complete(run)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dynlm.changes import COMMIT, LIST, NEXT, complete
 from dynlm.files import PROBE
+from dynlm.processes import is_main
 from dynlm.runs import Run
 from dynlm.stamps import read_stamped
 from dynlm.types import InputError
@@ -26,14 +27,10 @@ INSIDE = re.compile(rf"{re.escape(PROBE)}.*|\.tmp\w{{6}}")
 """what may be half made in them: a tried file mode, and the file that safetensors renames when it is whole"""
 
 
-def is_first_process() -> bool:
-    """Whether this process is the only one, or the first of several that a launcher has started for one training."""
-    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0
-
-
 @contextmanager
 def claim(run: Run, *, begins: bool = False, writes: bool = True) -> Iterator[None]:
-    """Inside, this process alone works in ``run``. First, what a killed command left behind is completed or removed.
+    """Inside, this process, and those that share its command, alone work in ``run``. First, what a killed
+    command left behind is completed or removed.
 
     ``begins``: the command makes the run where there is none. ``writes``: False for a command that can do without
     writing, which goes on in a directory that it may not write to.
@@ -41,7 +38,7 @@ def claim(run: Run, *, begins: bool = False, writes: bool = True) -> Iterator[No
     Raises:
         InputError: files that are not dynlm's, another process that works there, a directory that cannot be written.
     """
-    if not is_first_process() or not (begins or run.recipe.is_file() or _decided(run.path)):
+    if not is_main() or not (begins or run.recipe.is_file() or _decided(run.path)):
         yield
         return
     require_ours(run)

@@ -26,6 +26,8 @@ class Call(Settings):
     """replace what an earlier run of the same command left"""
     resume: bool = False
     """go on where the command stopped: from its checkpoint, or after what it has finished"""
+    workers: Annotated[int, Bound(1, 256)] = 1
+    """processes on this machine that share the work; torchrun and accelerate launch start them on several machines"""
     threads: Annotated[int, Bound(0, 1024)] = 0
     """threads to compute with; 0: one for small models, else chosen by a measurement of some 50 ms"""
     quiet: bool = False

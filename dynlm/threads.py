@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from dynlm.processes import exchanged, neighbors
+
 SMALL = 10_000_000  # weights; a segment of text through fewer is too little work to share
 TURNS = 7
 WORTH = 1.15  # times as fast as one thread that all of them must be
@@ -34,9 +36,10 @@ def choose_threads(requested: int = 0, weights: int = 0, product: tuple[int, int
 
     ``requested`` or ``OMP_NUM_THREADS`` decide where they are given. A model of at most 10 million ``weights`` reads
     with one. Otherwise a product of (rows, inner, columns) is timed with one thread and with all, in turns for some
-    50 ms; a training gives the ``product`` it spends its time on.
+    50 ms; a training gives the ``product`` it spends its time on. Processes that share a machine share its cores, and
+    all take the number of the first.
     """
-    chosen = _choose(requested, weights, product)
+    chosen = exchanged(_choose(requested, weights, product))[0]
     torch.set_num_threads(chosen.number)
     return chosen
 
@@ -49,9 +52,9 @@ def _choose(requested: int, weights: int, product: tuple[int, int, int] | None) 
         return Threads(most, "OMP_NUM_THREADS")
     if product is None and weights <= SMALL:
         return Threads(1, "the model is small")
-    most = max(most, os.cpu_count() or 1)
-    if most == 1:
-        return Threads(1, "one core")
+    most = max(most, os.cpu_count() or 1) // neighbors()
+    if most <= 1:
+        return Threads(1, "one core" if neighbors() == 1 else "a core for each process")
     times = _measure(product or (32, 1024, 4096), (1, most))
     faster = times[1] / times[most]
     said = f"{most} measured {faster:.2f} × as fast as one"

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import json
 import os
 import re
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from functools import partial
 from importlib import import_module, resources
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dynlm
+from dynlm import processes
 from dynlm.claim import claim, recover
+from dynlm.cli.launch import LAUNCHED, LOST, end_with_parent, launch
 from dynlm.cli.terminal import noted, tell, usage_errors
 from dynlm.files import Json
 from dynlm.interrupt import Interrupted
@@ -42,6 +45,8 @@ class Command(NamedTuple):
     """logs its losses to the trackers of ``--log-with``"""
     table: str = ""
     """the one table of the recipe that the function takes after the call's flags; without it, the whole recipe"""
+    shared: bool = False
+    """``--workers``, torchrun and accelerate launch spread its work over processes"""
 
 
 COMMANDS: dict[str, Command] = {
@@ -69,7 +74,7 @@ COMMANDS: dict[str, Command] = {
         trains=True,
     ),
     "evaluate": Command(
-        "stages.evaluate.evaluate", "read held-out articles with every method and write the report", True
+        "stages.evaluate.evaluate", "read held-out articles with every method and write the report", True, shared=True
     ),
     "audit": Command("stages.audit.audit_stage", "check that every method of a run reads without leaks and adds up"),
     "report": Command("stages.evaluate.report", "write the report of an evaluation again"),
@@ -119,7 +124,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not arguments or arguments[0] in ("-h", "--help"):
                 print(_usage())
                 return 0 if arguments else 2
-            _run(arguments[0], arguments[1:])
+            with processes.joined():
+                return _run(arguments[0], arguments[1:])
+    except processes.LostProcess:
+        if LAUNCHED not in os.environ:
+            tell("another process of this command has ended: --resume goes on with what was kept")
+        return LOST
     except InputError as error:
         tell(str(error))
         return 2
@@ -138,7 +148,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         tell("interrupted: what was finished is whole, the rest was not saved")
         return 130
-    return 0
 
 
 def _usage() -> str:
@@ -148,35 +157,66 @@ def _usage() -> str:
     return USAGE.format(commands=commands, recipes=", ".join(shipped_recipes()))
 
 
-def _run(name: str, arguments: list[str]) -> None:
+def _run(name: str, arguments: list[str]) -> int:
+    """Run a command; returns the exit code. Other processes of it begin when the main one has put the run in order."""
     if name == "env":
         _print_environment("--json" in arguments)
-        return
+        return 0
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(COMMANDS)}, env"
         raise InputError(f"unknown command {name!r}: {hint}")
     if name == "read":  # has settings of its own
         stage(name)(arguments)
-        return
+        return 0
+    end_with_parent()
     if {"-h", "--help"} & set(arguments):
         from dynlm.cli.help import command_help
 
         print(command_help(name, COMMANDS[name].description), end="")
-        return
+        return 0
+    if not processes.is_main():
+        import_module("dynlm.stages.recipe")  # takes seconds, while the main process reads its settings
+        processes.barrier()
     recipe = parse(name, arguments)
     command, run = COMMANDS[name], Run(recipe.run)
+    _require_sharing(name, recipe)
     if recipe.resume and not command.resumes:
         raise InputError(f"`dynlm {name}` has nothing to resume: leave --resume out, or add --overwrite to start again")
     if recipe.log_with and not command.trains:
         raise InputError(f"`dynlm {name}` trains nothing that a tracker could follow: leave --log-with out")
+    if recipe.workers > 1 and processes.launched() == 1:
+        return launch([name, *arguments], recipe.workers)
+    if not processes.is_main():
+        recipe = dataclasses.replace(recipe, quiet=True, log_with=())
     set_quiet(recipe.quiet)
-    with redirect_stdout(sys.stderr) if recipe.json else nullcontext(), noted(partial(print, flush=True)):
+    with _printing(recipe), noted(partial(print, flush=True)):
         print(f"run directory: {recipe.run}", flush=True)
         with nullcontext() if name == "plan" else claim(run, begins=command.begins, writes=name != "audit"):
+            if processes.is_main():
+                processes.barrier()
+            processes.require_alike(dataclasses.replace(recipe, quiet=False, log_with=(), json=False), "recipe")
             figures = stage(name)(recipe) or {}
-    if recipe.json:
+    if recipe.json and processes.is_main():
         print(json.dumps({"command": name, "run": recipe.run, **figures}, ensure_ascii=False, allow_nan=False))
+    return 0
+
+
+def _require_sharing(name: str, recipe: Recipe) -> None:
+    """Refuse processes that have nothing to share, and two ways of starting them."""
+    if max(recipe.workers, processes.launched()) > 1 and not COMMANDS[name].shared:
+        raise InputError(f"`dynlm {name}` works in one process: start it with --workers 1 and without a launcher")
+    if processes.launched() not in (1, recipe.workers) and recipe.workers > 1:
+        raise InputError(
+            f"--workers {recipe.workers}: a launcher has started {processes.launched()}: leave --workers out"
+        )
+
+
+def _printing(recipe: Recipe) -> AbstractContextManager[object]:
+    """Inside, what is printed goes to standard error where that is for JSON, and nowhere but in the main process."""
+    if not processes.is_main():
+        return redirect_stdout(io.StringIO())
+    return redirect_stdout(sys.stderr) if recipe.json else nullcontext()
 
 
 def stage(command: str) -> Any:

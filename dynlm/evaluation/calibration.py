@@ -7,6 +7,8 @@ A method is honest about what it knows where the share of correct top tokens equ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,22 +21,23 @@ BINS = 10
 class Calibration:
     """Collects (tokens, Σ probability, correct) a bin and article; ``add`` is a ``TappedReader``'s ``watch``."""
 
-    def __init__(self) -> None:
-        self._articles: list[Tensor] = []
+    def __init__(self, articles: Sequence[Tensor] = ()) -> None:
+        self.articles = list(articles)
+        """sums (bins, 3) of each article, float64"""
 
     def begin_article(self) -> None:
-        self._articles.append(torch.zeros(BINS, 3, dtype=torch.float64))
+        self.articles.append(torch.zeros(BINS, 3, dtype=torch.float64))
 
     def add(self, log_probs_SV: Tensor, targets_S: Tensor) -> None:
         log_prob_S, top_S = log_probs_SV.max(1)
         prob_S = log_prob_S.exp().double().cpu()
         correct_S = (top_S == targets_S).double().cpu()
         bin_S = (prob_S * BINS).long().clamp(0, BINS - 1)
-        self._articles[-1].index_add_(0, bin_S, torch.stack([torch.ones_like(prob_S), prob_S, correct_S], 1))
+        self.articles[-1].index_add_(0, bin_S, torch.stack([torch.ones_like(prob_S), prob_S, correct_S], 1))
 
     def summary(self) -> results.Calibration:
         """Return the error, its interval over articles, and the bins that are not empty."""
-        sums_AB3 = torch.stack(self._articles)
+        sums_AB3 = torch.stack(self.articles)
         n = len(sums_AB3)
         draws = torch.randint(n, (N_BOOTSTRAP, n), generator=torch.Generator().manual_seed(0))
         weights = torch.zeros(N_BOOTSTRAP, n, dtype=torch.float64).scatter_add_(

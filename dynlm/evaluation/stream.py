@@ -16,6 +16,7 @@ from dynlm.evaluation.calibration import Calibration
 from dynlm.evaluation.gates import GateRecorder, Gates
 from dynlm.evaluation.tap import TappedReader
 from dynlm.inner import InnerLoop
+from dynlm.processes import exchanged, spread
 from dynlm.types import DivergedError, InputError, TokenizedArticle
 
 
@@ -45,13 +46,17 @@ class Scores(NamedTuple):
 def read_articles(
     reader: InnerLoop, articles: Sequence[TokenizedArticle], start_id: int, progress: Callable[[int], Any] | None = None
 ) -> Scores:
-    """Read ``articles`` in order inside ``reader``'s context, which puts θ0 back afterwards."""
+    """Read ``articles`` inside ``reader``'s context, which puts θ0 back afterwards; several processes share them."""
+
+    def read(number: int) -> Tensor:
+        return reader.read(articles[number], start_id, progress).float().cpu()
+
     if not articles:
         raise InputError("no article to read: the chosen split is empty")
     with reader:
         reader.begin()
         started = time.perf_counter()
-        losses = [reader.read(article, start_id, progress).float().cpu() for article in articles]
+        losses = spread(read, list(map(len, articles)), divided=reader.config.reset == "article")
         return Scores(losses, time.perf_counter() - started)
 
 
@@ -64,35 +69,49 @@ def read_and_watch(
 ) -> Scores:
     """As :func:`read_articles`, with calibration and, where nothing is reset, the first article read again.
 
-    Rules that leave θ0 as it is do not read again. The gates of all others are recorded while the first
-    ``gate_articles`` articles are read.
+    The seconds are those of the process that reads longest. Rules that leave θ0 as it is do not read again. The gates
+    of all others are recorded while the first ``gate_articles`` articles are read.
 
     Raises:
         DivergedError: a loss that is not finite, with its article and segment.
     """
     if not articles:
         raise InputError("no article to read: the chosen split is empty")
-    calibration, losses, again = Calibration(), [], None
+    calibration, seconds, again = Calibration(), 0.0, None
+    divided = reader.config.reset == "article"
     recorder = GateRecorder(reader) if gate_articles and reader.rule.reads_gradient else None
     reader.watch, reader.watch_seconds = calibration.add, 0.0
+
+    def read(number: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return losses, calibration and gates of one article."""
+        nonlocal seconds
+        article, started, first = articles[number], time.perf_counter(), len(recorder.values) if recorder else 0
+        calibration.begin_article()
+        try:
+            with recorder.article() if recorder and number < gate_articles else nullcontext():
+                losses_T = reader.read(article, start_id, progress).float().cpu()
+        except DivergedError as error:
+            raise DivergedError(f"article {number} ({article.title!r}): {error}") from None
+        seconds += time.perf_counter() - started
+        return losses_T, calibration.articles[-1], recorder.values[first:] if recorder else []
+
     try:
         with reader:
             reader.begin()
-            started = time.perf_counter()
-            for number, article in enumerate(articles):
-                calibration.begin_article()
-                try:
-                    with recorder.article() if recorder and number < gate_articles else nullcontext():
-                        losses.append(reader.read(article, start_id, progress).float().cpu())
-                except DivergedError as error:
-                    raise DivergedError(f"article {number} ({article.title!r}): {error}") from None
-            seconds = time.perf_counter() - started - reader.watch_seconds - (recorder.seconds if recorder else 0.0)
-            if reader.config.reset == "never" and reader.rule.reads_gradient:
-                again = score_only(reader, articles[0], start_id).float().cpu()
+            found = spread(read, list(map(len, articles)), divided=divided)
+            if not divided and reader.rule.reads_gradient:
+                again = spread(lambda _: score_only(reader, articles[0], start_id).float().cpu(), [1.0], divided=False)[
+                    0
+                ]
     finally:
         reader.watch = None
-    gates = recorder.gates() if recorder else None
-    return Scores(losses, seconds, calibration.summary(), again, gates)
+    seconds = max(exchanged(seconds - reader.watch_seconds - (recorder.seconds if recorder else 0.0)))
+    losses, sums, gates = zip(*found, strict=True)
+    if recorder:
+        recorder.values = [values for of_article in gates for values in of_article]
+        recorder.segments = [len(of_article) for of_article in gates[:gate_articles]]
+    recorded = recorder.gates() if recorder else None
+    return Scores(list(losses), seconds, Calibration(sums).summary(), again, recorded)
 
 
 def score_only(reader: InnerLoop, article: TokenizedArticle, start_id: int) -> Tensor:

@@ -30,6 +30,7 @@ from dynlm.files import Json
 from dynlm.inner import InnerLoop
 from dynlm.lazy import optional
 from dynlm.methods import Method
+from dynlm.processes import share
 from dynlm.progress import Bar
 from dynlm.report import tables
 from dynlm.runs import Run
@@ -192,7 +193,10 @@ def read_method(
     if tapped.rule.reads_gradient:
         with suppress(DivergedError), tapped:  # kernels are built outside the timed pass
             tapped.read(dataclasses.replace(articles[0], ids_T=articles[0].ids_T[:128]), start_id)
-    with Bar(total=sum(map(len, articles)), desc=f"read {name}", unit="token", unit_scale=True) as bar:
+    own = share(list(map(len, articles)), divided=reader.config.reset == "article")
+    with Bar(
+        total=sum(len(articles[number]) for number in own), desc=f"read {name}", unit="token", unit_scale=True
+    ) as bar:
         gate_articles = 0 if Method.parse(name).beside else gate_articles
         return read_and_watch(tapped, articles, start_id, bar.update, gate_articles)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from dynlm.changes import changing
 from dynlm.evaluation.parts import load_part, save_part
 from dynlm.evaluation.stream import Scores
@@ -10,12 +12,21 @@ from dynlm.inner import InnerLoop
 from dynlm.kept import free_parts
 from dynlm.methods import Method
 from dynlm.optim.sharing import fingerprint
+from dynlm.processes import once
 from dynlm.report.maps import require_titles
 from dynlm.report.svg import formats
 from dynlm.report.tables import table
 from dynlm.results import load_results
 from dynlm.runs import Run
-from dynlm.session.evaluation import evaluate_readers, read_method, read_of, report_of_run, settings_of, told
+from dynlm.session.evaluation import (
+    Results,
+    evaluate_readers,
+    read_method,
+    read_of,
+    report_of_run,
+    settings_of,
+    told,
+)
 from dynlm.session.session import model_fingerprint
 from dynlm.settings import as_json
 from dynlm.stages.recipe import Recipe
@@ -45,17 +56,22 @@ def evaluate(recipe: Recipe) -> Json:
             print(f"{name}: kept as it was read before")
             return scores
         scores = read_method(name, reader, articles, bench.tokenizer.start_id, config.gate_articles)
-        save_part(path, scores, made)
+        once(lambda: save_part(path, scores, made))
         return scores
 
     corpus = "" if bench.other else bench.stamp.fingerprints["data"]  # which the texts were compared with
     about = read_of(texts, recipe.data.source, config.split, corpus)
     results = evaluate_readers(readers, bench, texts, train_texts=bench.train_texts(), read=read, about=about)
     results.data["asked"] = asked
-    results.save(bench.run.path)
+    once(partial(_write, recipe, results))
+    return told(results.data)
+
+
+def _write(recipe: Recipe, results: Results) -> None:
+    """Write results.json, the losses and the report, and show the table."""
+    results.save(recipe.run)
     print(results.table())
     report(recipe)
-    return told(results.data)
 
 
 def report(recipe: Recipe) -> None:
@@ -96,7 +112,7 @@ def _evaluated(run: Run, asked: Json, recipe: Recipe) -> Json | None:
     if results.get("asked") == asked:
         print(f"{run.results}: kept as it was evaluated before")
         if not run.report.exists():
-            report(recipe)
+            once(partial(report, recipe))
         return told(results)
     if recipe.overwrite:
         return None

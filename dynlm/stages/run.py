@@ -23,6 +23,7 @@ from dynlm.models.ready import load_base
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.registry import RULES
 from dynlm.optim.sharing import save_rule
+from dynlm.processes import once
 from dynlm.runs import Run
 from dynlm.session.api import rule_trainer
 from dynlm.session.prior import measured, read_prior
@@ -114,7 +115,7 @@ class Bench(Session):
                 return make_priors(adapted, read_prior(self.run.prior, adapted)[0])
         train = self.corpus.split("train")
         priors = measured(self.model, self.score, train, self.tokenizer, self.config, self.recipe.prior.tokens)
-        write_tensors(self.run.prior, {p.name: p.rms for p in priors}, settings)
+        once(lambda: write_tensors(self.run.prior, {p.name: p.rms for p in priors}, settings))
         return priors
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, cast
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 
 from dynlm.allocator import keep_freed_memory
 from dynlm.data.segments import article_segments
-from dynlm.models.params import Adapted, adapted_parameters, as_matrix, matched_parameters
+from dynlm.models.params import adapted_parameters, as_matrix
+from dynlm.models.tap import Tap
 from dynlm.optim.base import Prior, Rule, RuleState, Seen
 from dynlm.optim.kernel import InPlaceUpdate
 from dynlm.settings import Count, NotEmpty, NotNegative, Settings
@@ -65,13 +67,28 @@ class Step(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """One segment as it was scored, before the update."""
+    """One segment as it was scored, before the update: what there is to observe."""
 
+    inputs_S: Tensor
+    targets_S: Tensor
     losses_S: Tensor
     value: float
-    """their mean"""
+    """the mean of the model's own losses"""
     mean: Tensor | None
     """the same with its graph; None where nothing will be learned from it"""
+    log_probs: Callable[[], Tensor] | None = None
+    """makes the (S, V) distributions that the losses were taken from, a cache's share included, where the loop taps the
+    model; raises InputError for a model that shows no logits"""
+
+
+class Observer:
+    """Looks on while a loop reads: override what you want to see. Scores and updates must not change by it."""
+
+    def scored(self, scored: Scored) -> None:
+        """See a segment while the weights and the state that scored it still stand."""
+
+    def learned(self, step: Step) -> None:
+        """See the update that followed; segments that nothing is learned from have none."""
 
 
 class Snapshot(NamedTuple):
@@ -79,6 +96,7 @@ class Snapshot(NamedTuple):
 
     thetas: list[Tensor]
     state: RuleState
+    """the rule's, from :meth:`begin` on"""
     hidden: Any
 
 
@@ -90,13 +108,16 @@ class InnerLoop:
     """Read with a model and a rule: a context manager that puts θ0 back bit for bit, also after an exception.
 
     Inside the context the model's weights are this loop's: another one on the same model is refused until it ends.
+    Entering it begins; making a loop does no work and leaves the model alone.
     """
+
+    taps = False
+    """whether each segment's distributions and hidden states are wanted even where nobody observes"""
+    state: RuleState
 
     def __init__(
         self, model: nn.Module, score: Scorer, rule: Rule, priors: Sequence[Prior], config: ReadConfig | None = None
     ) -> None:
-        keep_freed_memory()
-        _require_alone(model, None)
         self.config = config = config or ReadConfig()
         self.model, self.score, self.rule, self.priors = model, score, rule, priors
         self.adapted = adapted_parameters(model, config.params)
@@ -109,10 +130,20 @@ class InnerLoop:
         self.apply: UpdateStep = InPlaceUpdate(rule, {"auto": None, "compiled": True, "eager": False}[config.kernel])
         self.largest, self.clipped = largest_norms(priors, config.trust), 0
         """updates so far whose gradient left the trust region"""
-        self.begin()
+        self.learns = rule.reads_gradient
+        """whether reading updates the weights; False scores alone"""
+        self.hidden: Any = None
+        self.observers: list[Observer] = []
+        self.observing = 0.0
+        """seconds that observers took: no part of reading"""
 
-    def __enter__(self) -> InnerLoop:
-        _require_alone(self.model, self)
+    @classmethod
+    def of(cls, loop: InnerLoop) -> Self:
+        """Return a loop of this kind with all that ``loop`` was made of."""
+        return cls(loop.model, loop.score, loop.rule, loop.priors, loop.config)
+
+    def __enter__(self) -> Self:
+        self.begin()
         _LEASES[self.model] = self
         self._was_training = self.model.training
         self.model.eval()
@@ -132,10 +163,29 @@ class InnerLoop:
                 theta.copy_(prior.theta0)
 
     def begin(self) -> None:
-        """A new start: θ ← θ0, s ← 0, h ← 0."""
+        """Start again: θ ← θ0, s ← 0, h ← 0.
+
+        Raises:
+            InputError: another loop reads with this model.
+        """
+        if (other := _LEASES.get(self.model)) not in (None, self):
+            rule = other.rule.name if other else ""
+            raise InputError(
+                f"a reader with rule {rule!r} reads with this model: leave its `with` first, or read with a copy of it"
+            )
+        keep_freed_memory()
         self.restore()
         self.state = self.rule.init(self.priors)
-        self.hidden: Any = None
+        self.hidden = None
+
+    @contextmanager
+    def observed_by(self, observer: Observer) -> Iterator[None]:
+        """Inside, show ``observer`` every segment as it is scored, and every update."""
+        self.observers.append(observer)
+        try:
+            yield
+        finally:
+            self.observers.remove(observer)
 
     def snapshot(self) -> Snapshot:
         """Return a copy of the position, to read something else in between."""
@@ -167,7 +217,30 @@ class InnerLoop:
 
     def scored(self, inputs_S: Tensor, targets_S: Tensor, last: bool = False) -> Scored:
         """The first half of :meth:`segment`: the losses under the present weights, and what :meth:`learn` needs."""
-        learns = self.rule.reads_gradient and not last
+        if "state" not in vars(self):
+            raise InputError("this loop has not begun: read inside `with loop:`, or call `loop.begin()` first")
+        with Tap(self.model) if self.taps or self.observers else nullcontext() as tap:
+            scored = self._scored(inputs_S, targets_S, learns=self.learns and not last)
+        if tap is not None:
+            with torch.no_grad():
+                scored = self.tapped(scored, tap)
+        self._show(lambda observer: observer.scored(scored))
+        return scored
+
+    def tapped(self, scored: Scored, tap: Tap) -> Scored:
+        """Return what a segment's scores become; here the model's own. ``mean`` stays the model's own in any case."""
+        size = scored.losses_S.numel()
+        return scored._replace(log_probs=lambda: tap.logits(size).log_softmax(1))
+
+    @torch.no_grad()
+    def _show(self, show: Callable[[Observer], None]) -> None:
+        if self.observers:
+            started = time.perf_counter()
+            for observer in self.observers:
+                show(observer)
+            self.observing += time.perf_counter() - started
+
+    def _scored(self, inputs_S: Tensor, targets_S: Tensor, learns: bool) -> Scored:
         with torch.set_grad_enabled(learns):
             losses_S, hidden = self.score(inputs_S, targets_S, self.hidden)
             mean = losses_S.mean()
@@ -177,7 +250,7 @@ class InnerLoop:
             step = self.state.clock.step
             self.begin()
             raise DivergedError(_not_finite(value, step, self.rule))
-        return Scored(losses_S.detach(), value, mean if learns else None)
+        return Scored(inputs_S, targets_S, losses_S.detach(), value, mean if learns else None)
 
     def learn(self, scored: Scored) -> Step:
         """Update by the gradient of a segment's mean loss, where that is to be: the second half of :meth:`segment`."""
@@ -186,7 +259,9 @@ class InnerLoop:
         grads = self.gradient(scored.mean)
         self.state.clock.tick(scored.value)
         seen = self.apply(self.thetas, grads, self.state, self.priors)
-        return Step(scored.losses_S, grads, seen)
+        step = Step(scored.losses_S, grads, seen)
+        self._show(lambda observer: observer.learned(step))
+        return step
 
     def gradient(self, mean_loss: Tensor) -> list[Tensor]:
         """∇θ of a mean segment loss as (R, C) matrices, inside the trust region; 0 for parameters it does not reach."""
@@ -220,14 +295,6 @@ class InnerLoop:
             if progress:
                 progress(targets_S.numel())
         return cast(Tensor, losses_T)
-
-
-def _require_alone(model: nn.Module, reader: InnerLoop | None) -> None:
-    if (other := _LEASES.get(model)) not in (None, reader):
-        rule = other.rule.name if other else ""
-        raise InputError(
-            f"a reader with rule {rule!r} reads with this model: leave its `with` first, or read with a copy of it"
-        )
 
 
 def largest_norms(priors: Sequence[Prior], trust: float) -> list[float]:
@@ -274,51 +341,3 @@ def detach(hidden: Any) -> Any:
     if isinstance(hidden, tuple | list):
         return type(hidden)(detach(h) for h in hidden)
     return hidden
-
-
-def measure_priors(
-    model: nn.Module, score: Scorer, pieces: Iterator[tuple[Tensor, Tensor]], globs: Sequence[str] = ("*",)
-) -> list[Prior]:
-    """θ0 and the static RMS of the segment gradient, sqrt(mean g²) a weight, over ``pieces`` of training text.
-
-    The hidden state is carried from piece to piece. Weights that never saw a gradient have RMS 0. Frozen parameters are
-    left out, with a warning.
-    """
-    adapted = adapted_parameters(model, globs)
-    frozen = [a.name for a in matched_parameters(model, globs) if not a.parameter.requires_grad]
-    if frozen:
-        warnings.warn(f"{len(frozen)} frozen parameters are not adapted, such as {frozen[0]!r}", stacklevel=2)
-    squares = [torch.zeros_like(a.matrix_RC) for a in adapted]
-    hidden: Any = None
-    n_pieces = 0
-    was_training = model.training
-    model.eval()
-    for inputs_S, targets_S in pieces:
-        n_pieces += 1
-        losses_S, hidden = score(inputs_S, targets_S, hidden)
-        hidden = detach(hidden)
-        grads = torch.autograd.grad(losses_S.mean(), [a.parameter for a in adapted], materialize_grads=True)
-        for square, grad in zip(squares, map(Tensor.contiguous, grads), strict=True):
-            square.addcmul_(as_matrix(grad), as_matrix(grad))
-    model.train(was_training)
-    if n_pieces == 0:
-        raise InputError("no text to measure the static RMS of the gradient on: the train split is empty")
-    return make_priors(adapted, [square.div_(n_pieces).sqrt_() for square in squares])
-
-
-def make_priors(adapted: Sequence[Adapted], rms: Sequence[Tensor]) -> list[Prior]:
-    """Priors from the model's present weights and given RMS matrices.
-
-    A tensor without any gradient, as LoRA's A while B is 0, gets the mean RMS of the others: rules divide by it.
-    """
-    means = [float(r.mean()) for r in rms]
-    known = [m for m in means if m != 0]
-    mean = sum(known) / max(1, len(known))
-    if not math.isfinite(mean) or mean <= 0:
-        raise InputError(f"the static RMS of the gradient averages {mean}: the model learns nothing from this text")
-    rms = [r if m else torch.full_like(r, mean) for r, m in zip(rms, means, strict=True)]
-    means = [m or mean for m in means]
-    return [
-        Prior(a.name, a.matrix_RC.clone(), r.to(a.matrix_RC), m, 1 / mean)
-        for a, r, m in zip(adapted, rms, means, strict=True)
-    ]

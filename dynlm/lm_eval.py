@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dynlm.data.segments import article_segments
-from dynlm.evaluation.tap import Tap, TappedReader
+from dynlm.inner import Observer, Scored
+from dynlm.models.tap import Tap
 from dynlm.progress import Bar
 from dynlm.session.session import load_session
 from dynlm.types import InputError, TokenizedArticle
@@ -49,7 +50,7 @@ class DynamicLM(TemplateLM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         session = load_session(run)
-        self.reader = TappedReader.of(session.reader(session.rule(rule).requires_grad_(False)))
+        self.reader = session.reader(session.rule(rule).requires_grad_(False))
         self.start_id, self.tokenizer = session.tokenizer.start_id, session.tokenizer.pretrained()
 
     @property
@@ -92,13 +93,9 @@ class DynamicLM(TemplateLM):  # type: ignore[misc]
         """Return the log-likelihood of a continuation, and whether each of its tokens was the likeliest."""
         if not after:
             return 0.0, True
-        likeliest: list[Tensor] = []
-        self.reader.watch = lambda log_probs_SV, targets_S: likeliest.append(log_probs_SV.argmax(1) == targets_S)
-        try:
+        with self.reader.observed_by(likeliest := _Likeliest()):
             losses_T = self._read(before + after)
-        finally:
-            self.reader.watch = None
-        return -float(losses_T[-len(after) :].sum()), bool(torch.cat(likeliest)[-len(after) :].all())
+        return -float(losses_T[-len(after) :].sum()), bool(torch.cat(likeliest.found)[-len(after) :].all())
 
     @torch.no_grad()
     def _written(self, context: str, wish: dict[str, Any]) -> str:
@@ -122,6 +119,17 @@ class DynamicLM(TemplateLM):  # type: ignore[misc]
             written.append(int(token))
             text = cast(str, self.tokenizer.decode(written))
         return min((text.partition(end)[0] for end in ends), key=len, default=text)
+
+
+class _Likeliest(Observer):
+    """Whether each token of what is read was the likeliest."""
+
+    def __init__(self) -> None:
+        self.found: list[Tensor] = []
+
+    def scored(self, scored: Scored) -> None:
+        assert scored.log_probs is not None  # an observed loop taps the model
+        self.found.append(scored.log_probs().argmax(1) == scored.targets_S)
 
 
 def _article(ids: Sequence[int]) -> TokenizedArticle:

@@ -2,12 +2,13 @@
 
 import torch
 
-from dynlm.inner import InnerLoop, ReadConfig, make_priors
+from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.labs.fewshot.nets import MLP, NetScorer, seeded, squared_error
 from dynlm.labs.fewshot.tasks import Sinusoids
 from dynlm.meta.initialisation import Task
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.handmade import SGD
+from dynlm.priors import make_priors
 
 LR, DECAY = 0.05, 0.1
 

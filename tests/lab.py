@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dynlm.data.segments import article_segments
-from dynlm.inner import measure_priors
 from dynlm.models.causal import LSTMScorer
 from dynlm.models.lstm import ModelConfig
+from dynlm.priors import measure_priors
 from dynlm.types import TokenizedArticle
 
 VOCAB, START = 23, 0

@@ -8,10 +8,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from dynlm.data.segments import article_segments
 from dynlm.evaluation.audit import first_leak, restores
-from dynlm.inner import InnerLoop, ReadConfig, measure_priors
+from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.models.causal import LSTMScorer
 from dynlm.optim.gated import Gated
 from dynlm.optim.handmade import RMS, SGD, Static
+from dynlm.priors import measure_priors
 from dynlm.types import DivergedError, InputError, TokenizedArticle
 from lab import START, VOCAB, make_article, make_lab
 
@@ -135,11 +136,11 @@ def test_only_the_chosen_parameters_move():
     assert [p.name for p in priors] == ["layers.0.weight_ih", "layers.0.weight_hh", "layers.0.bias"]
     before = model.embedding.weight.clone()
     reader = InnerLoop(model, score, SGD(0.5), priors, ReadConfig(params=globs, segment=8))
-    for piece in article_segments(make_article(24).ids_T, START, 8):
-        reader.segment(*piece)
-    assert torch.equal(model.embedding.weight, before)
-    assert not torch.equal(model.layers[0].weight_hh, priors[1].theta0)
-    reader.restore()
+    with reader:
+        for piece in article_segments(make_article(24).ids_T, START, 8):
+            reader.segment(*piece)
+        assert torch.equal(model.embedding.weight, before)
+        assert not torch.equal(model.layers[0].weight_hh, priors[1].theta0)
     with pytest.raises(InputError, match="the prior belongs to other parameters"):
         InnerLoop(model, score, SGD(), priors, ReadConfig())
 
@@ -222,7 +223,7 @@ def test_a_second_reader_on_a_model_is_refused_until_the_first_ends():
         reader.segment(*next(article_segments(make_article(8).ids_T, START, 8)))
         learned = reader.thetas[0].clone()
         with pytest.raises(InputError, match="a reader with rule 'sgd' reads with this model"):
-            reader_for(lab, RMS())
+            reader_for(lab, RMS()).begin()
         with pytest.raises(InputError, match="read with a copy"), outside:
             pass
         assert torch.equal(reader.thetas[0], learned)
@@ -230,6 +231,21 @@ def test_a_second_reader_on_a_model_is_refused_until_the_first_ends():
         InnerLoop(copied, LSTMScorer(copied), SGD(0.5), lab[2], reader.config)
     with outside:
         pass
+
+
+def test_making_a_loop_leaves_the_model_alone_and_reading_needs_a_beginning():
+    lab = make_lab(torch.float32)
+    with torch.no_grad():
+        lab[0].embedding.weight.add_(1.0)
+    moved = lab[0].embedding.weight.clone()
+    reader = reader_for(lab, SGD(0.5))
+    assert torch.equal(lab[0].embedding.weight, moved)
+    piece = next(article_segments(make_article(8).ids_T, START, 8))
+    with pytest.raises(InputError, match="has not begun"):
+        reader.segment(*piece)
+    reader.begin()
+    assert torch.equal(lab[0].embedding.weight, lab[2][0].theta0)
+    reader.segment(*piece)
 
 
 @pytest.mark.parametrize("change", [lambda x: x[:, None], lambda x: x[:-1], lambda x: x.mean()])

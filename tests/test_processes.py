@@ -8,8 +8,7 @@ import torch
 
 from dynlm.changes import changing
 from dynlm.evaluation.stream import read_and_watch
-from dynlm.evaluation.tap import TappedReader
-from dynlm.inner import ReadConfig
+from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.optim.handmade import RMS, SGD
 from dynlm.processes import LostProcess, exchanged, is_main, largest, once, rank, require_alike, shares, spread
 from dynlm.types import DivergedError, InputError
@@ -94,7 +93,7 @@ def test_only_the_main_process_writes_and_the_others_see_it(tmp_path):
 def test_evaluation_is_that_of_one_process_bit_for_bit(reset):
     def work():
         model, score, priors = make_lab(torch.float32)
-        reader = TappedReader(model, score, RMS(lr=1e-2), priors, ReadConfig(segment=8, reset=reset))
+        reader = InnerLoop(model, score, RMS(lr=1e-2), priors, ReadConfig(segment=8, reset=reset))
         return read_and_watch(reader, ARTICLES, START, gate_articles=2)
 
     alone, (first, second) = work(), together(work)
@@ -117,7 +116,7 @@ def test_who_diverges_is_told_as_by_one_process():
             losses_S, hidden = score(inputs_S, targets_S, hidden)
             return losses_S * (torch.nan if len(targets_S) in (1, 4) else 1.0), hidden  # ends of articles 1, 2 and 4
 
-        reader = TappedReader(model, broken, SGD(0.1), priors, ReadConfig(segment=8))
+        reader = InnerLoop(model, broken, SGD(0.1), priors, ReadConfig(segment=8))
         with pytest.raises(DivergedError) as caught:
             read_and_watch(reader, ARTICLES, START)
         return str(caught.value)

@@ -30,18 +30,16 @@ from dynlm.evaluation.audit_articles import (
 )
 from dynlm.evaluation.probe import (
     Draws,
-    Observed,
+    Note,
     altered,
     ask_inside_segments,
     ask_vocabulary,
     first_difference,
-    observing,
     read,
     training_modules,
 )
-from dynlm.inner import InnerLoop
+from dynlm.inner import InnerLoop, Scored
 from dynlm.optim.base import Rule
-from dynlm.optim.handmade import Static
 from dynlm.types import TokenizedArticle
 
 __all__ = ["Verdict", "adds_up", "audit", "excerpt", "first_leak", "restores", "verdicts"]
@@ -189,15 +187,15 @@ def sums_to_one(make_reader: MakeReader, article: TokenizedArticle, start_id: in
     """Check that each score is −log p(target) of a distribution that sums to one, a mixture's included."""
     name, worst, shows = "probabilities sum to one", 0.0, True
 
-    def compare(seen: Observed) -> None:
+    def compare(scored: Scored, log_probs_SV: Tensor | None) -> None:
         nonlocal worst, shows
-        if seen.log_probs_SV is None:
+        if log_probs_SV is None:
             shows = False
             return
-        worst = max(worst, _off(seen.log_probs_SV, seen.targets_S, seen.losses_S))
+        worst = max(worst, _off(log_probs_SV, scored.targets_S, scored.losses_S))
 
     reader = make_reader()
-    with observing(reader, compare):
+    with reader.observed_by(Note(compare)):
         read(reader, article, start_id)
     said = f"all {len(article)} tokens"
     if not shows:  # ask for every token in turn, in segments all over the text
@@ -226,14 +224,14 @@ def _off(log_probs_SV: Tensor, targets_S: Tensor, losses_S: Tensor) -> float:
 
 def scored_once(reader: InnerLoop, article: TokenizedArticle, start_id: int) -> Verdict:
     """Check that the segments' targets are the article, inputs the tokens before, and the scores what was returned."""
-    name, seen = "every token scored once", list[Observed]()
-    with observing(reader, lambda observed: seen.append(observed._replace(log_probs_SV=None))):
+    name, seen = "every token scored once", list[Scored]()
+    with reader.observed_by(Note(lambda scored, _: seen.append(scored._replace(mean=None, log_probs=None)))):
         losses_T = read(reader, article, start_id).losses_T
     if not seen:
         return Verdict(name, False, "no segment was scored")
-    inputs_T = torch.cat([observed.inputs_S.cpu() for observed in seen])
-    targets_T = torch.cat([observed.targets_S.cpu() for observed in seen])
-    scores_T = torch.cat([o.losses_S.cpu() for o in seen])
+    inputs_T = torch.cat([scored.inputs_S.cpu() for scored in seen])
+    targets_T = torch.cat([scored.targets_S.cpu() for scored in seen])
+    scores_T = torch.cat([scored.losses_S.cpu() for scored in seen])
     before_T = torch.cat([article.ids_T.new_tensor([start_id]), article.ids_T[:-1]])
     ok = torch.equal(targets_T, article.ids_T) and torch.equal(inputs_T, before_T)
     wrong = f"{targets_T.numel()} tokens scored, {losses_T.numel()} scores, {len(article)} tokens in the article"
@@ -249,12 +247,12 @@ def nothing_drawn(reader: InnerLoop, article: TokenizedArticle, start_id: int) -
     """Check that the model is in evaluation mode and that nothing is drawn at random while it scores."""
     name, training = "evaluation mode", set[str]()
 
-    def look(seen: Observed) -> None:
+    def look(scored: Scored, log_probs_SV: Tensor | None) -> None:
         training.update(
             m or type(reader.model).__name__ for m, module in reader.model.named_modules() if module.training
         )
 
-    with observing(reader, look), Draws() as draws, training_modules(reader.model) as ran:
+    with reader.observed_by(Note(look)), Draws() as draws, training_modules(reader.model) as ran:
         read(reader, article, start_id)
     if draws.found or training or ran:
         where = f"torch ran {draws.found}" if draws.found else f"{sorted(training | set(ran))[0]} is in training mode"
@@ -275,14 +273,14 @@ def restored(make_reader: MakeReader, article: TokenizedArticle, start_id: int) 
         return Verdict("weights restored", False, "reading leaves other weights behind")
     reader, count = make_reader(), 0
 
-    def interrupt(seen: Observed) -> None:
+    def interrupt(scored: Scored, log_probs_SV: Tensor | None) -> None:
         nonlocal count
         count += 1
         if count == 2:
             raise _InterruptedError
 
     try:
-        with observing(reader, interrupt):
+        with reader.observed_by(Note(interrupt)):
             read(reader, article, start_id)
     except _InterruptedError:
         pass
@@ -306,7 +304,7 @@ def zero_rate(make_reader: MakeReader, article: TokenizedArticle, start_id: int)
         with torch.no_grad():
             rate.copy_(saved)
     reader = make_reader()
-    reader.rule = Static()
+    reader.learns = False
     place = first_difference(read(reader, article, start_id).losses_T, still_T)
     return verdict(name, place is None, "the same bits", f"scores differ from token {place} on")
 

@@ -103,7 +103,6 @@ def no_later_article(make_reader: MakeReader, parts: Excerpts, start_id: int, re
     if reader.config.reset == "never":
         row = row[:2]
     with reader:
-        reader.begin()
         together = [reader.read(one, start_id).cpu() for one in row]
     alone: dict[int, Tensor] = {}
     for number, (one, found_T) in enumerate(zip(row, together, strict=True)):

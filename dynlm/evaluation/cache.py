@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from dynlm.evaluation.tap import Tap, TappedReader
 from dynlm.files import Json, read_tensors, require_layout, write_tensors
 from dynlm.inner import InnerLoop, Scored
 from dynlm.methods import CACHE
+from dynlm.models.tap import Tap
 from dynlm.settings import Count, NotNegative, Settings, Share, build
 from dynlm.types import InputError
 
@@ -98,10 +98,10 @@ def mix(log_vocab: Tensor, cache: Tensor, empty: Tensor, weight: float) -> Tenso
     return torch.where(empty, log_vocab, mixed)
 
 
-class CachedReader(TappedReader):
+class CachedReader(InnerLoop):
     """A reader whose scores are the mixture's; gradients and updates are those of the model alone."""
 
-    needs_states = True
+    taps = True
     cache = CacheConfig()
 
     @classmethod
@@ -122,8 +122,8 @@ class CachedReader(TappedReader):
         hidden, self.memory = carried
         super().carry(hidden)
 
-    def tapped(self, scored: Scored, targets_S: Tensor, tap: Tap) -> Scored:
-        size, weight = targets_S.numel(), self.cache.weight
+    def tapped(self, scored: Scored, tap: Tap) -> Scored:
+        targets_S, size, weight = scored.targets_S, scored.targets_S.numel(), self.cache.weight
         attention, self.memory = look_back(tap.states(size), targets_S, self.memory, self.cache)
 
         def log_probs_SV() -> Tensor:
@@ -131,9 +131,8 @@ class CachedReader(TappedReader):
             of_cache_SV = attention.of_vocabulary(log_vocab_SV.shape[1])
             return mix(log_vocab_SV, of_cache_SV, attention.empty_S[:, None], weight)
 
-        self.show(log_probs_SV, targets_S)
         log_probs_S = mix(-scored.losses_S, attention.of_targets(targets_S), attention.empty_S, weight)
-        return scored._replace(losses_S=-log_probs_S)
+        return scored._replace(losses_S=-log_probs_S, log_probs=log_probs_SV)
 
 
 def save_cache(cache: CacheConfig, path: Path, made: Json) -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dynlm.evaluation.cache import CacheConfig, Memory, attend, dots
-from dynlm.evaluation.tap import Tap, TappedReader
 from dynlm.inner import InnerLoop, Scored
+from dynlm.models.tap import Tap
 from dynlm.types import InputError, TokenizedArticle
 
 SHARPNESS = tuple(2.0**k for k in range(-1, 8))
@@ -35,17 +35,18 @@ class Recording(NamedTuple):
     ids_T: Tensor
 
 
-class Recorder(TappedReader):
+class Recorder(InnerLoop):
     """Keeps losses, hidden states and tokens of what it reads."""
 
-    needs_states = True
+    taps = True
 
     def begin(self) -> None:
         super().begin()
         self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def tapped(self, scored: Scored, targets_S: Tensor, tap: Tap) -> Scored:
-        self.parts.append((scored.losses_S.float(), tap.states(targets_S.numel()), targets_S))
+    def tapped(self, scored: Scored, tap: Tap) -> Scored:
+        states_SD = tap.states(scored.targets_S.numel())
+        self.parts.append((scored.losses_S.float(), states_SD, scored.targets_S))
         return scored
 
     def recording(self) -> Recording:
@@ -66,7 +67,6 @@ def record(reader: InnerLoop, articles: Sequence[TokenizedArticle], start_id: in
     """Read once; one stream an article, or one of all where nothing is reset between them."""
     recorder, streams = Recorder.of(reader), []
     with recorder:
-        recorder.begin()
         for number, article in enumerate(articles, 1):
             recorder.read(article, start_id)
             if reader.config.reset == "article" or number == len(articles):

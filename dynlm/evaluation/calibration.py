@@ -14,12 +14,13 @@ from torch import Tensor
 
 from dynlm import results
 from dynlm.evaluation.metrics import N_BOOTSTRAP
+from dynlm.inner import Observer, Scored
 
 BINS = 10
 
 
-class Calibration:
-    """Collects (tokens, Σ probability, correct) a bin and article; ``add`` is a ``TappedReader``'s ``watch``."""
+class Calibration(Observer):
+    """Collects (tokens, Σ probability, correct) of each bin and article."""
 
     def __init__(self, articles: Sequence[Tensor] = ()) -> None:
         self.articles = list(articles)
@@ -28,10 +29,11 @@ class Calibration:
     def begin_article(self) -> None:
         self.articles.append(torch.zeros(BINS, 3, dtype=torch.float64))
 
-    def add(self, log_probs_SV: Tensor, targets_S: Tensor) -> None:
-        log_prob_S, top_S = log_probs_SV.max(1)
+    def scored(self, scored: Scored) -> None:
+        assert scored.log_probs is not None  # an observed loop taps the model
+        log_prob_S, top_S = scored.log_probs().max(1)
         prob_S = log_prob_S.exp().double().cpu()
-        correct_S = (top_S == targets_S).double().cpu()
+        correct_S = (top_S == scored.targets_S).double().cpu()
         bin_S = (prob_S * BINS).long().clamp(0, BINS - 1)
         self.articles[-1].index_add_(0, bin_S, torch.stack([torch.ones_like(prob_S), prob_S, correct_S], 1))
 

@@ -14,7 +14,6 @@ fixed sample of each tensor, in double precision.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -22,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dynlm.inner import InnerLoop
-from dynlm.optim.base import Coordinates, Prior, Rule, RuleState, Seen, Slots
+from dynlm.inner import InnerLoop, Observer, Scored, Step
+from dynlm.optim.base import Coordinates, Prior, Rule, Slots
 from dynlm.optim.learned import Learned
 from dynlm.results import GateSizes
 
@@ -78,14 +77,11 @@ def draw_sample(shape: Sequence[int], size: int, generator: torch.Generator) -> 
     return Sample(index_K // columns, index_K % columns)
 
 
-class GateRecorder:
-    """Looks on while a reader updates its weights; neither scores nor updates change by a bit.
-
-    ``seconds`` is what looking takes: no part of reading.
-    """
+class GateRecorder(Observer):
+    """Looks on while a loop updates its weights; neither scores nor updates change by a bit."""
 
     def __init__(self, reader: InnerLoop, size: int = SAMPLE) -> None:
-        self.reader, self.seconds = reader, 0.0
+        self.reader = reader
         generator = torch.Generator().manual_seed(0)
         self.samples: list[Sample] = []
         for theta in reader.thetas:
@@ -97,27 +93,37 @@ class GateRecorder:
 
     @contextmanager
     def article(self) -> Iterator[None]:
-        """Inside, every update of the reader is recorded, as one of the next article."""
-        apply, before = self.reader.apply, len(self.values)
-
-        def watched(
-            thetas: Sequence[Tensor], grads: Sequence[Tensor], state: RuleState, priors: Sequence[Prior]
-        ) -> Seen:
-            started = time.perf_counter()
-            step = Before(thetas, grads, state, self)  # the update changes weights and state in place
-            ready = time.perf_counter()
-            seen = apply(thetas, grads, state, priors)
-            applied = time.perf_counter()
-            self.values.append(step.gates(self.reader.rule, seen, state.clock.step, priors))
-            self.seconds += ready - started + time.perf_counter() - applied
-            return seen
-
-        self.reader.apply = watched
+        """Inside, every update of the loop is recorded, as one of the next article."""
+        before = len(self.values)
         try:
-            yield
+            with self.reader.observed_by(self):
+                yield
         finally:
-            self.reader.apply = apply
             self.segments.append(len(self.values) - before)
+
+    def scored(self, scored: Scored) -> None:
+        """Keep the sampled coordinates as they are before the update, which changes weights and state in place."""
+        if scored.mean is not None:
+            state = self.reader.state
+            self.theta = [s.take(theta) for s, theta in zip(self.samples, self.reader.thetas, strict=True)]
+            self.slots: list[Slots] = [
+                tuple(s.take(slot) for slot in slots) for s, slots in zip(self.samples, state.slots, strict=True)
+            ]
+            self.tensors = state.tensors.clone()
+
+    def learned(self, step: Step) -> None:
+        """Record (3, n) in double precision: COPY, UPDATE, FLUSH of each tensor in the update that was made."""
+        rule, seen = self.reader.rule, step.seen
+        assert seen is not None  # an update was made
+        clock_step = self.reader.state.clock.step
+        context_nN, _ = rule.tensor_step(rule.shared(self.reader.priors, seen.scalars, [clock_step]), self.tensors)
+        context_nN = context_nN.to(self.reader.thetas[0].dtype)  # rounded as the update rounds it
+        values = []
+        for i, (sample, prior, context_N) in enumerate(zip(self.samples, self.priors, context_nN, strict=True)):
+            row, col = (tuple(map(sample.take, features[i])) for features in (seen.rows, seen.cols))
+            w = Coordinates(self.theta[i], prior.theta0, prior.rms, sample.take(step.grads[i]), row, col)
+            values.append(step_gates(rule, w, self.slots[i], context_N))
+        self.values.append(torch.stack(values, 1).cpu())
 
     def gates(self) -> Gates | None:
         """Return all that was recorded; None where no update was."""
@@ -130,33 +136,6 @@ class GateRecorder:
 
 def sample_prior(prior: Prior, sample: Sample) -> Prior:
     return prior._replace(theta0=sample.take(prior.theta0), rms=sample.take(prior.rms))
-
-
-class Before:
-    """The sampled coordinates as they are before an update."""
-
-    def __init__(
-        self, thetas: Sequence[Tensor], grads: Sequence[Tensor], state: RuleState, recorder: GateRecorder
-    ) -> None:
-        self.samples, self.priors = recorder.samples, recorder.priors
-        self.theta = [s.take(theta) for s, theta in zip(self.samples, thetas, strict=True)]
-        self.grad = [s.take(grad) for s, grad in zip(self.samples, grads, strict=True)]
-        self.slots: list[Slots] = [
-            tuple(s.take(slot) for slot in slots) for s, slots in zip(self.samples, state.slots, strict=True)
-        ]
-        self.tensors, self.dtype = state.tensors.clone(), thetas[0].dtype
-
-    def gates(self, rule: Rule, seen: Seen, clock_step: int, priors: Sequence[Prior]) -> Tensor:
-        """(3, n) in double precision: COPY, UPDATE, FLUSH of each tensor in the update that ``seen`` tells of."""
-        with torch.no_grad():
-            context_nN, _ = rule.tensor_step(rule.shared(priors, seen.scalars, [clock_step]), self.tensors)
-        context_nN = context_nN.to(self.dtype)  # rounded as the update rounds it
-        values = []
-        for i, (sample, prior, context_N) in enumerate(zip(self.samples, self.priors, context_nN, strict=True)):
-            row, col = (tuple(map(sample.take, features[i])) for features in (seen.rows, seen.cols))
-            w = Coordinates(self.theta[i], prior.theta0, prior.rms, self.grad[i], row, col)
-            values.append(step_gates(rule, w, self.slots[i], context_N))
-        return torch.stack(values, 1).cpu()
 
 
 @contextmanager
@@ -177,5 +156,5 @@ def step_gates(rule: Rule, w: Coordinates, slots: Slots, context_N: Tensor) -> T
     theta, grad, theta0 = (x.detach().requires_grad_() for x in (w.theta, w.grad, w.theta0))
     with torch.enable_grad(), held_gates(rule):
         new_theta, _ = rule.flat_step(w._replace(theta=theta, grad=grad, theta0=theta0), slots, context_N)
-    copy_K, slope_K, flush_K = torch.autograd.grad(new_theta.sum(), [theta, grad, theta0], materialize_grads=True)
+        copy_K, slope_K, flush_K = torch.autograd.grad(new_theta.sum(), [theta, grad, theta0], materialize_grads=True)
     return torch.stack([copy_K.mean(), (-slope_K * w.rms).mean(), flush_K.mean()])

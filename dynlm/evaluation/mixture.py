@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from dynlm.evaluation.cache import Attention, CacheConfig, Memory, look_back
-from dynlm.evaluation.tap import Tap, TappedReader
 from dynlm.files import Json, read_tensors, require_layout, write_tensors
 from dynlm.inner import InnerLoop, Scored, Scorer, detach
 from dynlm.methods import MIX
+from dynlm.models.tap import Tap
 from dynlm.types import InputError
 
 HIDDEN = 16
@@ -92,10 +92,10 @@ class Evidence(NamedTuple):
     tokens: int
 
 
-class MixedReader(TappedReader):
+class MixedReader(InnerLoop):
     """A reader whose scores are the mixture's; gradients and updates are those of the model alone."""
 
-    needs_states = True
+    taps = True
     cache: CacheConfig | None = None
     mixture: Mixture | None = None
     still: nn.Module | None = None
@@ -116,7 +116,6 @@ class MixedReader(TappedReader):
         if reader.rule.reads_gradient:
             mixed.still = copy.deepcopy(reader.model).eval().requires_grad_(False)
             mixed.still_score = scorer(mixed.still)
-        mixed.begin()
         return mixed
 
     def begin(self) -> None:
@@ -133,13 +132,9 @@ class MixedReader(TappedReader):
         hidden, self.still_hidden, self.memory, self.evidence = carried
         super().carry(hidden)
 
-    def scored(self, inputs_S: Tensor, targets_S: Tensor, last: bool = False) -> Scored:
-        self.inputs_S = inputs_S
-        return super().scored(inputs_S, targets_S, last)
-
-    def tapped(self, scored: Scored, targets_S: Tensor, tap: Tap) -> Scored:
-        size, attention = targets_S.numel(), None
-        log_adapted_SV, log_static_SV = tap.logits(size).log_softmax(1), self._static(targets_S)
+    def tapped(self, scored: Scored, tap: Tap) -> Scored:
+        targets_S, size, attention = scored.targets_S, scored.targets_S.numel(), None
+        log_adapted_SV, log_static_SV = tap.logits(size).log_softmax(1), self._static(scored.inputs_S, targets_S)
         if self.cache is not None:
             attention, self.memory = look_back(tap.states(size), targets_S, self.memory, self.cache)
         sources = self._sources(log_static_SV, log_adapted_SV, attention, targets_S)
@@ -153,19 +148,19 @@ class MixedReader(TappedReader):
                 rows.append(attention.of_vocabulary(log_adapted_SV.shape[1]).log())
             return (log_weights_SK[:, :, None] + torch.stack(rows, 1)).logsumexp(1)
 
-        self.show(log_probs_SV, targets_S)
-        return scored._replace(losses_S=-(log_weights_SK + sources.log_probs_SK).logsumexp(1))
+        losses_S = -(log_weights_SK + sources.log_probs_SK).logsumexp(1)
+        return scored._replace(losses_S=losses_S, log_probs=log_probs_SV)
 
     def kept(self, scored: Scored, sources: Sources) -> Scored:
         """Return what becomes of a segment's scores without a mixture."""
         raise InputError("a mixture reads with a fitted network: fit one with dynlm.evaluation.mixture_fit")
 
-    def _static(self, targets_S: Tensor) -> Tensor | None:
+    def _static(self, inputs_S: Tensor, targets_S: Tensor) -> Tensor | None:
         """(S, V) log-probabilities under θ0, which carries a hidden state of its own."""
         if self.still is None:
             return None
         with Tap(self.still) as tap:
-            _, hidden = self.still_score(self.inputs_S, targets_S, self.still_hidden)
+            _, hidden = self.still_score(inputs_S, targets_S, self.still_hidden)
         self.still_hidden = detach(hidden)
         return tap.logits(targets_S.numel()).log_softmax(1)
 

@@ -84,7 +84,6 @@ def record(recorder: Recorder, articles: Sequence[TokenizedArticle], start_id: i
     """Return the sources of each article."""
     found = []
     with recorder:
-        recorder.begin()
         for article in articles:
             recorder.parts = []
             recorder.read(article, start_id)

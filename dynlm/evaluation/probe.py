@@ -1,14 +1,15 @@
 """Observe a reader segment by segment, ask it about altered text, and watch for random numbers while it scores.
 
 The audit (:mod:`dynlm.evaluation.audit`) is built from these. None of them trusts what a reader says of itself: they
-see the arguments and results of ``segment``, the logits that the model puts out, and the operations that torch runs.
+see what the inner loop scores and what `read` returns, the logits that the model puts out, and the operations that
+torch runs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynlm.data.segments import article_segments
-from dynlm.evaluation.tap import Tap, TappedReader
-from dynlm.inner import InnerLoop, Step
+from dynlm.inner import InnerLoop, Observer, Scored
 from dynlm.types import InputError, TokenizedArticle
 
 DRAWS = frozenset(
@@ -43,54 +43,22 @@ DRAWS = frozenset(
 """operations of torch that draw random numbers"""
 
 
-class Observed(NamedTuple):
-    """One segment as a reader scored it."""
+class Note(Observer):
+    """Calls ``note`` with every segment that a loop scores, and its distributions; None where it shows no logits."""
 
-    losses_S: Tensor
-    inputs_S: Tensor
-    targets_S: Tensor
-    log_probs_SV: Tensor | None
-    """the distributions that the scores belong to, a cache's share included; None for a model that shows no logits"""
+    def __init__(self, note: Callable[[Scored, Tensor | None], None]) -> None:
+        self.note = note
 
-
-@contextmanager
-def observing(reader: InnerLoop, note: Callable[[Observed], None]) -> Iterator[None]:
-    """Inside, call ``note`` after every segment that ``reader`` scores."""
-    segment = reader.segment
-
-    def noted(inputs_S: Tensor, targets_S: Tensor, last: bool = False) -> Step:
-        step, log_probs_SV = _scored(reader, segment, (inputs_S, targets_S, last))
-        note(Observed(step.losses_S, inputs_S, targets_S, log_probs_SV))
-        return step
-
-    reader.segment = noted  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del reader.segment
-
-
-def _scored(
-    reader: InnerLoop, segment: Callable[[Tensor, Tensor, bool], Step], arguments: tuple[Tensor, Tensor, bool]
-) -> tuple[Step, Tensor | None]:
-    """Score one segment and catch its distributions: a tapped reader shows them, else the model's logits do."""
-    if isinstance(reader, TappedReader):
-        shown: list[Tensor] = []
-        reader.watch = lambda log_probs_SV, targets_S: shown.append(log_probs_SV)
+    def scored(self, scored: Scored) -> None:
+        assert scored.log_probs is not None  # an observed loop taps the model
         try:
-            step = segment(*arguments)
-        finally:
-            reader.watch = None
-        return step, shown[-1] if shown else None
-    with Tap(reader.model) as tap:
-        step = segment(*arguments)
-    try:
-        return step, tap.logits(arguments[1].numel()).log_softmax(1)
-    except InputError:
-        return step, None
+            log_probs_SV = scored.log_probs()
+        except InputError:
+            log_probs_SV = None
+        self.note(scored, log_probs_SV)
 
 
-class Scored(NamedTuple):
+class Readout(NamedTuple):
     """A reading: its scores, and the distributions at chosen tokens."""
 
     losses_T: Tensor
@@ -98,24 +66,20 @@ class Scored(NamedTuple):
     """by token; empty for a model that shows no logits"""
 
 
-def read(reader: InnerLoop, article: TokenizedArticle, start_id: int, rows: Collection[int] = ()) -> Scored:
+def read(reader: InnerLoop, article: TokenizedArticle, start_id: int, rows: Collection[int] = ()) -> Readout:
     """Read ``article`` from the start, and keep the distributions of the tokens ``rows``."""
     kept: dict[int, Tensor] = {}
     place = 0
 
-    def note(seen: Observed) -> None:
+    def note(scored: Scored, log_probs_SV: Tensor | None) -> None:
         nonlocal place
-        size = seen.targets_S.numel()
-        if seen.log_probs_SV is not None:
-            kept.update({t: seen.log_probs_SV[t - place].cpu() for t in rows if place <= t < place + size})
+        size = scored.targets_S.numel()
+        if log_probs_SV is not None:
+            kept.update({t: log_probs_SV[t - place].cpu() for t in rows if place <= t < place + size})
         place += size
 
-    with reader:
-        reader.begin()
-        if not rows:
-            return Scored(reader.read(article, start_id).cpu(), {})
-        with observing(reader, note):
-            return Scored(reader.read(article, start_id).cpu(), kept)
+    with reader, reader.observed_by(Note(note)) if rows else nullcontext():
+        return Readout(reader.read(article, start_id).cpu(), kept)
 
 
 def first_difference(a_T: Tensor, b_T: Tensor) -> int | None:
@@ -170,13 +134,14 @@ def ask_inside_segments(
     segments = list(article_segments(article.ids_T.to(device), start_id, reader.config.segment))
 
     def ask(inputs_S: Tensor, targets_S: Tensor) -> tuple[Tensor, Tensor | None]:
+        shown: list[Tensor | None] = []
         position = reader.snapshot()
-        step, log_probs_SV = _scored(reader, reader.segment, (inputs_S, targets_S, True))
+        with reader.observed_by(Note(lambda scored, log_probs_SV: shown.append(log_probs_SV))):
+            step = reader.segment(inputs_S, targets_S, True)
         reader.resume(position)
-        return step.losses_S, log_probs_SV
+        return step.losses_S, shown[-1] if shown else None
 
     with reader:
-        reader.begin()
         for number, (inputs_S, targets_S) in enumerate(segments):
             start = number * reader.config.segment
             inside = [place - start for place in places if start <= place < start + targets_S.numel()]
@@ -207,7 +172,6 @@ def ask_vocabulary(
     """
     segments = list(article_segments(article.ids_T.to(reader.parameters[0].device), start_id, reader.config.segment))
     with reader:
-        reader.begin()
         for number, (inputs_S, targets_S) in enumerate(segments):
             answers = []
             for token in range(vocab_size) if number in numbers else ():

@@ -14,7 +14,6 @@ from dynlm import results
 from dynlm.data.segments import article_segments
 from dynlm.evaluation.calibration import Calibration
 from dynlm.evaluation.gates import GateRecorder, Gates
-from dynlm.evaluation.tap import TappedReader
 from dynlm.inner import InnerLoop
 from dynlm.processes import exchanged, spread
 from dynlm.types import DivergedError, InputError, TokenizedArticle
@@ -26,7 +25,7 @@ class Scores(NamedTuple):
     losses: list[Tensor]
     seconds: float
     calibration: results.Calibration | None = None
-    """of a tapped reader"""
+    """where it was observed"""
     again: Tensor | None = None
     """(T,) nats of the first article with the weights that the stream has left, without learning (reset never); of
     rules that learn"""
@@ -54,14 +53,13 @@ def read_articles(
     if not articles:
         raise InputError("no article to read: the chosen split is empty")
     with reader:
-        reader.begin()
         started = time.perf_counter()
         losses = spread(read, list(map(len, articles)), divided=reader.config.reset == "article")
         return Scores(losses, time.perf_counter() - started)
 
 
 def read_and_watch(
-    reader: TappedReader,
+    reader: InnerLoop,
     articles: Sequence[TokenizedArticle],
     start_id: int,
     progress: Callable[[int], Any] | None = None,
@@ -80,38 +78,31 @@ def read_and_watch(
     calibration, seconds, again = Calibration(), 0.0, None
     divided = reader.config.reset == "article"
     recorder = GateRecorder(reader) if gate_articles and reader.rule.reads_gradient else None
-    reader.watch, reader.watch_seconds = calibration.add, 0.0
 
     def read(number: int) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return losses, calibration and gates of one article."""
         nonlocal seconds
-        article, started, first = articles[number], time.perf_counter(), len(recorder.values) if recorder else 0
+        article, first = articles[number], len(recorder.values) if recorder else 0
+        started, observing = time.perf_counter(), reader.observing
         calibration.begin_article()
         try:
             with recorder.article() if recorder and number < gate_articles else nullcontext():
                 losses_T = reader.read(article, start_id, progress).float().cpu()
         except DivergedError as error:
             raise DivergedError(f"article {number} ({article.title!r}): {error}") from None
-        seconds += time.perf_counter() - started
+        seconds += time.perf_counter() - started - (reader.observing - observing)
         return losses_T, calibration.articles[-1], recorder.values[first:] if recorder else []
 
-    try:
-        with reader:
-            reader.begin()
-            found = spread(read, list(map(len, articles)), divided=divided)
-            if not divided and reader.rule.reads_gradient:
-                again = spread(lambda _: score_only(reader, articles[0], start_id).float().cpu(), [1.0], divided=False)[
-                    0
-                ]
-    finally:
-        reader.watch = None
-    seconds = max(exchanged(seconds - reader.watch_seconds - (recorder.seconds if recorder else 0.0)))
+    with reader, reader.observed_by(calibration):
+        found = spread(read, list(map(len, articles)), divided=divided)
+        if not divided and reader.rule.reads_gradient:
+            (again,) = spread(lambda _: score_only(reader, articles[0], start_id).float().cpu(), [1.0], divided=False)
     losses, sums, gates = zip(*found, strict=True)
     if recorder:
         recorder.values = [values for of_article in gates for values in of_article]
         recorder.segments = [len(of_article) for of_article in gates[:gate_articles]]
     recorded = recorder.gates() if recorder else None
-    return Scores(list(losses), seconds, Calibration(sums).summary(), again, recorded)
+    return Scores(list(losses), max(exchanged(seconds)), Calibration(sums).summary(), again, recorded)
 
 
 def score_only(reader: InnerLoop, article: TokenizedArticle, start_id: int) -> Tensor:

@@ -69,7 +69,6 @@ def outer_gradient(
     if phi and method not in ("maml", "fomaml"):
         raise InputError(f"method {method!r} has no gradient of the rule's settings: use maml or fomaml, or phi_lr 0")
     with reader:
-        reader.begin()
         if method == "maml" or phi:
             return _unrolled(reader, task, phi, order=2 if method == "maml" else 1)
         if method == "imaml":

@@ -75,7 +75,7 @@ def learn_start(
     resume: Checkpoint | None = None,
     track: Track = untracked,
 ) -> OuterProgress:
-    """Learn θ0 in ``reader.priors`` (a copy of those it came with) and, with ``phi_lr``, the rule's settings.
+    """Learn θ0, that of ``reader.priors``, in place and, with ``phi_lr``, the rule's settings.
 
     ``validate`` reads with ``reader`` and returns a number to keep low; the start where it was lowest is kept.
     Methods that take the inner loop's end for exact (FOMAML, iMAML) drive θ0 to where the inner rate is too high: then
@@ -123,7 +123,6 @@ class _Loop:
     """Where the outer loop stands: what is learned, the best of it so far, its optimizer, and how it went."""
 
     def __init__(self, reader: InnerLoop, config: OuterConfig) -> None:
-        reader.priors = [prior._replace(theta0=prior.theta0.clone()) for prior in reader.priors]
         self.config, self.step = config, 0
         self.learned = [prior.theta0 for prior in reader.priors] + (
             list(reader.rule.parameters()) if config.phi_lr else []

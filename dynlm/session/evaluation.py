@@ -25,7 +25,6 @@ from dynlm.evaluation.compare import describe, summarize, write_results
 from dynlm.evaluation.metrics import Counts, count
 from dynlm.evaluation.mixture import MixedReader
 from dynlm.evaluation.stream import Scores, read_and_watch
-from dynlm.evaluation.tap import TappedReader
 from dynlm.files import Json
 from dynlm.inner import InnerLoop
 from dynlm.lazy import optional
@@ -189,16 +188,15 @@ def read_method(
     name: str, reader: InnerLoop, articles: list[TokenizedArticle], start_id: int, gate_articles: int = 0
 ) -> Scores:
     """Read with one method; ``gate_articles`` counts for nothing beside a cache or mixture: a rule does as alone."""
-    tapped = reader if isinstance(reader, TappedReader) else TappedReader.of(reader)
-    if tapped.rule.reads_gradient:
-        with suppress(DivergedError), tapped:  # kernels are built outside the timed pass
-            tapped.read(dataclasses.replace(articles[0], ids_T=articles[0].ids_T[:128]), start_id)
+    if reader.rule.reads_gradient:
+        with suppress(DivergedError), reader:  # kernels are built outside the timed pass
+            reader.read(dataclasses.replace(articles[0], ids_T=articles[0].ids_T[:128]), start_id)
     own = share(list(map(len, articles)), divided=reader.config.reset == "article")
     with Bar(
         total=sum(len(articles[number]) for number in own), desc=f"read {name}", unit="token", unit_scale=True
     ) as bar:
         gate_articles = 0 if Method.parse(name).beside else gate_articles
-        return read_and_watch(tapped, articles, start_id, bar.update, gate_articles)
+        return read_and_watch(reader, articles, start_id, bar.update, gate_articles)
 
 
 def settings_of(reader: InnerLoop) -> dict[str, float]:

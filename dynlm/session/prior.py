@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from dynlm.data.segments import article_segments
 from dynlm.data.tokenizers import Tokenizer
 from dynlm.files import Json, read_tensors, require_layout
-from dynlm.inner import ReadConfig, Scorer, measure_priors
+from dynlm.inner import ReadConfig, Scorer
 from dynlm.models.params import Adapted
 from dynlm.optim.base import Prior
+from dynlm.priors import measure_priors
 from dynlm.progress import Bar
 from dynlm.types import Article
 

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from dynlm.data.spacing import Spacer
 from dynlm.data.texts import Source, Text, as_texts, encode_chunk, surfaces
-from dynlm.evaluation.tap import TappedReader
 from dynlm.files import replacing
 from dynlm.inner import InnerLoop, Snapshot
 from dynlm.lazy import optional
@@ -79,8 +78,9 @@ class Reader:
         self.read_from = ""
         """the memory that reading goes on from"""
         self._start: tuple[Snapshot, Any] | None = None
-        self._readers: tuple[InnerLoop, TappedReader] | None = None
-        self._learned: list[Tensor] | None = None
+        self._readers: tuple[InnerLoop, InnerLoop] | None = None
+        self._position: tuple[Any, Snapshot] | None = None
+        """where reading stood when the lease ended: what static reading carries, and all of the adapted reader"""
         self._step: Step | None = None
         self._depth = 0
 
@@ -149,9 +149,10 @@ class Reader:
             static, adapted = self._readers = self._readers or self.pair()
             static.__enter__()
             adapted.__enter__()
-            if self._learned is not None:
-                for theta, learned in zip(adapted.thetas, self._learned, strict=True):
-                    theta.data.copy_(learned)
+            if self._position is not None:
+                carried, position = self._position
+                static.carry(carried)
+                adapted.resume(position)
         self._depth += 1
         return self
 
@@ -168,25 +169,25 @@ class Reader:
                 self._finish()
             self._step = None
         finally:
-            self._learned = [theta.detach().clone() for theta in adapted.thetas]
+            self._position = static.carried(), adapted.snapshot()
             adapted.__exit__(kind, error, trace)
             static.__exit__(kind, error, trace)
 
-    def pair(self) -> tuple[InnerLoop, TappedReader]:
+    def pair(self) -> tuple[InnerLoop, InnerLoop]:
         """Make (static, adapted): the first reads with a copy of the model, the other with a copy of the rule."""
         session = self.session
         frozen, rule = copy.deepcopy(session.model), copy.deepcopy(self.rule).requires_grad_(False)
         priors = session.priors if rule.reads_gradient else session.still
         static = InnerLoop(frozen, session.scorer(frozen), Static(), priors, session.config)
         if self.method:
-            adapted = cast(TappedReader, session.method(self.method))
+            adapted = session.method(self.method)
         else:
-            adapted = TappedReader.of(session.reader(rule, priors=priors))
-            adapted.needs_states = True
+            adapted = session.reader(rule, priors=priors)
+            adapted.taps = True
         return static, adapted
 
     @property
-    def _pair(self) -> tuple[InnerLoop, TappedReader]:
+    def _pair(self) -> tuple[InnerLoop, InnerLoop]:
         assert self._readers is not None  # inside the lease
         return self._readers
 
@@ -358,8 +359,7 @@ class Reader:
             for reader, before in zip(readers, carried, strict=True):
                 reader.carry(before)
             raise
-        log_probs = adapted.log_probs
-        self._step = step = Step(texts, piece, static_S, scored, reader=adapted, log_probs=log_probs, totals=totals)
+        self._step = step = Step(texts, piece, static_S, scored, reader=adapted, totals=totals)
         unknown = (text for token, text in zip(ids, texts, strict=True) if token == self.session.tokenizer.unk_id)
         totals.unknown_bytes += len("".join(unknown).encode())
         totals.count("".join(texts))

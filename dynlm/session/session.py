@@ -26,7 +26,7 @@ from dynlm.evaluation.cache import CacheConfig, CachedReader, load_cache
 from dynlm.evaluation.mixture import MixedReader, load_mixture
 from dynlm.evaluation.stateless import StatelessScorer
 from dynlm.files import Json, read_json, read_tensors, require_layout
-from dynlm.inner import InnerLoop, ReadConfig, Scorer, make_priors
+from dynlm.inner import InnerLoop, ReadConfig, Scorer
 from dynlm.lazy import optional
 from dynlm.methods import STATELESS, STATIC, Method
 from dynlm.models.light import LightLSTM, is_light, load_light
@@ -38,6 +38,7 @@ from dynlm.optim.hub import load
 from dynlm.optim.library import load_rule
 from dynlm.optim.registry import made_by, trained
 from dynlm.optim.sharing import fingerprint
+from dynlm.priors import make_priors
 from dynlm.runs import Run
 from dynlm.session.prior import read_prior
 from dynlm.settings import Positive, build, check
@@ -168,10 +169,8 @@ class Session:
             return CachedReader.beside(self.method(str(method.inner)), self._cache(name))
         rule = self.rule(str(replace(method, start="")))
         priors = self._started(rule, method.start) if method.start else self.priors
-        reader = self.reader(rule, priors=priors)
-        if method.rule == STATELESS:
-            reader.score = StatelessScorer(reader.score)
-        return reader
+        score = StatelessScorer(self.score) if method.rule == STATELESS else self.score
+        return InnerLoop(self.model, score, rule.to(self.device), priors, self.config)
 
     def mixed(self, method: Method, kind: type[Mixed]) -> Mixed:
         """Return a reader of what ``method`` mixes, without the mixture's network."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from time import perf_counter
 
 import torch
@@ -32,13 +31,12 @@ class Step:
         scored: Scored,
         *,
         reader: InnerLoop,
-        log_probs: Callable[[], Tensor] | None,
         totals: Totals,
     ) -> None:
         self.texts, self.static, self.losses = texts, static_S.double().cpu(), scored.losses_S.double().cpu()
         self.inputs, self.targets = piece
         self._scored: Scored | None = scored
-        self._reader, self._log_probs, self._totals = reader, log_probs, totals
+        self._reader, self._log_probs, self._totals = reader, scored.log_probs, totals
 
     def __repr__(self) -> str:
         gain = float((self.static - self.losses).mean())
@@ -50,7 +48,7 @@ class Step:
         Raises:
             InputError: a model that shows no logits.
         """
-        assert self._log_probs is not None  # a reader of texts is tapped
+        assert self._log_probs is not None  # a reader of texts taps the model
         with torch.no_grad():
             return self._log_probs()
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from dynlm.allocator import MIB
 from dynlm.data.segments import article_segments
 from dynlm.files import Json
-from dynlm.inner import InnerLoop, Scorer, detach, measure_priors
+from dynlm.inner import InnerLoop, Scorer, detach
 from dynlm.meta.estimators import make_estimator
 from dynlm.meta.plan import PROBE, available_memory, peak_memory, plan_step, require_fit
 from dynlm.models.causal import CausalScorer, LSTMScorer, scorer_for
 from dynlm.models.ready import load_base
 from dynlm.optim.library import start_rule
+from dynlm.priors import measure_priors
 from dynlm.runs import Run
 from dynlm.stages.recipe import Recipe, recipe_of_run
 

@@ -13,7 +13,6 @@ from dynlm.changes import Changes, changing
 from dynlm.data.articles import Corpus, DataConfig, load_corpus, load_texts
 from dynlm.data.tokenizers import load_tokenizer
 from dynlm.files import Json, read_tensors, write_tensors
-from dynlm.inner import make_priors
 from dynlm.kept import free, is_finished, saved_settings
 from dynlm.meta.train import MetaProgress, meta_train
 from dynlm.methods import STATELESS, STATIC, Method
@@ -23,6 +22,7 @@ from dynlm.models.ready import load_base
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.registry import RULES
 from dynlm.optim.sharing import save_rule
+from dynlm.priors import make_priors
 from dynlm.processes import once
 from dynlm.runs import Run
 from dynlm.session.api import rule_trainer

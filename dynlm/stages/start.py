@@ -40,7 +40,8 @@ def learn_start_stage(recipe: Recipe) -> Json:
         print(f"{target}: kept as it was learned before")
         return _told(target)
     free(target, recipe, checkpoint)
-    reader, sample = bench.reader(rule), ArticleTasks(bench, config.segments, config.seed)
+    priors = [prior._replace(theta0=prior.theta0.clone()) for prior in bench.priors]  # θ0 is learned in place
+    reader, sample = bench.reader(rule, priors=priors), ArticleTasks(bench, config.segments, config.seed)
     loop = _Learning(bench, reader, sample, made, checkpoint)
     learned = loop.run(recipe.resume)
     found = {"valid": learned.valid, "best": learned.best, "best_step": learned.best_step}

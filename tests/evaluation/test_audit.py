@@ -8,10 +8,11 @@ import torch
 from dynlm.evaluation.audit import audit
 from dynlm.evaluation.audit_articles import adds_up, excerpt
 from dynlm.evaluation.cache import CacheConfig, CachedReader
-from dynlm.inner import InnerLoop, ReadConfig, Step, make_priors
+from dynlm.inner import InnerLoop, ReadConfig, Step
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.gated import Gated
 from dynlm.optim.handmade import RMS, SGD, Adam, Static
+from dynlm.priors import make_priors
 from dynlm.types import Article, TokenizedArticle
 from lab import START, VOCAB, make_article, make_lab, make_transformer_lab
 

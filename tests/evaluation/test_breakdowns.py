@@ -10,9 +10,8 @@ from dynlm.data.tokenizers import TokenizerConfig, WordTokenizer, train_tokenize
 from dynlm.evaluation.breakdowns import Reading, break_down, gains, recovery
 from dynlm.evaluation.calibration import Calibration
 from dynlm.evaluation.stream import Scores, read_and_watch, read_articles
-from dynlm.evaluation.tap import TappedReader
 from dynlm.evaluation.words import KINDS, find_words, kind, token_texts
-from dynlm.inner import ReadConfig
+from dynlm.inner import InnerLoop, ReadConfig, Scored
 from dynlm.optim.handmade import SGD, Static
 from dynlm.types import Article, TokenizedArticle
 from lab import START, VOCAB, make_article, make_lab
@@ -116,7 +115,7 @@ def test_a_stream_has_boundaries_and_interference():
     tokenizer = WordTokenizer(["<eos>", *map(str, range(1, VOCAB))])
     config = ReadConfig(segment=8, reset="never")
     scores = {
-        name: read_and_watch(TappedReader(model, score, rule, priors, config), articles, START)
+        name: read_and_watch(InnerLoop(model, score, rule, priors, config), articles, START)
         for name, rule in {"static": Static(), "sgd": SGD(1.0)}.items()
     }
     found = break_down(scores, reading(tokenizer, articles, reset="never")._replace(segment=8))
@@ -133,7 +132,7 @@ def test_a_stream_has_boundaries_and_interference():
 def test_watching_changes_no_score():
     lab = make_lab(torch.float32)
     articles = [make_article(50, seed) for seed in (1, 2)]
-    reader = TappedReader(lab[0], lab[1], SGD(1.0), lab[2], ReadConfig(segment=8))
+    reader = InnerLoop(lab[0], lab[1], SGD(1.0), lab[2], ReadConfig(segment=8))
     watched, plain = read_and_watch(reader, articles, START), read_articles(reader, articles, START)
     assert all(torch.equal(a, b) for a, b in zip(watched.losses, plain.losses, strict=True))
     assert watched.again is None
@@ -145,7 +144,8 @@ def test_calibration_error_by_hand():
     calibration = Calibration()
     calibration.begin_article()
     probs = torch.tensor([[0.75, 0.25], [0.75, 0.25], [0.45, 0.55], [1.0, 0.0]])
-    calibration.add(probs.log(), torch.tensor([0, 1, 1, 0]))
+    targets_S = torch.tensor([0, 1, 1, 0])
+    calibration.scored(Scored(targets_S, targets_S, torch.zeros(4), 0.0, None, probs.log))
     found = calibration.summary()
     assert found["ece"] == pytest.approx((abs(1 - 1.5) + abs(1 - 0.55)) / 4)
     bins = [(b["from"], b["tokens"], b["accuracy"]) for b in found["bins"]]

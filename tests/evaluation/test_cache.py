@@ -8,8 +8,8 @@ import torch
 from dynlm.evaluation.cache import CacheConfig, CachedReader, attend, load_cache, mix, save_cache
 from dynlm.evaluation.cache_search import Recorder, best_weight, cache_probabilities, record, tune_cache
 from dynlm.evaluation.stream import read_articles
-from dynlm.evaluation.tap import Tap
 from dynlm.inner import InnerLoop, ReadConfig
+from dynlm.models.tap import Tap
 from dynlm.optim.handmade import SGD, Static
 from dynlm.types import InputError
 from lab import START, make_article, make_lab, make_transformer_lab

@@ -1,5 +1,6 @@
 """COPY, UPDATE and FLUSH against closed forms and finite differences; looking on changes nothing."""
 
+import copy
 import json
 
 import pytest
@@ -11,7 +12,6 @@ from dynlm.evaluation.cache import CacheConfig, CachedReader
 from dynlm.evaluation.compare import write_results
 from dynlm.evaluation.gates import SAMPLE, GateRecorder, draw_sample
 from dynlm.evaluation.stream import read_and_watch
-from dynlm.evaluation.tap import TappedReader
 from dynlm.files import read_json, read_tensors
 from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.optim.base import Coordinates
@@ -112,16 +112,19 @@ def differences(rule, thetas, grads, state, priors):
 def test_every_rule_agrees_with_finite_differences(kind):
     lab = make_lab()
     rule = make(kind, lab[2])
-    reader, by_hand = reader_of(lab, rule, kernel="eager"), []
-    apply = reader.apply
+    by_hand = []
 
-    def spy(thetas, grads, state, priors):
-        with torch.no_grad():
-            by_hand.append(differences(rule, thetas, grads, state, priors))
-        return apply(thetas, grads, state, priors)
+    class Spied(InnerLoop):
+        def learn(self, scored):
+            before = [theta.clone() for theta in self.thetas], copy.deepcopy(self.state)
+            step = super().learn(scored)
+            if step.seen is not None:
+                before[1].clock = self.state.clock
+                with torch.no_grad():
+                    by_hand.append(differences(rule, before[0], step.grads, before[1], self.priors))
+            return step
 
-    reader.apply = spy
-    gates = recorded(reader, make_article(40))
+    gates = recorded(reader_of(lab, rule, Spied, kernel="eager"), make_article(40))
     assert gates.values_3Un.isfinite().all()
     torch.testing.assert_close(gates.values_3Un, torch.stack(by_hand, 1).float(), rtol=1e-3, atol=1e-6)
     # a rule sees θ only against θ0: moving both moves the new weight as far
@@ -159,12 +162,11 @@ def test_samples_cover_a_matrix_and_are_the_same_each_time():
 def test_looking_on_changes_no_bit_and_no_random_number(kind, reset):
     lab, articles = make_lab(torch.float32), [make_article(n, n) for n in (50, 7, 40)]
     rule = SGD(0.5, 0.01) if kind == "sgd" else start_rule(kind, SETTINGS, lab[2])
-    plain = read_and_watch(reader_of(lab, rule, TappedReader, reset=reset), articles, START)
+    plain = read_and_watch(reader_of(lab, rule, reset=reset), articles, START)
     random = torch.random.get_rng_state()
-    reader = reader_of(lab, rule, TappedReader, reset=reset)
-    apply = reader.apply
+    reader = reader_of(lab, rule, reset=reset)
     watched = read_and_watch(reader, articles, START, gate_articles=2)
-    assert reader.apply is apply
+    assert reader.observers == []
     assert torch.equal(torch.random.get_rng_state(), random)
     assert all(torch.equal(a, b) for a, b in zip(plain.losses, watched.losses, strict=True))
     assert plain.gates is None
@@ -180,7 +182,7 @@ def test_looking_on_changes_no_bit_and_no_random_number(kind, reset):
 def test_nothing_is_recorded_where_nothing_is_updated():
     lab, article = make_lab(torch.float32), make_article(50)
     for rule, articles in ((Static(), [article]), (SGD(0.5), [make_article(7)])):
-        assert read_and_watch(reader_of(lab, rule, TappedReader), articles, START, gate_articles=8).gates is None
+        assert read_and_watch(reader_of(lab, rule), articles, START, gate_articles=8).gates is None
 
 
 def test_a_cache_beside_a_rule_changes_none_of_its_gates():
@@ -193,17 +195,16 @@ def test_a_cache_beside_a_rule_changes_none_of_its_gates():
 
 def test_the_readers_step_is_put_back_after_an_error():
     lab = make_lab(torch.float32)
-    reader = reader_of(lab, SGD(1e30, 1e20), TappedReader)
-    apply = reader.apply
+    reader = reader_of(lab, SGD(1e30, 1e20))
     with pytest.raises(InputError, match=r"the loss is (inf|nan) at segment"):
         read_and_watch(reader, [make_article(50)], START, gate_articles=1)
-    assert reader.apply is apply
+    assert reader.observers == []
 
 
 def test_gates_come_back_from_the_files(tmp_path):
     lab, articles = make_lab(torch.float32), [make_article(n, n) for n in (50, 40, 30)]
     scores = {
-        name: read_and_watch(reader_of(lab, rule, TappedReader), articles, START, gate_articles=2)
+        name: read_and_watch(reader_of(lab, rule), articles, START, gate_articles=2)
         for name, rule in {"static": Static(), "sgd": SGD(0.5, 0.01)}.items()
     }
     tokenizer = WordTokenizer(["<eos>", *map(str, range(1, VOCAB))])

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from dynlm.data.segments import article_segments
 from dynlm.evaluation.audit import verdicts
 from dynlm.evaluation.cache import CacheConfig, CachedReader
-from dynlm.evaluation.tap import TappedReader
 from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.optim.handmade import SGD, Adam
 from lab import START, VOCAB, make_article, make_lab, make_transformer_lab
@@ -86,8 +85,8 @@ def test_audit_finds_scores_that_are_too_low(first, every):
 @pytest.mark.parametrize("first", [0, 1, 8])
 def test_audit_asks_a_model_without_logits_all_over_the_text(first, monkeypatch):
     lab = make_lab(torch.float32)
-    monkeypatch.setattr("dynlm.evaluation.tap.Tap.__enter__", lambda self: self)  # sees nothing
-    monkeypatch.setattr("dynlm.evaluation.tap.Tap.__exit__", lambda self, *error: None)
+    monkeypatch.setattr("dynlm.models.tap.Tap.__enter__", lambda self: self)  # sees nothing
+    monkeypatch.setattr("dynlm.models.tap.Tap.__exit__", lambda self, *error: None)
     assert failing(lambda: reader_of(lab)) == set()
     score = Changes(lab[1], lambda losses_S, targets_S: 0.9 * losses_S, first)
     assert failing(lambda: reader_of(lab, score=score)) == {"probabilities sum to one"}
@@ -116,16 +115,15 @@ class HoldsItself(CachedReader):
 
     after = 0
 
-    def tapped(self, step, targets_S, tap):
-        if self.memory is None or len(self.memory.ids_N) < self.after:
-            return super().tapped(step, targets_S, tap)
-        bonus_SV = 0.1 * F.one_hot(targets_S, VOCAB)
-        log_probs_SV = (tap.logits(targets_S.numel()) + bonus_SV).log_softmax(1)
-        self.show(lambda: log_probs_SV, targets_S)
-        super_watch, self.watch = self.watch, None
-        super().tapped(step, targets_S, tap)
-        self.watch = super_watch
-        return step._replace(losses_S=-log_probs_SV.gather(1, targets_S[:, None])[:, 0])
+    def tapped(self, scored, tap):
+        held = -1 if self.memory is None else len(self.memory.ids_N)
+        honest = super().tapped(scored, tap)
+        if held < self.after:
+            return honest
+        bonus_SV = 0.1 * F.one_hot(scored.targets_S, VOCAB)
+        log_probs_SV = (tap.logits(scored.targets_S.numel()) + bonus_SV).log_softmax(1)
+        losses_S = -log_probs_SV.gather(1, scored.targets_S[:, None])[:, 0]
+        return honest._replace(losses_S=losses_S, log_probs=lambda: log_probs_SV)
 
 
 @pytest.mark.parametrize(("after", "window"), [(0, 13), (250, 300), (400, 400)])
@@ -291,7 +289,7 @@ def test_audit_finds_a_memory_by_title():
 def test_quick_audit_reads_short_excerpts_only():
     lab, lengths = make_lab(torch.float32), []
 
-    class Counts(TappedReader):
+    class Counts(InnerLoop):
         def read(self, article, start_id, progress=None):
             lengths.append(len(article))
             return super().read(article, start_id, progress)

@@ -7,7 +7,6 @@ from dynlm.evaluation.audit import audit, excerpt
 from dynlm.evaluation.cache import CacheConfig, CachedReader
 from dynlm.evaluation.stateless import StatelessScorer
 from dynlm.evaluation.stream import read_and_watch, read_articles
-from dynlm.evaluation.tap import TappedReader
 from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.models.causal import CausalScorer
 from dynlm.models.context import ContextConfig
@@ -52,10 +51,10 @@ def test_it_passes_the_audit_also_with_a_cache(make, reset):
         assert [v for v in audit(make_reader, first, later, START, VOCAB) if not v.passed] == []
 
 
-def test_a_tapped_reader_stays_stateless_and_reads_nothing_again():
+def test_an_observed_reader_stays_stateless_and_reads_nothing_again():
     lab, articles = lstm(), [make_article(43, seed) for seed in (1, 2)]
     plain = read_articles(stateless(lab, reset="never"), articles, START)
-    watched = read_and_watch(TappedReader.of(stateless(lab, reset="never")), articles, START, gate_articles=2)
+    watched = read_and_watch(stateless(lab, reset="never"), articles, START, gate_articles=2)
     assert all(torch.equal(a, b) for a, b in zip(plain.losses, watched.losses, strict=True))
     assert watched.again is None
     assert watched.gates is None

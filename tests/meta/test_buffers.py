@@ -7,12 +7,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dynlm.inner import InnerLoop, Snapshot, make_priors
+from dynlm.inner import InnerLoop, Snapshot
 from dynlm.meta.buffers import unchanged_buffers
 from dynlm.meta.initialisation import _hessian
 from dynlm.meta.unroll import Unroll, UnrollConfig
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.handmade import SGD
+from dynlm.priors import make_priors
 
 GENERATOR = torch.Generator().manual_seed(1)
 DATA = [(torch.randn(10, 6, generator=GENERATOR), torch.randint(3, (10,), generator=GENERATOR)) for _ in range(8)]

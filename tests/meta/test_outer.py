@@ -58,15 +58,13 @@ def test_start_and_rate_are_learned_together():
 
 
 def test_reptile_with_sgd_steps_part_of_the_way():
-    """θ0 ← θ0 + ε (θ_k − θ0), and the priors that the reader came with stay as they are."""
+    """θ0 ← θ0 + ε (θ_k − θ0), in place."""
     reader, task = make_reader(), make_task(4)
-    given = reader.priors
-    start = flat([p.theta0 for p in given])
+    start = flat([p.theta0 for p in reader.priors])
     moved = flat(outer_gradient("reptile", reader, task).grads)
     config = OuterConfig(steps=1, tasks=1, optimizer="sgd", lr=0.25, schedule="constant", validate_every=1)
     learn_start("reptile", reader, lambda: task, config, iter([1.0, 0.0]).__next__)
     torch.testing.assert_close(flat([p.theta0 for p in reader.priors]), start - 0.25 * moved, rtol=1e-12, atol=1e-14)
-    assert torch.equal(flat([p.theta0 for p in given]), start)
 
 
 def test_the_best_start_is_kept_not_the_last():

@@ -18,7 +18,8 @@ from support.windows import SEGMENT, pieces_of
 MEASURE = """
 import json, sys
 import torch
-from dynlm.inner import InnerLoop, measure_priors
+from dynlm.inner import InnerLoop
+from dynlm.priors import measure_priors
 from dynlm.data.segments import article_segments
 from dynlm.meta.estimators import EstimatorConfig, make_estimator
 from dynlm.meta.plan import peak_memory, plan_step, run_window

@@ -5,11 +5,12 @@ import torch
 
 from dynlm.data.segments import article_segments
 from dynlm.files import read_tensors, write_tensors
-from dynlm.inner import InnerLoop, measure_priors
+from dynlm.inner import InnerLoop
 from dynlm.models.causal import LSTMScorer
 from dynlm.models.light import is_light, load_light
 from dynlm.models.lstm import ModelConfig
 from dynlm.optim.handmade import RMS
+from dynlm.priors import measure_priors
 from dynlm.types import InputError
 from lab import START, VOCAB, make_article
 

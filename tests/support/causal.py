@@ -15,10 +15,11 @@ from transformers import (
 )
 
 from dynlm.data.segments import article_segments
-from dynlm.inner import InnerLoop, ReadConfig, measure_priors
+from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.models.causal import scorer_for
 from dynlm.models.context import ContextConfig
 from dynlm.models.lstm import ModelConfig
+from dynlm.priors import measure_priors
 from lab import START, VOCAB, make_article
 
 POSITIONS, SEGMENT = 64, 8

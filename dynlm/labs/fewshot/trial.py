@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import torch
 
 from dynlm.files import Json
-from dynlm.inner import InnerLoop, ReadConfig, make_priors
+from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.labs.fewshot.evaluate import adapted, error_rate, mean_loss, mean_over_tasks, tune_rate
 from dynlm.labs.fewshot.nets import (
     MLP,
@@ -28,6 +28,7 @@ from dynlm.meta.initialisation import Method, Task
 from dynlm.meta.outer import OuterConfig, learn_start
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.handmade import SGD
+from dynlm.priors import make_priors
 from dynlm.progress import Bar
 from dynlm.settings import Count, NotEmpty, Positive, Seed, Settings, Size
 from dynlm.types import InputError, Piece
@@ -160,8 +161,8 @@ class Trial:
         for restart in learned.restarts:
             print(f"{self.name}: restarted from the best start with half the rate ({restart})")
         if outer.stacked:
-            pairs = zip(self.reader.priors, reader.priors, strict=True)
-            self.reader.priors = [p._replace(theta0=q.theta0[0].view(p.theta0.shape).clone()) for p, q in pairs]
+            for prior, learned_prior in zip(self.reader.priors, reader.priors, strict=True):
+                prior.theta0.copy_(learned_prior.theta0[0].view(prior.theta0.shape))
         return learned.best, learned.best_step
 
     def stacked_reader(self, copies: int) -> InnerLoop:

@@ -89,6 +89,7 @@ def train_task(rule: Rule, task: TrainingTask, seed: int) -> Rollout:
     """Train the task's network over its horizon. The network keeps its trained weights."""
     # blank priors know no usual size of a gradient
     reader, losses = InnerLoop(task.net, task.score, rule, blank_priors(task), ReadConfig(trust=0)), list[float]()
+    reader.begin()
     for piece in task.pieces(task.horizon, seed):
         try:
             losses.append(float(reader.segment(*piece).losses_S.mean()))

@@ -6,13 +6,14 @@ import pytest
 
 from dynlm.cli.main import main
 from dynlm.files import read_tensors
-from dynlm.inner import InnerLoop, ReadConfig, make_priors
+from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.labs.fewshot.evaluate import adapted, mean_loss, mean_over_tasks
 from dynlm.labs.fewshot.nets import MLP, NetScorer, seeded, squared_error
 from dynlm.labs.fewshot.tasks import Sinusoids
 from dynlm.labs.fewshot.trial import METHODS, Trial, tasks_of
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.handmade import SGD
+from dynlm.priors import make_priors
 from dynlm.runs import Run
 
 RECIPE = """

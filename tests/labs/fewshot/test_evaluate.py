@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from dynlm.inner import InnerLoop, ReadConfig, make_priors
+from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.labs.fewshot.evaluate import adapted, error_rate, mean_loss, mean_over_tasks, tune_rate
 from dynlm.labs.fewshot.nets import MLP, NetScorer, seeded, squared_error
 from dynlm.labs.fewshot.tasks import FewShotTask, Sinusoids
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.handmade import SGD
+from dynlm.priors import make_priors
 from dynlm.types import DivergedError, InputError
 
 

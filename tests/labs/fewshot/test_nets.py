@@ -74,10 +74,11 @@ def test_seed_decides_the_weights_and_leaves_the_global_one_alone():
 
 def test_stacked_copies_learn_their_own_tasks():
     """One inner loop over three copies is three inner loops, in every weight."""
-    from dynlm.inner import InnerLoop, ReadConfig, make_priors
+    from dynlm.inner import InnerLoop, ReadConfig
     from dynlm.labs.fewshot.nets import StackedScorer, stacked
     from dynlm.models.params import adapted_parameters
     from dynlm.optim.handmade import SGD
+    from dynlm.priors import make_priors
 
     def reader_of(net, score):
         parameters = adapted_parameters(net)

@@ -1,4 +1,4 @@
-"""A reader that also sees what the base model works with: its last hidden states and its logits.
+"""What a base model works with while it scores: its last hidden states and its logits.
 
 Forward hooks collect both while a segment is scored, so scorers and models stay as they are. A scorer may call the
 model several times a segment, or on more text than the segment: the last S positions of what it saw are the segment's.
@@ -6,20 +6,14 @@ model several times a segment, or on more text than the segment: the last S posi
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from dynlm.inner import InnerLoop, Scored
 from dynlm.models.light import MODEL_TYPE
 from dynlm.types import InputError
-
-Watch = Callable[[Tensor, Tensor], None]
-"""(log_probs_SV, targets_S) of a segment as it was scored, a cache's share included"""
 
 
 class Tap:
@@ -82,41 +76,3 @@ def _last(parts: list[Tensor], size: int, what: str) -> Tensor:
         raise InputError(f"the model shows no {what} while it scores: methods with a cache and calibration need them")
     rows = rows[-size:]
     return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-
-
-class TappedReader(InnerLoop):
-    """A reader whose ``watch`` is shown the distribution over the vocabulary of every token that it scores."""
-
-    needs_states = False
-    """whether ``tapped`` is wanted even where nobody watches"""
-    watch: Watch | None = None
-    log_probs: Callable[[], Tensor] | None = None
-    """makes the distribution (S, V) that the segment scored last was scored with, where that was tapped"""
-    watch_seconds = 0.0
-    """time spent on showing: no part of reading"""
-
-    @classmethod
-    def of(cls, reader: InnerLoop) -> Self:
-        """Return the same reading, tapped; ``reader`` itself must not be used meanwhile."""
-        return cls(reader.model, reader.score, reader.rule, reader.priors, reader.config)
-
-    def scored(self, inputs_S: Tensor, targets_S: Tensor, last: bool = False) -> Scored:
-        if self.watch is None and not self.needs_states:
-            return super().scored(inputs_S, targets_S, last)
-        with Tap(self.model) as tap:
-            scored = super().scored(inputs_S, targets_S, last)
-        with torch.no_grad():
-            return self.tapped(scored, targets_S, tap)
-
-    def tapped(self, scored: Scored, targets_S: Tensor, tap: Tap) -> Scored:
-        """Return what becomes of a segment's losses; here they stay as they are. ``mean`` stays the model's own."""
-        self.show(lambda: tap.logits(targets_S.numel()).log_softmax(1), targets_S)
-        return scored
-
-    def show(self, log_probs_SV: Callable[[], Tensor], targets_S: Tensor) -> None:
-        """Keep what makes a distribution, and let ``watch`` see it, for which alone it is worked out."""
-        self.log_probs = log_probs_SV
-        if self.watch is not None:
-            started = time.perf_counter()
-            self.watch(log_probs_SV(), targets_S)
-            self.watch_seconds += time.perf_counter() - started

@@ -58,11 +58,13 @@ def resuming(meta: Json, config: Any, table: str, owner: str = "run", model: str
     """
     if meta.get("config") != as_json(config):
         raise InputError(
-            f"the checkpoint was made with other [{table}] settings: resume with those, or use --overwrite"
+            f"the checkpoint was made with other [{table}] settings: resume with those, or start again",
+            setting="overwrite",
         )
     if meta.get("model", "") != model:
         raise InputError(
-            f"the checkpoint belongs to the base model {meta.get('model')}, this run holds {model}: use --overwrite"
+            f"the checkpoint belongs to the base model {meta.get('model')}, this run holds {model}: start again",
+            setting="overwrite",
         )
     with fitting(owner):
         yield
@@ -76,7 +78,7 @@ def fitting(owner: str = "run") -> Iterator[None]:
     except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
-            f"the checkpoint does not fit this {owner} ({reason}): use --overwrite to start again"
+            f"the checkpoint does not fit this {owner} ({reason}): start again", setting="overwrite"
         ) from None
 
 

@@ -123,7 +123,8 @@ class InnerLoop:
         self.adapted = adapted_parameters(model, config.params)
         if [a.name for a in self.adapted] != [p.name for p in priors]:
             raise InputError(
-                f"the prior belongs to other parameters than read.params {config.params}: measure it again"
+                f"the prior belongs to other parameters than those of {config.params}: measure it again",
+                setting="read.params",
             )
         self.parameters = [a.parameter for a in self.adapted]
         self.thetas = [a.matrix_RC for a in self.adapted]

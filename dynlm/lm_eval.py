@@ -101,7 +101,7 @@ class DynamicLM(TemplateLM):  # type: ignore[misc]
     def _written(self, context: str, wish: dict[str, Any]) -> str:
         """The likeliest text after ``context``, under the weights that reading it left, until ``wish`` ends it."""
         if wish.get("do_sample") and wish.get("temperature") != 0:
-            raise InputError("--model dynlm writes the likeliest text: set do_sample to false (--gen_kwargs)")
+            raise InputError("this model writes the likeliest text: set do_sample to false in gen_kwargs")
         until = wish.get("until") or []
         ends = [end for end in ([until] if isinstance(until, str) else until) if end]
         start, *ids = self.tok_encode(context) or [self.start_id]

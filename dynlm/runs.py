@@ -28,7 +28,7 @@ class Run:
 
     def __init__(self, path: str | Path) -> None:
         if not str(path) or "\0" in str(path):
-            raise InputError(f"--run is {str(path)!r}: give the name of a directory")
+            raise InputError(f"the run is {str(path)!r}: give the name of a directory", setting="run")
         self.path = Path(path)
         self.recipe = self.path / "recipe.json"
         self.tokenizer = self.path / "tokenizer"

@@ -65,16 +65,16 @@ def read_stamped(path: Path) -> tuple[Json, Stamp]:
     if not isinstance(stamp, dict):
         raise InputError(
             f"{path} has no schema number: it is no run of dynlm, or one of an earlier version, which `dynlm train` "
-            f"makes again in another --run"
+            f"makes again in another run directory"
         )
     if stamp.get("schema") != SCHEMA:
         raise InputError(
             f"{path} has schema {stamp.get('schema')!r}, this version of dynlm reads {SCHEMA}: "
-            f"use the version that made the run, or train again in another --run"
+            f"use the version that made the run, or train again in another run directory"
         )
     finished, fingerprints = stamp.get("finished"), stamp.get("fingerprints")
     if not isinstance(finished, bool) or not isinstance(fingerprints, dict):
-        raise InputError(f"{path} was changed: finished or fingerprints are missing: train again in another --run")
+        raise InputError(f"{path} was changed: finished or fingerprints are missing: train again in another folder")
     return values, Stamp(finished, fingerprints)
 
 

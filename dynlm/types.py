@@ -26,7 +26,15 @@ def perplexity(nats: float, count: float) -> float:
 
 
 class InputError(ValueError):
-    """Raised for invalid input. The message is one line: value, bound, next step. A command ends with exit code 2."""
+    """Raised for invalid input. The message is one line: value, bound, next step. A command ends with exit code 2.
+
+    Attributes:
+        setting: what the next step changes, as recipes name it (``context.carry``); the command line prints its flag.
+    """
+
+    def __init__(self, message: str = "", *, setting: str = "") -> None:
+        super().__init__(message)
+        self.setting = setting
 
 
 class DivergedError(InputError):

@@ -114,7 +114,7 @@ def test_a_compiler_that_does_not_work_is_noted_once_and_torch_takes_over(script
 @pytest.mark.parametrize("script", [BROKEN["fails"], BROKEN["garbage"], BROKEN["wrote nothing"]])
 def test_compiled_insists(script, compile_with, monkeypatch, caplog):
     path = compile_with(script)
-    with pytest.raises(InputError, match=f"^read.kernel is 'compiled', but {path} "):
+    with pytest.raises(InputError, match=f"^kernel is 'compiled', but {path} "):
         InPlaceUpdate(SGD(), compiled=True)
     monkeypatch.setenv("DYNLM_KERNEL", "compiled")
     with pytest.raises(InputError, match=f"^DYNLM_KERNEL is 'compiled', but {path} ") as error:

@@ -18,5 +18,5 @@ def test_a_run_touches_nothing_and_logs_line_by_line(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "a\0b"])
 def test_a_run_has_a_name_that_a_file_system_takes(name):
-    with pytest.raises(InputError, match=r"--run is .*: give the name of a directory"):
+    with pytest.raises(InputError, match=r"the run is .*: give the name of a directory"):
         Run(name)

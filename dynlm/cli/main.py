@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tell("another process of this command has ended: --resume goes on with what was kept")
         return LOST
     except InputError as error:
-        tell(str(error))
+        tell(f"{error}{_flag(arguments[0], error.setting)}")
         return 2
     except OSError as error:
         tell(f"{error.strerror or error} ({error.filename}): nothing was replaced")
@@ -148,6 +148,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         tell("interrupted: what was finished is whole, the rest was not saved")
         return 130
+
+
+READ_FLAGS = {
+    "context.carry": "carry",
+    "lora.rank": "lora-rank",
+    "overwrite": "overwrite",
+    "prior_text": "prior-text",
+    "rule": "rule",
+    "run": "run",
+    "save_memory": "save-memory",
+}
+"""settings that `dynlm read`, which has no recipe, has a flag for"""
+
+
+def _flag(command: str, setting: str) -> str:
+    """Return the flag that sets what an error names, in brackets; nothing where the command has none."""
+    name = READ_FLAGS.get(setting, "") if command == "read" else setting.replace("_", "-")
+    return f" (--{name})" if name else ""
 
 
 def _usage() -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -34,13 +33,6 @@ from dynlm.types import InputError
 TABLE_ROWS = 8
 SCHEMA = 1
 """of the JSON object"""
-FLAGS = (
-    (r"set context.carry to ", "use --carry "),
-    (r"lora\.rank", "--lora-rank"),
-    (r"prior_text", "--prior-text"),
-    (r"^rule (\w+) without a run", r"--rule \1 with --model"),
-)
-"""what the library calls settings, and the command's flags"""
 
 
 @dataclass(frozen=True)
@@ -254,22 +246,16 @@ def _reader(settings: ReadSettings) -> Reader:
         return Reader(load_session(settings.run, settings.resets, light=light), settings.rule, spacing=settings.spacing)
     if settings.run:
         raise InputError(f"--model {settings.model} and --run {settings.run}: give one of them")
-    try:
-        return Reader.of_model(
-            settings.model,
-            settings.rule,
-            lr=settings.lr,
-            spacing=settings.spacing,
-            reset=settings.resets,
-            carry=settings.carry,
-            lora_rank=settings.lora_rank,
-            prior_text=settings.prior_text,
-        )
-    except InputError as error:
-        message = str(error)
-        for of_library, flag in FLAGS:
-            message = re.sub(of_library, flag, message)
-        raise InputError(message) from None
+    return Reader.of_model(
+        settings.model,
+        settings.rule,
+        lr=settings.lr,
+        spacing=settings.spacing,
+        reset=settings.resets,
+        carry=settings.carry,
+        lora_rank=settings.lora_rank,
+        prior_text=settings.prior_text,
+    )
 
 
 def _read_all(

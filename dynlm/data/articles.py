@@ -158,7 +158,8 @@ def read_pools(config: DataConfig) -> dict[str, list[Article]]:
     """Articles by the source's own splits, or all under ``"all"`` where it has none. Empty articles are left out."""
     source = os.path.expandvars(config.source)
     if source.startswith("$"):
-        raise InputError(f"environment variable {source} is not set: point it at the data, or name another data.source")
+        message = f"environment variable {source} is not set: point it at the data, or name another source"
+        raise InputError(message, setting="data.source")
     source = PRESETS.get(source, source)
     if source == "stdlib":
         pools = {"all": stdlib.load_articles()}

@@ -37,7 +37,8 @@ def read_hub(name: str, columns: Columns) -> dict[str, list[Article]]:
             continue
         if columns.text not in rows.column_names:
             there = ", ".join(rows.column_names)
-            raise InputError(f"data set {name!r} has no column {columns.text!r} ({there}): set data.text_column")
+            message = f"data set {name!r} has no column {columns.text!r} ({there}): name the one that holds the text"
+            raise InputError(message, setting="data.text_column")
         lines = rows[columns.text]
         if is_wikitext([line for line in lines if isinstance(line, str)]):
             pools[pool] = wikitext.split_articles(joined_lines(lines), f"wiki.{pool}")
@@ -51,6 +52,7 @@ def _place(name: str) -> tuple[str, str | None]:
     if name and Path(name).is_dir():
         return name, None
     if not NAME.fullmatch(name):
-        raise InputError(f"data.source hf:{name} is no folder, and no NAME, USER/NAME or USER/NAME/CONFIG of the hub")
+        message = f"source hf:{name} is no folder, and no NAME, USER/NAME or USER/NAME/CONFIG of the hub"
+        raise InputError(message, setting="data.source")
     parts = name.split("/")
     return (name, None) if len(parts) < 3 else ("/".join(parts[:2]), parts[2])

@@ -54,7 +54,8 @@ def texts_of(rows: Iterable[Row], source: str, columns: Columns) -> list[str]:
         text = row.get(columns.text)
         if not isinstance(text, str):
             missing = f"no text in column {columns.text!r} (columns: {', '.join(map(str, row))})"
-            raise InputError(f"{source}, row {number}: {missing}: set data.text_column")
+            message = f"{source}, row {number}: {missing}: name the one that holds the text"
+            raise InputError(message, setting="data.text_column")
         texts.append(text)
     return texts
 

@@ -29,5 +29,6 @@ def training_streams(articles: Sequence[TokenizedArticle], n_streams: int, seed:
     stream = torch.cat([articles[int(i)].ids_T for i in order]) if articles else torch.empty(0, dtype=torch.int64)
     length = stream.numel() // n_streams
     if length < 2:
-        raise InputError(f"{stream.numel()} training tokens cannot fill {n_streams} streams: lower train.batch_size")
+        message = f"{stream.numel()} training tokens cannot fill {n_streams} streams: give more text, or fewer streams"
+        raise InputError(message, setting="train.batch_size")
     return stream[: n_streams * length].view(n_streams, length)

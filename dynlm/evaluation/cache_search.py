@@ -82,7 +82,7 @@ def tune_cache(
     Ties go to the smaller window. Repeatable; no randomness.
     """
     if not articles:
-        raise InputError("no article to tune a cache on: the meta split is empty (data.meta_articles)")
+        raise InputError("no article to tune a cache on: the meta split is empty", setting="data.meta_articles")
     streams = record(reader, articles, start_id)
     losses_T = torch.cat([stream.losses_T for stream in streams]).double()
     squares = torch.cat([stream.states_TD.square().sum(1) for stream in streams])

@@ -46,7 +46,7 @@ def summarize(
     ``lossless``: the tokens spell the text, so that bits per byte mean something.
     """
     if STATIC not in scores:
-        raise InputError("methods lack 'static', the baseline of every gain: add it to evaluate.methods")
+        raise InputError("methods lack 'static', the baseline of every gain: add it", setting="evaluate.methods")
     baseline = scores[STATIC].losses
     methods: dict[str, MethodResult] = {}
     for name, score in scores.items():

@@ -68,7 +68,7 @@ def fit_mixture(
         InputError: fewer than four articles, the least that can be divided.
     """
     if len(articles) < 4:
-        raise InputError(f"a mixture is fitted on {len(articles)} articles, needs 4: raise tune.articles")
+        raise InputError(f"a mixture is fitted on {len(articles)} articles: give at least 4", setting="tune.articles")
     recorded = record(recorder, articles, start_id)
     n_fit = len(recorded) - len(recorded) // 4
     fit, held = join(recorded[:n_fit]), join(recorded[n_fit:])

@@ -37,4 +37,4 @@ def load_part(path: Path, made: Json) -> Scores | None:
         losses = list(tensors["losses"].split(tensors["lengths"].tolist()))
         return Scores(losses, meta["seconds"], meta["calibration"], tensors.get("again"), gates)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"{path} is not whole ({error}): use --overwrite to start again") from None
+        raise InputError(f"{path} is not whole ({error}): start again", setting="overwrite") from None

@@ -172,13 +172,15 @@ def affordable(config: EstimatorConfig, window: int, reader: InnerLoop) -> int:
     if fits < 1:
         raise InputError(
             f"{record.memory} MiB hold no coordinate over {window} segments, whose statistics take "
-            f"{-(-observed * window // MIB)}: raise meta.estimator.record.memory or shorten meta.truncation"
+            f"{-(-observed * window // MIB)}: raise the memory, or shorten the truncation",
+            setting="meta.estimator.record.memory",
         )
     if config.coordinates == 0:
         needed = -(-(n * each + observed) * window // MIB)
         raise InputError(
             f"recording all {n:,} weights over {window} segments takes {needed:,} MiB, the budget is {record.memory}: "
-            f"sample {fits:,} coordinates, or raise meta.estimator.record.memory"
+            f"sample {fits:,} coordinates, or raise the memory",
+            setting="meta.estimator.record.memory",
         )
     return min(config.coordinates, fits)
 

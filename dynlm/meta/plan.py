@@ -90,13 +90,16 @@ def require_fit(plan: Plan, limit: int, estimator: Estimator, window: int) -> No
     free = limit - (plan.peak - estimator.footprint(window))
     if isinstance(estimator, UnrollEstimator) and free > 0:
         slices = choose_slices(window, estimator.cost, free)
-        raise InputError(f"{head}: slices of {' and '.join(map(str, slices))} segments fit (meta.estimator.slices)")
+        message = f"{head}: slices of {' and '.join(map(str, slices))} segments fit"
+        raise InputError(message, setting="meta.estimator.slices")
     half = window
     while half > 2 and estimator.footprint(half) > free:
         half //= 2
     if free <= 0 or estimator.footprint(half) > free:
-        raise InputError(f"{head}: even a window of {half} does not fit; use a smaller model or fewer meta.articles")
-    raise InputError(f"{head}: windows of {half} segments fit (meta.truncation), or lower meta.estimator.record.memory")
+        message = f"{head}: even a window of {half} does not fit; use a smaller model or fewer articles at once"
+        raise InputError(message, setting="meta.articles")
+    message = f"{head}: windows of {half} segments fit, or lower the memory of recordings"
+    raise InputError(message, setting="meta.truncation")
 
 
 def available_memory() -> int:

@@ -45,8 +45,8 @@ def choose_slices(window: int, cost: SliceCost, budget: int) -> tuple[int, ...]:
             return best
     raise InputError(
         f"a window of {window} segments needs {cost.peak(window, best) / MIB:,.0f} MiB in slices of "
-        f"{' and '.join(map(str, best))}, the budget is {budget / MIB:,.0f}: shorten meta.truncation or raise "
-        "meta.estimator.memory"
+        f"{' and '.join(map(str, best))}, the budget is {budget / MIB:,.0f}: shorten the truncation, or raise memory",
+        setting="meta.estimator.memory",
     )
 
 

@@ -96,7 +96,8 @@ def divide_meta_split(
 ) -> tuple[list[TokenizedArticle], list[TokenizedArticle]]:
     """Return (articles that rules are tuned and trained on, articles that choose φ)."""
     if len(articles) < 2:
-        raise InputError(f"the meta split has {len(articles)} articles, needs at least 2: raise data.meta_articles")
+        message = f"the meta split has {len(articles)} articles: give at least 2"
+        raise InputError(message, setting="data.meta_articles")
     n_valid = min(config.validation_articles, len(articles) // 2)
     return list(articles[n_valid:]), list(articles[:n_valid])
 
@@ -173,7 +174,9 @@ class MetaTrainer:
             nats, tokens = nats + window_nats, tokens + window_tokens
         norm = torch.nn.utils.clip_grad_norm_([p for p in self.phi if p.grad is not None], self.config.clip)
         if not torch.isfinite(norm):
-            raise InputError(f"meta-gradient is {float(norm)} at step {self.progress.step}: lower meta.lr")
+            raise InputError(
+                f"meta-gradient is {float(norm)} at step {self.progress.step}: lower lr", setting="meta.lr"
+            )
         set_rate(self.optimizer, self.config.lr, self.progress.step, self.config.steps)
         self.optimizer.step()
         self.progress = self.progress._replace(step=self.progress.step + 1)

@@ -113,7 +113,7 @@ def tune_rule(
         raise InputError(f"rule {kind!r} has no search space: tune one of {', '.join(tuned())}")
     texts = config.excerpts(articles)
     if not texts:
-        raise InputError("no article to tune on: the meta split is empty (data.meta_articles)")
+        raise InputError("no article to tune on: the meta split is empty", setting="data.meta_articles")
     space = search_space(kind, reader_for(make_rule("static")).priors)
 
     def objective(trial: optuna.Trial) -> float:
@@ -154,7 +154,8 @@ def tune_rule(
         lowest = min(trial.params["lr"] for trial in study.trials)
         raise DivergedError(
             f"reading with rule {kind!r} diverged at each of {len(study.trials)} settings, down to lr {lowest:.2g}: "
-            "more trials (tune.trials) try lower ones"
+            "more trials try lower ones",
+            setting="tune.trials",
         )
     best = study.best_trial
     assert best.value is not None

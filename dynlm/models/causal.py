@@ -148,7 +148,8 @@ class CausalScorer:
         if size > bound:
             raise InputError(
                 f"a segment of {size} tokens does not fit into {bound} of context ({self.name} has "
-                f"{positions(self.model) or 'no bound of'} positions): lower read.segment or raise context.window"
+                f"{positions(self.model) or 'no bound of'} positions): shorten the segment, or widen the window",
+                setting="read.segment",
             )
 
     def _require_causal(self) -> Tensor:
@@ -174,9 +175,11 @@ class CausalScorer:
             agrees = not _differ(carried_TV, logits_TV[first_T.numel() :][: second_T.numel()], 1e-3)
         except Exception as error:  # models raise many kinds; all mean that their cache is not what DynamicCache holds
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise InputError(f"{self.name} carries no cache ({reason[0]}): set context.carry to 'overlap'") from None
+            message = f"{self.name} carries no cache ({reason[0]}): set carry to 'overlap'"
+            raise InputError(message, setting="context.carry") from None
         if not agrees:
-            raise InputError(f"{self.name} goes on from its cache with other scores: set context.carry to 'overlap'")
+            message = f"{self.name} gives other scores when it goes on from its cache: set carry to 'overlap'"
+            raise InputError(message, setting="context.carry")
 
 
 def _require_float(model: PreTrainedModel) -> None:

@@ -46,11 +46,12 @@ class ContextConfig(Settings):
         """
         most = positions(model)
         if self.window != 0 and self.window < 2:
-            raise InputError(f"context.window is {self.window}: expected 2 or more tokens, or 0 for the model's own")
+            message = f"window is {self.window}: expected 2 or more tokens, or 0 for the model's own"
+            raise InputError(message, setting="context.window")
         if most is not None and self.window > most:
             raise InputError(
-                f"context.window is {self.window}, but {type(model).__name__} has {most} positions: "
-                f"lower it to {most} or less"
+                f"window is {self.window}, but {type(model).__name__} has {most} positions: lower it to {most} or less",
+                setting="context.window",
             )
         return self.window or (RECURRENT_WINDOW if most is None else min(most, LONGEST_WINDOW))
 

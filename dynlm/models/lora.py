@@ -47,7 +47,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings | None = None) -> tu
     with optional("a model with low-rank weights"):
         from peft import LoraConfig, inject_adapter_in_model
     if settings.rank < 1:
-        raise InputError(f"lora.rank is {settings.rank}: expected 1 or more")
+        raise InputError(f"the rank is {settings.rank}: expected 1 or more", setting="lora.rank")
     if any(".lora_A." in name for name, _ in model.named_parameters()):
         raise InputError(f"{type(model).__name__} has low-rank weights already: load it again")
     config = LoraConfig(
@@ -62,7 +62,8 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings | None = None) -> tu
             inject_adapter_in_model(config, model)
         except ValueError as error:
             reason = str(error).strip().splitlines()[0]
-            raise InputError(f"peft refuses lora.targets {settings.targets} ({reason}): load it again") from None
+            message = f"peft refuses the targets {settings.targets} ({reason}): load it again"
+            raise InputError(message, setting="lora.targets") from None
     return LORA_PARAMS
 
 

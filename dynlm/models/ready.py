@@ -44,8 +44,9 @@ def with_lora(model: PreTrainedModel, lora: LoraSettings, params: tuple[str, ...
     frozen = next((a.name for a in matched_parameters(model, params) if not a.parameter.requires_grad), None)
     if frozen:
         raise InputError(
-            f"read.params {params} names {frozen!r}, which lora.rank {lora.rank} freezes: leave read.params out, or "
-            f"set lora.rank to 0"
+            f"params {params} names {frozen!r}, which is frozen beside weights of rank {lora.rank}: "
+            "leave params out, or set the rank to 0",
+            setting="lora.rank",
         )
     return params
 
@@ -57,7 +58,8 @@ def load_ready_tokenizer(source: str, config: TokenizerConfig) -> Tokenizer:
         InputError: none there, or settings that would train another one.
     """
     if config.kind == "word":
-        raise InputError(f"tokenizer.kind is 'word', but {source} knows other tokens: leave it out, or 'huggingface'")
+        message = f"the tokenizer's kind is 'word', but {source} knows other tokens: leave it out, or 'huggingface'"
+        raise InputError(message, setting="tokenizer.kind")
     return HuggingFaceTokenizer(config.name or source)
 
 
@@ -73,7 +75,8 @@ def require_reads(
     if tokenizer.vocab_size > rows:
         raise InputError(
             f"the tokenizer has {tokenizer.vocab_size} entries, {type(model).__name__} has {rows}: name the one that "
-            f"the model was trained with (tokenizer.name)"
+            "the model was trained with",
+            setting="tokenizer.name",
         )
     ids_S = torch.arange(segment, device=model.device) % tokenizer.vocab_size
     with torch.no_grad():

@@ -168,7 +168,8 @@ class _Trainer:
         self.train_articles, valid = articles
         workers = accelerator.num_processes
         if config.batch_size % workers:
-            raise InputError(f"train.batch_size {config.batch_size} does not divide over {workers} processes")
+            message = f"batch_size {config.batch_size} does not divide over {workers} processes"
+            raise InputError(message, setting="train.batch_size")
         self.local = slice(
             accelerator.process_index * (config.batch_size // workers),
             (accelerator.process_index + 1) * (config.batch_size // workers),
@@ -179,7 +180,8 @@ class _Trainer:
         length = tokens // config.batch_size
         if length < 2:
             raise InputError(
-                f"train.batch_size is {config.batch_size}, for {tokens} training tokens: at most {tokens // 2}"
+                f"batch_size is {config.batch_size}, for {tokens} training tokens: at most {tokens // 2}",
+                setting="train.batch_size",
             )
         self.steps_per_epoch = math.ceil((length - 1) / config.segment)
         self.steps_per_validation = math.ceil(self.steps_per_epoch / config.validations_per_epoch)
@@ -229,7 +231,8 @@ class _Trainer:
             output = self.model(window[:, :-1], hidden=self.hidden, targets=window[:, 1:])
         value = float((output.loss - output.penalty).detach())
         if not math.isfinite(value):
-            raise InputError(f"training loss is {value} at step {step}: lower train.lr ({self.config.lr:g})")
+            message = f"training loss is {value} at step {step}: lower lr ({self.config.lr:g})"
+            raise InputError(message, setting="train.lr")
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(output.loss)
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)

@@ -76,7 +76,7 @@ class InPlaceUpdate:
     def __init__(self, rule: Rule, compiled: bool | None = None) -> None:
         self.rule = rule
         if compiled and (reason := why_not()):
-            raise InputError(f"read.kernel is 'compiled', but {reason}: install gcc, or use 'auto'")
+            raise InputError(f"kernel is 'compiled', but {reason}: install gcc, or use 'auto'", setting="read.kernel")
         kernel_choice()  # a wrong one is told before anything is read
         fast = [] if compiled is False else [self.fused, self.own, self.torch_compiled]
         self.backends = [*fast, self.plain]

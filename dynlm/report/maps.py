@@ -86,7 +86,8 @@ def require_titles(chosen: Sequence[str], known: Collection[str]) -> None:
     for title in chosen:
         if title not in known:
             close = difflib.get_close_matches(title, known, n=1, cutoff=0.0)
-            raise InputError(f"report.articles names {title!r}, which was not read: did you mean {close[0]!r}?")
+            message = f"article {title!r} was not read: did you mean {close[0]!r}?"
+            raise InputError(message, setting="report.articles")
 
 
 def _named(evaluation: Evaluation, titles: Sequence[str]) -> list[Chosen]:

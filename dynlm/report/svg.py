@@ -95,7 +95,7 @@ def formats(text: str) -> tuple[str, ...]:
     wanted = tuple(part.strip() for part in text.split(",") if part.strip())
     for kind in wanted:
         if kind not in FORMATS:
-            raise InputError(f"format {kind!r} is unknown: choose from {', '.join(FORMATS)}, as in --format png,svg")
+            raise InputError(f"format {kind!r} is unknown: choose from {', '.join(FORMATS)}, as in png,svg")
     return wanted
 
 

@@ -70,7 +70,7 @@ def load_memory(path: Path, adapted: InnerLoop, belongs: Json) -> Memory:
     """
     tensors, meta = read_tensors(path)
     if meta.get("kind") != KIND:
-        raise InputError(f"{path} is no memory: `dynlm read --save-memory FILE` writes one")
+        raise InputError(f"{path} is no memory: Reader.save_memory writes one", setting="save_memory")
     for name, own in belongs.items():
         found = meta.get(name, own if name == "carry" else None)  # older memories do not say what they carry
         if found != own:

@@ -90,7 +90,8 @@ def untuned_rule(kind: str, session: Session, lr: float = 0.0) -> Rule:
     """
     if kind not in (*tuned(), "static"):
         known = f"choose {', '.join(tuned())} or static"
-        raise InputError(f"rule {kind} without a run: a learned rule belongs to the run it was trained in; {known}")
+        message = f"rule {kind} without a run: a learned rule belongs to the run it was trained in; {known}"
+        raise InputError(message, setting="rule")
     if kind == "static":
         return make_rule(kind)
     settings = {name: r.start for name, r in search_space(kind, session.priors).items()}
@@ -100,6 +101,7 @@ def untuned_rule(kind: str, session: Session, lr: float = 0.0) -> Rule:
 def _documentation() -> Iterable[Article]:
     topics = load_topics()
     if not topics:
-        raise InputError("this Python carries no documentation: name a text to measure the prior on (prior_text)")
+        message = "this Python carries no documentation: name a text to measure the prior on"
+        raise InputError(message, setting="prior_text")
     log.info("prior measured on Python's documentation; prior_text names better text")
     return topics

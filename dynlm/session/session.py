@@ -255,7 +255,7 @@ def open_run(run: Run) -> tuple[Json, Stamp]:
         InputError: no run directory, one without a trained model, or one whose files do not fit together.
     """
     if not run.path.is_dir():
-        raise InputError(f"run directory {run.path} does not exist: `dynlm train` makes one, or leave --run out")
+        raise InputError(f"run directory {run.path} does not exist: `dynlm train` makes one", setting="run")
     recover(run)
     settings, stamp = read_stamped(run.require(run.recipe, "train"))
     for name, folder in (("tokenizer", run.tokenizer), ("model", run.model)):

@@ -51,7 +51,8 @@ class Target:
         if not os.access(self.path, os.W_OK):
             raise InputError(f"cannot write {self.name}: it is read-only; choose another name")
         if status.st_size and not overwrite and not ours(self.path):
-            raise InputError(f"{self.name} exists and was not written by dynlm: add --overwrite or choose another name")
+            message = f"{self.name} exists and was not written by dynlm: choose another name, or overwrite it"
+            raise InputError(message, setting="overwrite")
 
     @contextmanager
     def writing(self) -> Iterator[Path]:

@@ -282,3 +282,11 @@ def test_the_log_of_a_run_in_a_file_is_short(copy):
     lines = (done.stdout + done.stderr).splitlines()
     assert len(lines) < 15
     assert not any("\r" in line or "%|" in line for line in lines)
+
+
+def test_an_error_ends_with_the_flag_that_its_command_has(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"body": "no column of the name text"}\n')
+    fails(capsys, ["train", "--run", tmp_path / "run", "--data.source", rows], "(--data.text-column)")
+    assert main(["read", str(rows)]) == 2
+    assert "--" not in capsys.readouterr().err  # it has none for a column

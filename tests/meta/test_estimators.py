@@ -140,5 +140,5 @@ def test_a_budget_bounds_what_is_recorded(lab):
         InputError, match=r"all 473 weights over 10000 segments takes \d+ MiB, the budget is 50: sample"
     ):
         coordinates(0, 50, 10000)
-    with pytest.raises(InputError, match=r"1 MiB hold no coordinate over 10000 segments, .* raise meta\.estimator"):
+    with pytest.raises(InputError, match=r"1 MiB hold no coordinate over 10000 segments, .* raise the memory"):
         coordinates(50, 1, 10000)

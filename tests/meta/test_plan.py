@@ -74,8 +74,9 @@ def test_an_unroll_that_does_not_fit_is_told_its_slices(lab, monkeypatch):
         estimator = make_estimator(reader, EstimatorConfig("unroll", slices=(512,)))
         plan = plan_step(estimator, pieces_of(40), 512)
         whole = estimator.footprint(512)
-        with pytest.raises(InputError, match=r"slices of \d+( and \d+)* segments fit \(meta\.estimator\.slices\)"):
+        with pytest.raises(InputError, match=r"slices of \d+( and \d+)* segments fit") as raised:
             require_fit(plan, plan.peak - whole // 2, estimator, 512)
+        assert raised.value.setting == "meta.estimator.slices"
 
 
 def test_what_does_not_fit_is_refused_with_what_would():

@@ -144,7 +144,7 @@ def test_settings_that_do_not_go_together_are_one_clear_line(model, text, tmp_pa
     base = ["read", text, "--model", model]
     fails(capsys, ["read", text, "--model", tmp_path / "none"], "holds no model", "save_pretrained")
     fails(capsys, [*base, "--run", tmp_path], "give one of them")
-    fails(capsys, [*base, "--rule", "gated"], "--rule gated with --model", "rms")
+    fails(capsys, [*base, "--rule", "gated"], "rule gated without a run", "rms", "(--rule)")
     fails(capsys, [*base, "--lora-rank", "-1"], "--lora-rank is -1")
     fails(capsys, [*base, "--lr", "-1"], "--lr is -1.0")
     fails(capsys, [*base, "--prior-text", tmp_path / "none.txt"], "does not exist")

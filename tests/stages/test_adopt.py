@@ -85,7 +85,13 @@ def test_settings_that_cannot_be_are_one_clear_line(ready, tmp_path, capsys, mon
         capsys, [*base, "--lora.rank", "2", "--lora.targets", "*.c_atn"], "'*.c_atn' matches no linear layer", "c_attn"
     )
     fails(capsys, [*base, "--lora.rank", "-2"], "lora.rank is -2")
-    fails(capsys, [*base, *LORA, "--read.params", "*wte*"], "'transformer.wte.weight'", "lora.rank 2 freezes")
+    fails(
+        capsys,
+        [*base, *LORA, "--read.params", "*wte*"],
+        "'transformer.wte.weight'",
+        "frozen beside weights of rank 2",
+        "(--lora.rank)",
+    )
     fails(capsys, [*base, "--model.pretrained", "", *LORA], "an LSTM takes no low-rank weights")
     fails(capsys, [*base, "--read.segment", "65"], "65 tokens does not fit into 64")
     fails(capsys, [*base, "--context.window", "65"], "lower it to 64")

@@ -66,10 +66,11 @@ class Images:
     def __init__(self, images: list[Tensor], ways: int = 5, shots: int = 1, queries: int = 5) -> None:
         fewest = min((len(instances) for instances in images), default=0)
         if len(images) < ways:
-            raise InputError(f"{len(images)} classes for {ways}-way tasks: lower fewshot.tasks.ways")
+            raise InputError(f"{len(images)} classes for {ways}-way tasks: lower ways", setting="fewshot.tasks.ways")
         if fewest < shots + queries:
             needed = f"shots {shots} + queries {queries}"
-            raise InputError(f"a class has {fewest} instances, fewer than {needed}: lower fewshot.tasks.queries")
+            message = f"a class has {fewest} instances, fewer than {needed}: lower queries"
+            raise InputError(message, setting="fewshot.tasks.queries")
         self.images, self.ways, self.shots, self.queries = images, ways, shots, queries
 
     def sample(self, generator: torch.Generator) -> FewShotTask:
@@ -125,7 +126,7 @@ def load_tasks(config: TasksConfig) -> TaskSplits:
     elif config.source.startswith("hf:"):
         characters = hub_characters(config.source.removeprefix("hf:"), config.side)
     else:
-        raise InputError(f"fewshot.tasks.source {config.source!r}: choose fonts or hf:NAME")
+        raise InputError(f"source {config.source!r}: choose fonts or hf:NAME", setting="fewshot.tasks.source")
     names = divide(list(characters), config.seed)
     sizes = config.ways, config.shots, config.queries
     return TaskSplits(*(Images([characters[name] for name in part], *sizes) for part in names))

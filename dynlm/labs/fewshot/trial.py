@@ -145,7 +145,8 @@ class Trial:
         valid = tasks_of(self.splits.valid, self.config.valid_tasks, self.config.seed + 4)
         reader, copies = self.reader, outer.tasks if outer.stacked else 1
         if len(valid) < copies:
-            raise InputError(f"fewshot.valid_tasks is {len(valid)}: {copies} are read at once, give at least that")
+            message = f"valid_tasks is {len(valid)}: {copies} are read at once, give at least that"
+            raise InputError(message, setting="fewshot.valid_tasks")
         if outer.stacked:
             reader, valid = self.stacked_reader(copies), stack_tasks(valid, copies)
 
@@ -168,7 +169,8 @@ class Trial:
     def stacked_reader(self, copies: int) -> InnerLoop:
         """One reader of as many copies of the network as a step has tasks."""
         if not isinstance(self.reader.model, MLP):
-            raise InputError("fewshot.outer.stacked copies MLPs only (sinusoid): set it to false")
+            message = "stacked copies MLPs only (sinusoid): set it to false"
+            raise InputError(message, setting="fewshot.outer.stacked")
         net = stacked(self.reader.model, copies)
         parameters = adapted_parameters(net)
         priors = make_priors(parameters, [torch.ones_like(a.matrix_RC) for a in parameters])

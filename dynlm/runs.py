@@ -7,6 +7,7 @@ RUN/checkpoints/           unfinished work, for --resume
 RUN/.lock                  held by the command that works here (dynlm.claim)
 RUN/demo.txt               the demo made this run, and may replace it
 RUN/few-shot.json          few-shot comparison        RUN/few-shot/          its learned starts θ0
+RUN/provenance.json        what made each of these files
 RUN/trackers/              what trackers of training write (``--log-with``)
 """
 
@@ -40,6 +41,7 @@ class Run:
         self.report = self.path / "report.html"
         self.figures = self.path / "figures"
         self.few_shot = self.path / "few-shot.json"
+        self.provenance = self.path / "provenance.json"
         self.demo = self.path / "demo.txt"
         self.trackers = self.path / "trackers"
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from dynlm.files import Json
 from dynlm.interrupt import Interrupted
 from dynlm.lazy import optional
 from dynlm.progress import hush_libraries, set_quiet
+from dynlm.provenance import command as recorded
 from dynlm.runs import Run
 from dynlm.types import InputError
 
@@ -210,7 +212,8 @@ def _run(name: str, arguments: list[str]) -> int:
     set_quiet(recipe.quiet)
     with _printing(recipe), noted(partial(print, flush=True)):
         print(f"run directory: {recipe.run}", flush=True)
-        with nullcontext() if name == "plan" else claim(run, begins=command.begins, writes=name != "audit"):
+        claimed = nullcontext() if name == "plan" else claim(run, begins=command.begins, writes=name != "audit")
+        with recorded(shlex.join(["dynlm", name, *arguments]), recipe), claimed:
             if processes.is_main():
                 processes.barrier()
             processes.require_alike(dataclasses.replace(recipe, quiet=False, log_with=(), json=False), "recipe")

@@ -18,6 +18,7 @@ from dynlm.files import write_tensors
 from dynlm.methods import STATELESS, STATIC, Method
 from dynlm.optim.base import Rule
 from dynlm.optim.sharing import fingerprint
+from dynlm.provenance import record
 from dynlm.results import Comparison, Description, MethodResult, Results, Seeds, Spread, Summary, save_results
 from dynlm.runs import Run
 from dynlm.types import InputError, TokenizedArticle
@@ -120,4 +121,5 @@ def write_results(
     with changing(run.path) as new:
         write_tensors(new.at(run.losses), tensors)
         save_results(results, new.at(run.results))
+        record(new, run, run.results)
         new.remove(*run.reported(), run.parts("evaluate"))

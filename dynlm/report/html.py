@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from dynlm import provenance
 from dynlm.files import Json, write_text
 from dynlm.methods import STATELESS, STATIC
+from dynlm.provenance import Origin
 from dynlm.report import charts, page, plots
 from dynlm.report.evaluation import Evaluation, Floats, load_evaluation
 from dynlm.report.maps import Pieces, token_maps
@@ -37,7 +39,8 @@ def write_report(
     wanted = formats(kinds)
     evaluation = load_evaluation(run, vocab_size)
     drawings = draw(evaluation)
-    source = render(evaluation, drawings, token_maps(evaluation, pieces, titles))
+    maps = token_maps(evaluation, pieces, titles)
+    source = render(evaluation, drawings, maps, provenance.load(run))
     for kind in wanted:
         for drawing in drawings.values():
             drawing.save(run.figures / f"{drawing.name}.{kind}")
@@ -45,7 +48,9 @@ def write_report(
     return run.report
 
 
-def render(evaluation: Evaluation, drawings: dict[str, Drawing], maps: Json | None) -> str:
+def render(
+    evaluation: Evaluation, drawings: dict[str, Drawing], maps: Json | None, origins: Mapping[str, Origin]
+) -> str:
     """Return the page as text."""
     results, names, shown = evaluation.results, evaluation.names, evaluation.shown
     return page.render(
@@ -66,6 +71,7 @@ def render(evaluation: Evaluation, drawings: dict[str, Drawing], maps: Json | No
         has_cache=any(results["methods"][name]["cache"] for name in names),
         fewest=FEWEST_ARTICLES,
         maps=maps,
+        origins=origins,
         levels=legend(),
     )
 

@@ -9,6 +9,7 @@ from dynlm.kept import saved_settings
 from dynlm.models.causal import load_model
 from dynlm.models.params import adapted_parameters
 from dynlm.models.ready import load_ready_tokenizer, require_reads, with_lora
+from dynlm.provenance import record
 from dynlm.runs import Run
 from dynlm.stages.recipe import Recipe
 from dynlm.stamps import Stamp, fingerprint_files
@@ -47,8 +48,10 @@ def begin_run(new: Changes, run: Run, tokenizer: Tokenizer, demo: bool = False) 
 
 
 def write_recipe(new: Changes, run: Run, recipe: Recipe, data: str, *, finished: bool) -> None:
-    """Write recipe.json for the tokenizer and the base model, each as it will stand when the changes are made."""
+    """Write recipe.json for the tokenizer and the base model, each as it will stand when the changes are made, and what
+    made them."""
     prints = {"data": data}
     for name, folder in (("tokenizer", run.tokenizer), ("model", run.model)):
         prints[name] = fingerprint_files(new.coming(folder))
     write_json(new.at(run.recipe), Stamp(finished, prints).put_on(saved_settings(recipe)))
+    record(new, run, run.tokenizer, run.model)

@@ -24,6 +24,7 @@ from dynlm.optim.registry import RULES
 from dynlm.optim.sharing import save_rule
 from dynlm.priors import make_priors
 from dynlm.processes import once
+from dynlm.provenance import record
 from dynlm.runs import Run
 from dynlm.session.api import rule_trainer
 from dynlm.session.prior import measured, read_prior
@@ -135,6 +136,7 @@ def meta_training(recipe: Recipe) -> Json:
         if finished or not kept:  # an earlier rule stays until this one is finished
             made = {"progress": progress._asdict(), "config": asdict(recipe.meta), "start": start}
             save_rule(best, new.at(target), {**made, **stamp, "finished": finished})
+            record(new, bench.run, target)
 
     with tracking(recipe.log_with, stage, bench.run.trackers, saved_settings(recipe)) as track:
         progress = meta_train(trainer, validate, bench.run, save_best, recipe.resume, stage, track=track)

@@ -21,6 +21,7 @@ from dynlm.methods import Method
 from dynlm.optim.registry import trained
 from dynlm.optim.sharing import fingerprint
 from dynlm.progress import Bar
+from dynlm.provenance import record
 from dynlm.settings import as_json
 from dynlm.stages.recipe import Recipe
 from dynlm.stages.run import Bench
@@ -51,6 +52,7 @@ def learn_start_stage(recipe: Recipe) -> Json:
         tensors |= {f"rule.{name}": value for name, value in rule.state_dict().items()}
     with changing(bench.run.path) as new:
         write_tensors(new.at(target), tensors, {**found, **made})
+        record(new, bench.run, target)
         new.remove(checkpoint)
     for restart in learned.restarts:
         print(f"restarted from the best start with half the rate ({restart})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from dynlm.changes import changing
 from dynlm.evaluation.cache import load_cache, save_cache
 from dynlm.evaluation.cache_search import tune_cache
 from dynlm.evaluation.mixture import save_mixture
@@ -17,6 +18,7 @@ from dynlm.methods import Method
 from dynlm.optim.library import load_rule
 from dynlm.optim.sharing import save_rule
 from dynlm.progress import Bar
+from dynlm.provenance import record
 from dynlm.settings import as_json
 from dynlm.stages.recipe import Recipe
 from dynlm.stages.run import Bench
@@ -63,7 +65,9 @@ def _tune_rule(bench: Bench, kind: str, articles: list[TokenizedArticle], made: 
     with Bar(total=config.trials, desc=f"tune {kind}", unit="trial") as bar:
         tuned = tune_rule(kind, bench.reader, articles, bench.tokenizer.start_id, config, bar.update)
     found = {"nats_per_token": tuned.nats_per_token, "trials": tuned.trials}
-    save_rule(tuned.rule, bench.run.rule(kind), {**found, **made})
+    with changing(bench.run.path) as new:
+        save_rule(tuned.rule, new.at(bench.run.rule(kind)), {**found, **made})
+        record(new, bench.run, bench.run.rule(kind))
     numbers = ", ".join(f"{name} {value:.3g}" for name, value in tuned.rule.settings().items())
     print(f"{kind}: {tuned.nats_per_token:.4f} nats/token with {numbers}; static {tuned.static:.4f}")
     if tuned.at_bound:
@@ -77,7 +81,9 @@ def _tune_cache(bench: Bench, name: str, articles: list[TokenizedArticle], made:
     with Bar(desc=f"tune {name}", unit="trial") as bar:
         tuned = tune_cache(bench.method(beside), config.excerpts(articles), bench.tokenizer.start_id, bar.update)
     found = {"nats_per_token": tuned.nats_per_token, "trials": tuned.trials}
-    save_cache(tuned.cache, bench.run.rule(name), {**found, **made})
+    with changing(bench.run.path) as new:
+        save_cache(tuned.cache, new.at(bench.run.rule(name)), {**found, **made})
+        record(new, bench.run, bench.run.rule(name))
     numbers = ", ".join(f"{key} {value:.4g}" for key, value in asdict(tuned.cache).items())
     print(f"{name}: {tuned.nats_per_token:.4f} nats/token with {numbers}, {tuned.nats_without:.4f} without the cache")
     if tuned.at_bound:
@@ -93,7 +99,9 @@ def _tune_mixture(bench: Bench, name: str, articles: list[TokenizedArticle], mad
             recorder, config.excerpts(articles), bench.tokenizer.start_id, seed=config.seed, progress=bar.update
         )
     found = {"nats_per_token": fitted.nats_per_token, "passes": fitted.passes}
-    save_mixture(fitted.mixture, bench.run.rule(name), {**found, **made})
+    with changing(bench.run.path) as new:
+        save_mixture(fitted.mixture, new.at(bench.run.rule(name)), {**found, **made})
+        record(new, bench.run, bench.run.rule(name))
     shares = ", ".join(f"{weight:.3f}" for weight in fitted.weights)
     print(f"{name}: {fitted.nats_per_token:.4f} nats/token held out, {fitted.constant:.4f} with weights {shares}")
     return _figures(bench.run.rule(name))

@@ -17,6 +17,7 @@ from dynlm.files import Json, read_tensors, write_json, write_tensors
 from dynlm.kept import Call, free_parts, mark
 from dynlm.labs.fewshot.tasks import TaskSplits, load_tasks
 from dynlm.labs.fewshot.trial import METHODS, FewShotConfig, Trial
+from dynlm.provenance import record
 from dynlm.runs import Run
 from dynlm.settings import NotNegative, Positive, check
 from dynlm.types import InputError
@@ -53,6 +54,7 @@ def few_shot(call: Call, config: FewShotConfig) -> Json:
                 shutil.copy(part, new.at(run.few_shot_start(name)))
         comparison = {"schema": 1, "fewshot": asdict(config), "versions": versions, "methods": results}
         write_json(new.at(run.few_shot), comparison)
+        record(new, run, run.few_shot)
         new.remove(parts)
     print(f"results: {run.few_shot}")
     return {"methods": results}

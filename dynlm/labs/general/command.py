@@ -12,6 +12,7 @@ from dynlm.meta.train import MetaProgress
 from dynlm.optim.base import Rule
 from dynlm.optim.general import General
 from dynlm.optim.sharing import save_rule
+from dynlm.provenance import record
 from dynlm.runs import Run
 from dynlm.settings import as_json
 from dynlm.tracking import tracking
@@ -34,6 +35,7 @@ def learn_optimizer(call: Call, config: GeneralMetaConfig) -> Json:
         if finished or not kept:  # an earlier rule stays until this one is finished
             made = {"step": progress.step, "best_meta_validation": progress.best, "seconds": round(progress.seconds)}
             save_rule(rule, new.at(path), {**made, "settings": trainer.state()[1]["config"], "finished": finished})
+            record(new, run, path)
 
     with tracking(call.log_with, "learn-optimizer", run.trackers, as_json(config)) as track:
         progress = meta_train_general(trainer, run, save, call.resume, track=track)

@@ -88,12 +88,12 @@ def verdicts(
     whole = parts.short if quick or len(article) > MOST_TOKENS else article
     yield no_later_article(make_reader, parts, start_id, 2 if quick else RESETS)  # first: a hidden memory is empty yet
     yield repeatable(make_reader, long, start_id)
-    yield causal_inside(make_reader, long, start_id, vocab_size)
-    yield causal(make_reader, long, start_id, vocab_size)
-    yield tokens_only(make_reader, parts, start_id)
-    yield sums_to_one(make_reader, long if len(long) > len(whole) else whole, start_id, vocab_size)
+    yield tokens_only(make_reader, parts, start_id)  # one reading or few: what is wrong shows early
     yield scored_once(make_reader(), whole, start_id)
     yield nothing_drawn(make_reader(), parts.short, start_id)
+    yield sums_to_one(make_reader, long if len(long) > len(whole) else whole, start_id, vocab_size)
+    yield causal_inside(make_reader, long, start_id, vocab_size)
+    yield causal(make_reader, long, start_id, vocab_size)
     yield restored(make_reader, parts.short, start_id)
     yield zero_rate(make_reader, parts.short, start_id)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dynlm.evaluation.audit import audit
+from dynlm.evaluation.audit import verdicts as each_verdict
 from dynlm.evaluation.audit_articles import adds_up, excerpt
 from dynlm.evaluation.cache import CacheConfig, CachedReader
 from dynlm.inner import InnerLoop, ReadConfig, Step
@@ -31,6 +32,16 @@ def verdicts(make_reader):
 
 def failed(make_reader):
     return {name for name, verdict in verdicts(make_reader).items() if not verdict.passed}
+
+
+def fails(make_reader, *names):
+    """Whether all of these checks fail; those after the last of them are spared."""
+    left = set(names)
+    for found in each_verdict(make_reader, A, B, START, VOCAB):
+        left -= set() if found.passed else {found.name}
+        if not left:
+            return True
+    return False
 
 
 @pytest.mark.parametrize(
@@ -69,7 +80,7 @@ class UpdatesFirst(InnerLoop):
 
 def test_an_update_before_the_score_fails():
     lab = make_lab(torch.float32)
-    assert failed(lambda: reader_of(lab, kind=UpdatesFirst)) >= {"causality", "causality in each segment"}
+    assert fails(lambda: reader_of(lab, kind=UpdatesFirst), "causality", "causality in each segment")
 
 
 def test_a_peek_one_token_ahead_fails():
@@ -79,7 +90,7 @@ def test_a_peek_one_token_ahead_fails():
         losses_S, hidden = lab[1](inputs_S, targets_S, hidden)
         return losses_S + 1e-3 * targets_S.roll(-1), hidden
 
-    assert {"causality", "probabilities sum to one"} <= failed(lambda: reader_of(lab, score=peeking))
+    assert fails(lambda: reader_of(lab, score=peeking), "causality", "probabilities sum to one")
 
 
 def test_state_from_a_later_article_fails():
@@ -100,7 +111,7 @@ def test_state_from_a_later_article_fails():
             kept[:] = [theta.clone() for theta in self.thetas]
             return losses_T
 
-    assert "nothing of other articles" in failed(lambda: reader_of(lab, kind=Hoards))
+    assert fails(lambda: reader_of(lab, kind=Hoards), "nothing of other articles")
 
 
 def test_what_is_left_behind_fails():
@@ -115,7 +126,7 @@ def test_what_is_left_behind_fails():
             if not getattr(self, "leaves", False):
                 super().restore()
 
-    assert failed(lambda: reader_of(lab, kind=Leaves)) >= {"weights restored"}
+    assert fails(lambda: reader_of(lab, kind=Leaves), "weights restored")
 
 
 def test_a_distribution_that_does_not_sum_to_one_fails():
@@ -148,7 +159,7 @@ def test_a_token_left_out_or_scored_twice_fails():
             short = dataclasses.replace(article, ids_T=article.ids_T[:-1])
             return torch.cat([super().read(short, start_id, progress), torch.zeros(1)])
 
-    assert "every token scored once" in failed(lambda: reader_of(lab, kind=Skips))
+    assert fails(lambda: reader_of(lab, kind=Skips), "every token scored once")
 
 
 def test_a_rate_of_zero_that_still_moves_fails():

@@ -82,14 +82,22 @@ def test_audit_finds_scores_that_are_too_low(first, every):
     assert found_by(lambda: reader_of(lab, score=score), "probabilities sum to one")
 
 
-@pytest.mark.parametrize("first", [0, 1, 8])
-def test_audit_asks_a_model_without_logits_all_over_the_text(first, monkeypatch):
-    lab = make_lab(torch.float32)
-    monkeypatch.setattr("dynlm.models.tap.Tap.__enter__", lambda self: self)  # sees nothing
+@pytest.fixture
+def untapped(monkeypatch):
+    """A lab whose logits nobody sees."""
+    monkeypatch.setattr("dynlm.models.tap.Tap.__enter__", lambda self: self)
     monkeypatch.setattr("dynlm.models.tap.Tap.__exit__", lambda self, *error: None)
-    assert failing(lambda: reader_of(lab)) == set()
-    score = Changes(lab[1], lambda losses_S, targets_S: 0.9 * losses_S, first)
-    assert failing(lambda: reader_of(lab, score=score)) == {"probabilities sum to one"}
+    return make_lab(torch.float32)
+
+
+def test_audit_asks_a_model_without_logits(untapped):
+    assert failing(lambda: reader_of(untapped)) == set()
+
+
+@pytest.mark.parametrize("first", [0, 1, 8])
+def test_audit_asks_a_model_without_logits_all_over_the_text(untapped, first):
+    score = Changes(untapped[1], lambda losses_S, targets_S: 0.9 * losses_S, first)
+    assert failing(lambda: reader_of(untapped, score=score)) == {"probabilities sum to one"}
 
 
 def test_audit_finds_logits_that_know_their_target():

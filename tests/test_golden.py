@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 import golden
 
 
+@pytest.mark.usefixtures("plain_reports")
 def test_no_number_has_moved(tmp_path):
     """If you did not intend to change what is computed, something is wrong: find it before anything else.
 

@@ -1,11 +1,15 @@
 """The scripts that the README names run, and write what they say."""
 
 import json
+import os
 import re
+import runpy
 import subprocess
 import sys
+import warnings
 from html import unescape
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -15,13 +19,33 @@ from dynlm.session.session import load_session
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
-def run(name, *arguments):
+def start(name, *arguments):
+    """What a script prints that runs in a process of its own."""
     command = [sys.executable, str(SCRIPTS / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
-def test_bench_reading_times_every_rule_against_static(tmp_path):
-    printed = run("bench_reading", "--quick", "--threads", "1", "--json", tmp_path / "bench.json").stdout
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """What a script prints that runs here, where the libraries are imported; the environment stays as it was."""
+
+    def run(name, *arguments):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [str(SCRIPTS / name), *map(str, arguments)])
+        with mock.patch.dict(os.environ), warnings.catch_warnings():
+            warnings.simplefilter("default")  # as in a process of its own
+            try:
+                runpy.run_path(sys.argv[0], run_name="__main__")
+            except SystemExit as end:
+                if end.code:
+                    raise
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_bench_reading_times_every_rule_against_static(run, tmp_path):
+    printed = run("bench_reading", "--quick", "--threads", "1", "--json", tmp_path / "bench.json")
     result = json.loads((tmp_path / "bench.json").read_text())
     assert set(result["rules"]) == {"static", "sgd", "rms", "adam", "gated"}
     assert result["rules"]["static"]["times_static"] == 1
@@ -29,10 +53,10 @@ def test_bench_reading_times_every_rule_against_static(tmp_path):
     assert "× static" in printed
 
 
-def test_bench_step_times_learned_rules_against_adamw(tmp_path):
+def test_bench_step_times_learned_rules_against_adamw(run, tmp_path):
     files = ["--json", tmp_path / "bench.json", "--plot", tmp_path / "bench.svg"]
     methods = ["copy", "adamw-fused", "gated", "gated-eager", "gated-bf16", "general"]
-    printed = run("bench_step", "--quick", "--threads", "1", "--methods", *methods, *files).stdout
+    printed = run("bench_step", "--quick", "--threads", "1", "--methods", *methods, *files)
     rows = {row["method"]: row for row in json.loads((tmp_path / "bench.json").read_text())["rows"]}
     assert list(rows) == methods
     assert rows["adamw-fused"]["times_adamw"] == 1
@@ -45,7 +69,7 @@ def test_bench_step_times_learned_rules_against_adamw(tmp_path):
 
 
 @pytest.mark.slow
-def test_bench_general_compares_with_adamw_and_goes_on_where_it_was(tmp_path):
+def test_bench_general_compares_with_adamw_and_goes_on_where_it_was(run, tmp_path):
     some = ["--tasks", "mixer-letters", "--optimizers", "adamw", "general", "--seeds", "1", "--horizon", "10"]
     files = ["--json", tmp_path / "bench.json", "--resume", tmp_path / "runs.jsonl"]
     run("bench_general", *some, *files)
@@ -53,7 +77,7 @@ def test_bench_general_compares_with_adamw_and_goes_on_where_it_was(tmp_path):
     records = [json.loads(line) for line in finished.splitlines()]
     assert [r["optimizer"] for r in records] == ["adamw"] * 7 + ["general"]
     assert not any(r["diverged"] for r in records if r["lr"] <= 1e-2)
-    assert "× best AdamW" in run("bench_general", *some, *files).stdout
+    assert "× best AdamW" in run("bench_general", *some, *files)
     assert (tmp_path / "runs.jsonl").read_text() == finished
 
 
@@ -61,7 +85,7 @@ def test_bench_general_compares_with_adamw_and_goes_on_where_it_was(tmp_path):
 def test_bench_meta_measures_each_case_and_stops_at_the_memory_limit(tmp_path):
     files = ["--json", tmp_path / "bench.json", "--plot", tmp_path / "bench.svg"]
     some = ["--methods", "reading,functional", "--lengths", "8,32", "--limit-gib", "0.5"]
-    printed = run("bench_meta", "--quick", "--threads", "1", *some, *files).stdout
+    printed = start("bench_meta", "--quick", "--threads", "1", *some, *files)
     result = json.loads((tmp_path / "bench.json").read_text())
     status = {(case["method"], case["T"]): case["status"] for case in result["cases"]}
     ok = dict.fromkeys([("reading", 8), ("reading", 32), ("functional", 8)], "ok")
@@ -75,7 +99,7 @@ def test_bench_meta_measures_each_case_and_stops_at_the_memory_limit(tmp_path):
 
 
 def test_bench_read_times_the_first_tokens_and_the_whole(tmp_path):
-    printed = run("bench_read", "--quick", "--rule", "rms", "--json", tmp_path / "bench.json").stdout
+    printed = start("bench_read", "--quick", "--rule", "rms", "--json", tmp_path / "bench.json")
     result = json.loads((tmp_path / "bench.json").read_text())
     token, coloured, total = (result["seconds"][name]["median"] for name in result["seconds"])
     assert 0 < token <= coloured <= total
@@ -88,7 +112,7 @@ def test_bench_read_times_the_first_tokens_and_the_whole(tmp_path):
 def test_kill_matrix_kills_a_stage_and_the_result_is_the_right_one(tmp_path):
     """A small part of the matrix: two stages, a few of their operations on files, and two random moments."""
     stages = ["--stages", "tune", "train --overwrite"]
-    printed = run("kill_matrix", *stages, "--points", "4", "--random", "2", "--json", tmp_path / "kills.json").stdout
+    printed = start("kill_matrix", *stages, "--points", "4", "--random", "2", "--json", tmp_path / "kills.json")
     for row in json.loads((tmp_path / "kills.json").read_text()):
         assert row["kills"] == 6
         assert row["operations"] > 5
@@ -97,8 +121,8 @@ def test_kill_matrix_kills_a_stage_and_the_result_is_the_right_one(tmp_path):
     assert "every kill left one generation" in printed
 
 
-def test_bench_train_compares_two_forms_of_the_loss(tmp_path):
-    printed = run("bench_train", "--quick", "--rounds", "2", "--batch", "4", "--json", tmp_path / "bench.json").stdout
+def test_bench_train_compares_two_forms_of_the_loss(run, tmp_path):
+    printed = run("bench_train", "--quick", "--rounds", "2", "--batch", "4", "--json", tmp_path / "bench.json")
     rows = {row["form"]: row for row in json.loads((tmp_path / "bench.json").read_text())["models"]["small"]}
     assert set(rows) == {"fp32 plain", "fp32 fused", "bf16 plain", "bf16 fused"}
     assert rows["fp32 plain"]["times_plain"] == 1
@@ -106,9 +130,9 @@ def test_bench_train_compares_two_forms_of_the_loss(tmp_path):
     assert "× plain" in printed
 
 
-def test_ship_packs_a_run_that_reads_as_the_run_does(finished, tmp_path):
+def test_ship_packs_a_run_that_reads_as_the_run_does(run, finished, tmp_path):
     kit = tmp_path / "kit"
-    assert "bytes" in run("ship", finished[1], "wikipedia", kit).stdout
+    assert "bytes" in run("ship", finished[1], "wikipedia", kit)
     text = json.loads((finished[1].parent / "docs.jsonl").read_text().splitlines()[0])["text"]
     of_run, of_kit = (dynlm.Reader.from_pretrained(str(folder)).read(text) for folder in (finished[1], kit))
     assert [token.text for token in of_kit.tokens] == [token.text for token in of_run.tokens]
@@ -126,7 +150,7 @@ def test_ship_packs_a_run_that_reads_as_the_run_does(finished, tmp_path):
 STRETCH = re.compile(r'(?:<g class="(\w)(\d)"><rect [^>]*/>)?<text xml:space="preserve" [^>]*>([^<]*)<')
 
 
-def test_the_picture_of_the_readme_is_what_the_shipped_model_reads(tmp_path):
+def test_the_picture_of_the_readme_is_what_the_shipped_model_reads(run, tmp_path):
     """Character by character, but for rounding, which may move a gain over the bound of a shade."""
     run("picture", tmp_path / "picture.svg")
     shades = []
@@ -147,13 +171,13 @@ def test_the_picture_of_the_readme_is_what_the_shipped_model_reads(tmp_path):
     assert old.count(4) > 50  # names that came again
 
 
-def test_reproduce_puts_what_a_piece_finds_beside_what_is_published(tmp_path):
-    listed = run("reproduce", "--list").stdout
+def test_reproduce_puts_what_a_piece_finds_beside_what_is_published(run, tmp_path):
+    listed = run("reproduce", "--list")
     assert all(name in listed for name in ("wikipedia", "wikitext2", "sinusoid", "meta"))
-    printed = run("reproduce", "--quick", "--only", "reading", "--out", tmp_path).stdout
+    printed = start("reproduce", "--quick", "--only", "reading", "--out", tmp_path)
     rows = json.loads((tmp_path / "figures.json").read_text())["reading"]
     assert rows["gated: × static"]["published"] == 5.49
     assert rows["gated: × static"]["found"] > 1
     assert "gated: × static" in printed
-    again = run("reproduce", "--quick", "--only", "reading", "--out", tmp_path).stdout
+    again = run("reproduce", "--quick", "--only", "reading", "--out", tmp_path)
     assert "bench_reading" not in again  # finished before

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dynlm.data.segments import article_segments
-from dynlm.models.causal import LSTMScorer
+from dynlm.models.core import LSTMScorer
 from dynlm.models.lstm import ModelConfig
 from dynlm.priors import measure_priors
 from dynlm.types import TokenizedArticle

@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from dynlm.data.segments import article_segments
 from dynlm.evaluation.audit import first_leak, restores
 from dynlm.inner import InnerLoop, ReadConfig
-from dynlm.models.causal import LSTMScorer
+from dynlm.models.core import LSTMScorer
 from dynlm.optim.gated import Gated
 from dynlm.optim.handmade import RMS, SGD, Static
 from dynlm.priors import measure_priors

@@ -19,7 +19,6 @@ import tyro
 from dynlm.cli.stop import Stop, Stopped
 from dynlm.cli.terminal import Color, Screen, Theme, noted, tell, usage_errors
 from dynlm.data.texts import STDIN, Text, read_texts
-from dynlm.methods import Method
 from dynlm.progress import Bar
 from dynlm.session.reader import Reader
 from dynlm.session.reading import Reading
@@ -242,8 +241,7 @@ def _reader(settings: ReadSettings) -> Reader:
         for name in ("lr", "lora_rank", "prior_text"):
             if getattr(settings, name):
                 raise InputError(f"--{name.replace('_', '-')} is for --model: a run's own is in its settings and rules")
-        light = not (settings.rule and Method.parse(settings.rule).beside)  # caches and mixtures look into the model
-        return Reader(load_session(settings.run, settings.resets, light=light), settings.rule, spacing=settings.spacing)
+        return Reader(load_session(settings.run, settings.resets, light=True), settings.rule, spacing=settings.spacing)
     if settings.run:
         raise InputError(f"--model {settings.model} and --run {settings.run}: give one of them")
     return Reader.of_model(

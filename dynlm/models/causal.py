@@ -31,7 +31,8 @@ from dynlm.models.context import (
     recurrent_states,
     thaw,
 )
-from dynlm.models.lstm import Hidden, LSTMForCausalLM
+from dynlm.models.core import LSTMScorer, require_float
+from dynlm.models.lstm import LSTMForCausalLM
 from dynlm.types import InputError
 
 CacheState = tuple[Tensor, FrozenCache | None]
@@ -39,23 +40,8 @@ CacheState = tuple[Tensor, FrozenCache | None]
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """what ``forward`` calls its cache: since transformers 5.24, before, and of recurrent models before"""
-QUANTISED = ("torch.ao.nn.", "torch.nn.quantized")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 PROBE = 8  # tokens
-
-
-class LSTMScorer:
-    """Scores segments of one article with an LSTM that carries its hidden state."""
-
-    def __init__(self, model: LSTMForCausalLM) -> None:
-        _require_float(model)
-        self.model = model
-
-    def __call__(self, inputs_S: Tensor, targets_S: Tensor, hidden: Hidden | None) -> tuple[Tensor, Hidden]:
-        output = self.model(inputs_S[None], hidden=hidden)
-        losses_S = F.cross_entropy(output.logits[0], targets_S, reduction="none")
-        assert output.hidden is not None
-        return losses_S, output.hidden
 
 
 class CausalScorer:
@@ -74,7 +60,7 @@ class CausalScorer:
     """
 
     def __init__(self, model: PreTrainedModel, config: ContextConfig | None = None) -> None:
-        _require_float(model)
+        require_float(model)
         self.model, self.config = model, config or ContextConfig()
         self.name = type(model).__name__
         self.window = self.config.tokens(model)
@@ -180,17 +166,6 @@ class CausalScorer:
         if not agrees:
             message = f"{self.name} gives other scores when it goes on from its cache: set carry to 'overlap'"
             raise InputError(message, setting="context.carry")
-
-
-def _require_float(model: PreTrainedModel) -> None:
-    """No layer of torch's own quantisation: it has no gradient, and its activations share a scale with later tokens."""
-    quantised = [n for n, module in model.named_modules() if type(module).__module__.startswith(QUANTISED)]
-    if quantised:
-        raise InputError(
-            f"{type(model).__name__} has quantised layers, such as {quantised[0]!r}: quantised weights cannot be "
-            "adapted, and activations that are quantised at run time see later tokens: load the model without, or "
-            "quantise weights alone and use LoRA or adapt other tensors"
-        )
 
 
 def _last(ids_T: Tensor, n: int) -> Tensor:

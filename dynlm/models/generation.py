@@ -13,10 +13,8 @@ from transformers import GenerationMixin
 from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.utils import ModelOutput
 
+from dynlm.models.core import Hidden
 from dynlm.types import InputError
-
-Hidden = tuple[tuple[Tensor, Tensor], ...]
-"""Per layer (h, c), each (B, layer width)."""
 
 CARRIED: str = ALL_CACHE_NAMES[0]
 """what transformers calls that which beam search reorders: ``cache``, or ``past_key_values`` before release 5.24"""

@@ -10,7 +10,6 @@ folder has transformers do (``trust_remote_code=True``).
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Annotated, Any, cast
 
 import torch
@@ -28,12 +27,11 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
 
-from dynlm.models.generation import Hidden as Hidden
+from dynlm.models.core import Dropouts, Hidden, LSTMBody, LSTMLayer, locked_dropout
 from dynlm.models.generation import HiddenGenerationMixin
 from dynlm.models.lstm_config import LSTMConfig as LSTMConfig
 from dynlm.models.padding import Padding, padding_of
 from dynlm.models.readout import mean_loss
-from dynlm.models.recurrence import lstm_layer, one_stream
 from dynlm.models.tied import Link, embed, read_out
 from dynlm.settings import Bound, NotNegative, Settings, Share, Size
 from dynlm.types import InputError
@@ -110,34 +108,7 @@ class LSTMOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-class LSTMLayer(nn.Module):
-    """One LSTM layer; gate order (input, forget, cell, output), one bias, forget gate biased open by 1."""
-
-    def __init__(self, input_size: int, hidden_size: int) -> None:
-        super().__init__()
-        self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, input_size))
-        self.weight_hh = nn.Parameter(torch.empty(4 * hidden_size, hidden_size))
-        self.bias = nn.Parameter(torch.empty(4 * hidden_size))
-
-    def reset_parameters(self) -> None:
-        """Draw new weights, but for those that were just loaded: functions of ``initialization`` know them."""
-        hidden_size = self.weight_hh.shape[1]
-        bound = hidden_size**-0.5
-        initialization.uniform_(self.weight_ih, -bound, bound)
-        initialization.uniform_(self.weight_hh, -bound, bound)
-        bias = torch.zeros_like(self.bias)
-        bias[hidden_size : 2 * hidden_size] = 1
-        initialization.copy_(self.bias, bias)
-
-    def forward(
-        self, inputs_BTD: Tensor, state: tuple[Tensor, Tensor], weight_drop: float, padding: Padding | None = None
-    ) -> tuple[Tensor, Any]:
-        run = padding.lstm if padding else lstm_layer
-        weight_hh = F.dropout(self.weight_hh, weight_drop, self.training)
-        return run(inputs_BTD, state, self.weight_ih, weight_hh, self.bias)
-
-
-class LSTMPreTrainedModel(PreTrainedModel):
+class LSTMPreTrainedModel(PreTrainedModel, LSTMBody):
     """Embedding and layers: what the two classes of transformers below share."""
 
     config: LSTMConfig
@@ -148,16 +119,24 @@ class LSTMPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: LSTMConfig) -> None:
         super().__init__(config)
-        last = config.hidden_size if config.projection else config.embedding_size
-        sizes = [config.embedding_size, *[config.hidden_size] * (config.num_hidden_layers - 1), last]
-        self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
-        self.layers = nn.ModuleList(LSTMLayer(a, b) for a, b in pairwise(sizes))
-        if config.projection:
-            self.projection = nn.Linear(config.hidden_size, config.embedding_size, bias=False)
+        width, layers = config.embedding_size, config.num_hidden_layers
+        self.build(config.vocab_size, width, config.hidden_size, layers, config.projection)
+
+    @property
+    def dropouts(self) -> Dropouts:  # type: ignore[override]
+        config = self.config
+        return Dropouts(config.input_dropout, config.hidden_dropout, config.weight_drop)
 
     def _init_weights(self, module: nn.Module) -> None:
+        """Draw new weights, but for those that were just loaded: functions of ``initialization`` know them."""
         if isinstance(module, LSTMLayer):
-            module.reset_parameters()
+            hidden_size = module.weight_hh.shape[1]
+            bound = hidden_size**-0.5
+            initialization.uniform_(module.weight_ih, -bound, bound)
+            initialization.uniform_(module.weight_hh, -bound, bound)
+            bias = torch.zeros_like(module.bias)
+            bias[hidden_size : 2 * hidden_size] = 1  # the forget gate begins open
+            initialization.copy_(module.bias, bias)
         elif isinstance(module, nn.Embedding):
             initialization.normal_(module.weight, std=0.05)
         elif isinstance(module, nn.Linear) and module.bias is not None:
@@ -171,14 +150,6 @@ class LSTMPreTrainedModel(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embedding = value  # type: ignore[assignment]
 
-    def initial_hidden(self, batch: int) -> Hidden:
-        """Zeros: the state before the first token of an article."""
-        weight = self.embedding.weight
-        return tuple((weight.new_zeros(batch, n), weight.new_zeros(batch, n)) for n in self._widths())
-
-    def _widths(self) -> list[int]:
-        return [cast(LSTMLayer, layer).weight_hh.shape[1] for layer in self.layers]
-
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, link: Link | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError(f"{type(self).__name__} reads either input_ids or inputs_embeds: give one of them")
@@ -189,25 +160,6 @@ class LSTMPreTrainedModel(PreTrainedModel):
             keep = torch.empty_like(weight[:, :1]).bernoulli_(1 - self.config.embedding_dropout)
             weight = weight * (keep / (1 - self.config.embedding_dropout))  # whole words are dropped
         return embed(input_ids[0], weight, link)[None] if link else F.embedding(input_ids, weight)
-
-    def _run(self, embedded: Tensor, hidden: Hidden | None, padding: Padding | None) -> tuple[list[Tensor], Hidden]:
-        """Return the embedding and each layer's output, (B, T, width) each, and the hidden state after the text."""
-        config, batch = self.config, embedded.shape[0]
-        if hidden is None:
-            hidden = self.initial_hidden(batch)
-        expected = [(batch, n) for n in self._widths() for _ in "hc"]
-        found = [tuple(tensor.shape) for state in hidden for tensor in state]
-        if found != expected:
-            raise InputError(f"the hidden state has shapes {found}: this model and batch need {expected}")
-        states, new_hidden = [embedded], []
-        for i, (layer, state) in enumerate(zip(self.layers, hidden, strict=True)):
-            dropout = config.hidden_dropout if i else config.input_dropout
-            x, state = layer(locked_dropout(states[-1], dropout, self.training), state, config.weight_drop, padding)
-            states.append(x)
-            new_hidden.append(state)
-        if config.projection:
-            states.append(self.projection(states[-1]))
-        return states, tuple(new_hidden)
 
 
 class LSTMModel(LSTMPreTrainedModel):
@@ -232,7 +184,7 @@ class LSTMModel(LSTMPreTrainedModel):
     ) -> LSTMModelOutput:
         """``input_ids`` (B, T), or ``inputs_embeds`` (B, T, D); ``attention_mask`` (B, T) is 0 at padded places."""
         embedded = self._embed(input_ids, inputs_embeds, None)
-        states, new_hidden = self._run(embedded, hidden, padding_of(attention_mask, *embedded.shape[:2]))
+        states, new_hidden = self.run(embedded, hidden, padding_of(attention_mask, *embedded.shape[:2]))
         output = LSTMModelOutput(
             last_hidden_state=states[-1],
             hidden=None if use_cache is False else new_hidden,
@@ -284,10 +236,10 @@ class LSTMForCausalLM(LSTMPreTrainedModel, HiddenGenerationMixin):
             InputError: an argument of transformers that this model has no use for and must not ignore.
         """
         self._require_known(for_the_loss)
-        link = self._link(input_ids)
+        link = self.link(input_ids, self.lm_head)
         embedded = self._embed(input_ids, inputs_embeds, link)
         padding = padding_of(attention_mask, *embedded.shape[:2])
-        states, new_hidden = self._run(embedded, hidden, padding)
+        states, new_hidden = self.run(embedded, hidden, padding)
         dropped = locked_dropout(states[-1], self.config.output_dropout, self.training)
         kept, head = dropped[:, -logits_to_keep:], self.lm_head
         penalty = self._activation_penalty(dropped, states[-1], padding)
@@ -315,12 +267,6 @@ class LSTMForCausalLM(LSTMPreTrainedModel, HiddenGenerationMixin):
                 "its hidden state goes in and out as `hidden`"
             )
 
-    def _link(self, input_ids: Tensor | None) -> Link | None:
-        """For reading with tied weights: embedding and read-out share the buffer of their gradient."""
-        if input_ids is None or self.embedding.weight is not self.lm_head.weight:
-            return None
-        return Link() if not self.training and torch.is_grad_enabled() and one_stream(input_ids) else None
-
     def _loss(self, logits: Tensor, labels: Tensor, penalty: Tensor, settings: dict[str, Any]) -> Tensor:
         """Nats a target and the penalty, which counts once a target, so that micro-batches add up to their whole."""
         nats: Tensor = self.loss_function(logits, labels, logits.shape[-1], **settings)
@@ -347,14 +293,6 @@ class LSTMForCausalLM(LSTMPreTrainedModel, HiddenGenerationMixin):
 
 def _asked(argument: bool | None, configured: bool | None) -> bool:
     return bool(configured if argument is None else argument)
-
-
-def locked_dropout(x_BTD: Tensor, p: float, training: bool) -> Tensor:
-    """One mask a sequence, shared by all its time steps (variational dropout, arXiv:1512.05287)."""
-    if not training or p == 0:
-        return x_BTD
-    mask = torch.empty_like(x_BTD[:, :1]).bernoulli_(1 - p) / (1 - p)
-    return x_BTD * mask
 
 
 AutoConfig.register(LSTMConfig.model_type, LSTMConfig, exist_ok=True)

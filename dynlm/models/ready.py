@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from dynlm.data.tokenizers import HuggingFaceTokenizer, Tokenizer, TokenizerConfig
-from dynlm.models.causal import CausalScorer, LSTMScorer, load_model, scorer_for
+from dynlm.models.causal import CausalScorer, load_model, scorer_for
 from dynlm.models.context import ContextConfig
+from dynlm.models.core import LSTMScorer
 from dynlm.models.lora import LoraSettings, add_lora
 from dynlm.models.params import matched_parameters
 from dynlm.types import InputError

@@ -7,12 +7,12 @@ model several times a segment, or on more text than the segment: the last S posi
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from dynlm.models.light import MODEL_TYPE
+from dynlm.models.core import LSTMBody
 from dynlm.types import InputError
 
 
@@ -26,9 +26,8 @@ class Tap:
 
     def __enter__(self) -> Self:
         self._handles = [self.model.register_forward_hook(self._see_output)]
-        if getattr(getattr(self.model, "config", None), "model_type", "") == MODEL_TYPE:
-            # its read-out is not called as a module while reading
-            self._handles.append(cast(Any, self.model).layers[-1].register_forward_hook(self._see_layer))
+        if isinstance(self.model, LSTMBody):  # its read-out is not called as a module while reading
+            self._handles.append(self.model.layers[-1].register_forward_hook(self._see_layer))
         elif (head := _output_layer(self.model)) is not None:
             self._handles.append(head.register_forward_pre_hook(self._see_input))
         return self

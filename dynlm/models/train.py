@@ -31,7 +31,8 @@ from dynlm.checkpoints import (
 from dynlm.data.segments import training_streams
 from dynlm.files import Json, read_tensors, require_layout, write_tensors
 from dynlm.interrupt import Interrupted, Interruptible
-from dynlm.models.lstm import Hidden, LSTMForCausalLM
+from dynlm.models.core import Hidden
+from dynlm.models.lstm import LSTMForCausalLM
 from dynlm.progress import Bar
 from dynlm.runs import Run
 from dynlm.settings import AnyFloat, Count, NotNegative, Positive, Seed, Settings, Share, Whole, as_json

@@ -29,7 +29,7 @@ from dynlm.files import Json, read_json, read_tensors, require_layout
 from dynlm.inner import InnerLoop, ReadConfig, Scorer
 from dynlm.lazy import optional
 from dynlm.methods import STATELESS, STATIC, Method
-from dynlm.models.light import LightLSTM, is_light, load_light
+from dynlm.models.core import LSTMScorer, is_lstm, load_lstm
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.general import General
@@ -342,9 +342,9 @@ def _load_model(
     """Return a run's model, what makes it a scorer, the globs of what is adapted, and what it carries."""
     folder = run.require(run.model, "train")
     params = build(ReadConfig, settings.get("read", {}), f"{run.recipe}: read").params
-    recurrent = is_light(folder)
+    recurrent = is_lstm(folder)
     if light and recurrent:
-        return load_light(folder), _itself, params, Session.carry
+        return load_lstm(folder), LSTMScorer, params, Session.carry
     with optional("a model of transformers"):
         from dynlm.models.causal import scorer_for  # seconds of imports
         from dynlm.models.context import ContextConfig
@@ -356,7 +356,3 @@ def _load_model(
     model, params = load_base(folder, lora, params, "cuda" if torch.cuda.is_available() else "cpu")
     carry = Session.carry if recurrent else context.carry
     return model, lambda model: scorer_for(model, context), params, carry
-
-
-def _itself(model: LightLSTM) -> Scorer:
-    return model

@@ -17,7 +17,8 @@ from dynlm.files import Json
 from dynlm.inner import InnerLoop, Scorer, detach
 from dynlm.meta.estimators import make_estimator
 from dynlm.meta.plan import PROBE, available_memory, peak_memory, plan_step, require_fit
-from dynlm.models.causal import CausalScorer, LSTMScorer, scorer_for
+from dynlm.models.causal import CausalScorer, scorer_for
+from dynlm.models.core import LSTMScorer
 from dynlm.models.ready import load_base
 from dynlm.optim.library import start_rule
 from dynlm.priors import measure_priors

@@ -236,11 +236,15 @@ def test_where_learning_loses_it_is_told(texts, monkeypatch, capsys, rule, advic
 
 
 def test_transformers_are_not_imported_to_read():
-    """They take seconds; a fresh process says what `dynlm read` imports."""
+    """They take seconds; a fresh process says what `dynlm read` imports, a cache and a mixture included."""
     import subprocess
 
-    code = "import sys, dynlm.cli.main, dynlm.cli.read; print([m for m in sys.modules if m == 'transformers'])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+    code = """import sys
+from dynlm.cli.main import main
+assert main(["read", "-", "--run", "wikipedia", "--rule", "gated+cache+mix", "--quiet"]) == 0
+assert "transformers" not in sys.modules"""
+    done = subprocess.run([sys.executable, "-c", code], input="A word.", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_stream_keeps_no_tokens(monkeypatch):

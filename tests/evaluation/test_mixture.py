@@ -22,7 +22,7 @@ from dynlm.evaluation.mixture import (
 from dynlm.evaluation.mixture_fit import Recorder, constant_weights, fit_mixture
 from dynlm.evaluation.stream import read_articles
 from dynlm.inner import InnerLoop, ReadConfig
-from dynlm.models.causal import LSTMScorer
+from dynlm.models.core import LSTMScorer
 from dynlm.optim.handmade import SGD, Static
 from dynlm.types import InputError
 from lab import START, VOCAB, TransformerScorer, make_article, make_lab, make_transformer_lab

@@ -6,7 +6,7 @@ import torch
 from dynlm.data.segments import article_segments
 from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.meta.unroll import Unroll, UnrollConfig
-from dynlm.models.causal import LSTMScorer
+from dynlm.models.core import LSTMScorer
 from lab import START, TransformerScorer, make_article, make_lab, make_transformer_lab
 from support.oracles import ORACLES, Work
 from support.rules import READING, make

@@ -23,7 +23,7 @@ from dynlm.priors import measure_priors
 from dynlm.data.segments import article_segments
 from dynlm.meta.estimators import EstimatorConfig, make_estimator
 from dynlm.meta.plan import peak_memory, plan_step, run_window
-from dynlm.models.causal import LSTMScorer
+from dynlm.models.core import LSTMScorer
 from dynlm.models.lstm import ModelConfig
 from dynlm.optim.library import start_rule
 

@@ -8,7 +8,7 @@ import torch
 from dynlm.data.segments import article_segments
 from dynlm.inner import Snapshot
 from dynlm.meta.unroll import Unroll, UnrollConfig
-from dynlm.models.causal import LSTMScorer
+from dynlm.models.core import LSTMScorer
 from dynlm.models.lstm import ModelConfig
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.handmade import RMS, SGD, Adam

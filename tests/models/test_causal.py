@@ -22,8 +22,9 @@ from transformers import (
 from dynlm.evaluation.audit import first_leak, restores
 from dynlm.meta.positions import pack, unpack
 from dynlm.meta.unroll import Unroll, UnrollConfig
-from dynlm.models.causal import CausalScorer, LSTMScorer, load_model, scorer_for
+from dynlm.models.causal import CausalScorer, load_model, scorer_for
 from dynlm.models.context import ContextConfig
+from dynlm.models.core import LSTMScorer
 from dynlm.models.lora import LoraSettings, add_lora
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.gated import Gated

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from dynlm.labs.general.gru import gru
 from dynlm.labs.general.nets import GRULanguageModel
-from dynlm.models.light import LightLSTM
+from dynlm.models.core import LSTMScorer, ReadingLSTM
 from dynlm.models.lstm import ModelConfig
 from dynlm.models.recurrence import differentiable_twice, lstm_layer
 from dynlm.types import InputError
@@ -66,13 +66,13 @@ def test_inductor_gives_the_same_gradients():
 
 @QUIET
 @KERNELS
-def test_the_light_models_gradients_are_the_eager_ones(kernel, monkeypatch):
+def test_the_reading_models_gradients_are_the_eager_ones(kernel, monkeypatch):
     monkeypatch.setenv("DYNLM_KERNEL", kernel)
     whole, x = language_model(), ids(7)
-    light = LightLSTM(whole.config.to_dict())
+    light = ReadingLSTM(whole.config.to_dict())
     light.load_state_dict(whole.state_dict())
-    compiled = torch.compile(light, backend="aot_eager")
-    eager = gradients(lambda: light(x[:-1], x[1:], None)[0].mean(), light)
+    compiled = LSTMScorer(torch.compile(light, backend="aot_eager"))
+    eager = gradients(lambda: LSTMScorer(light)(x[:-1], x[1:], None)[0].mean(), light)
     assert_same(gradients(lambda: compiled(x[:-1], x[1:], None)[0].mean(), light), eager)
 
 

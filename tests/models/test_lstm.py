@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from dynlm.models.causal import load_model
-from dynlm.models.lstm import LSTMModel, ModelConfig, locked_dropout
+from dynlm.models.core import locked_dropout
+from dynlm.models.lstm import LSTMModel, ModelConfig
 from dynlm.types import InputError
 
 TOKENS = torch.tensor([[1, 5, 3, 3, 7, 2]])

@@ -98,7 +98,7 @@ def test_nothing_sticks_out_and_one_width_of_each_figure_is_shown(page, report, 
     assert min(wide, narrow) == 0
 
 
-def test_dark_pages_are_dark_and_their_ink_is_light(page, report):
+def test_dark_pages_are_dark_and_their_ink_is_lstm(page, report):
     page.open(report)
     colours = (
         "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('svg text')).fill]"

@@ -10,7 +10,7 @@ import dynlm
 from dynlm.cli.main import main
 from dynlm.data.tokenizers import load_tokenizer
 from dynlm.files import read_tensors, write_tensors
-from dynlm.models.causal import LSTMScorer
+from dynlm.models.core import LSTMScorer
 from dynlm.optim.library import load_rule
 from dynlm.optim.sharing import save_rule
 from dynlm.runs import Run

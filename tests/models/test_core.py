@@ -1,4 +1,4 @@
-"""The light LSTM is the LSTM: same names, losses and gradients bit for bit."""
+"""The LSTM without transformers is the one with it: same names, losses and gradients bit for bit."""
 
 import pytest
 import torch
@@ -6,8 +6,7 @@ import torch
 from dynlm.data.segments import article_segments
 from dynlm.files import read_tensors, write_tensors
 from dynlm.inner import InnerLoop
-from dynlm.models.causal import LSTMScorer
-from dynlm.models.light import is_light, load_light
+from dynlm.models.core import LSTMScorer, is_lstm, load_lstm
 from dynlm.models.lstm import ModelConfig
 from dynlm.optim.handmade import RMS
 from dynlm.priors import measure_priors
@@ -26,31 +25,31 @@ def saved(request, tmp_path):
 
 def test_it_reads_as_the_transformers_model_does(saved):
     model, folder = saved
-    assert is_light(folder)
+    assert is_lstm(folder)
     article, found = make_article(100), []
-    for scored, score in ((model, LSTMScorer(model)), (light := load_light(folder), light)):
+    for scored, score in ((model, LSTMScorer(model)), (plain := load_lstm(folder), LSTMScorer(plain))):
         priors = measure_priors(scored, score, article_segments(make_article(120, seed=9).ids_T, START, 8))
         with InnerLoop(scored, score, RMS(lr=1e-2), priors) as reader:
             losses_T = reader.read(article, START)
             found.append((losses_T, [p.name for p in priors], [t.clone() for t in reader.thetas]))
-    (losses_T, names, thetas), (light_T, light_names, light_thetas) = found
-    assert names == light_names
-    assert torch.equal(losses_T, light_T)
-    assert all(map(torch.equal, thetas, light_thetas))
+    (losses_T, names, thetas), (plain_T, plain_names, plain_thetas) = found
+    assert names == plain_names
+    assert torch.equal(losses_T, plain_T)
+    assert all(map(torch.equal, thetas, plain_thetas))
 
 
 def test_half_precision_files_become_float32(saved):
     _, folder = saved
     tensors, meta = read_tensors(folder / "model.safetensors")
     write_tensors(folder / "model.safetensors", {name: t.half() for name, t in tensors.items()}, meta)
-    assert {p.dtype for p in load_light(folder).parameters()} == {torch.float32}
+    assert {p.dtype for p in load_lstm(folder).parameters()} == {torch.float32}
 
 
 def test_a_broken_folder_is_one_line(saved, tmp_path):
     _, folder = saved
-    assert not is_light(tmp_path)
+    assert not is_lstm(tmp_path)
     tensors, meta = read_tensors(folder / "model.safetensors")
     del tensors["lm_head.bias"]
     write_tensors(folder / "model.safetensors", tensors, meta)
     with pytest.raises(InputError, match=r"^[^\n]+not a whole model[^\n]+lm_head.bias"):
-        load_light(folder)
+        load_lstm(folder)

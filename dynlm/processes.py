@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from dynlm.types import DivergedError, InputError
 
@@ -140,19 +140,20 @@ def spread(work: Callable[[int], Result], costs: Sequence[float], *, divided: bo
         DivergedError: that of the first which diverges, in every process.
         LostProcess: one of the others has ended.
     """
-    found: dict[int, Result | DivergedError] = {}
+    found = dict[int, tuple[Result | None, DivergedError | None]]()
     for i in share(costs, divided=divided):
         try:
-            found[i] = work(i)
+            found[i] = work(i), None
         except DivergedError as error:
-            found[i] = error
+            found[i] = None, error
             break  # nothing that comes later can be the first
     together = {i: result for part in exchanged(found) for i, result in part.items()}
     results = list[Result]()
-    for _, result in sorted(together.items()):
-        if isinstance(result, DivergedError):
-            raise result
-        results.append(result)
+    for i in sorted(together):
+        result, diverged = together[i]
+        if diverged is not None:
+            raise diverged
+        results.append(cast(Result, result))
     return results
 
 

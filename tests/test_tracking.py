@@ -80,8 +80,6 @@ def test_the_general_optimizer_is_followed_from_an_empty_folder(tmp_path, record
         "1",
         "--general.validation-tasks",
         "1",
-        "--general.workers",
-        "1",
     ]
     family = [
         "--general.family.families",

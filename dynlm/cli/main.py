@@ -56,10 +56,10 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         "stages.train.train", "train tokenizer and base model, or copy a ready one into the run", True, True, True
     ),
-    "tune": Command("stages.tune.tune", "tune the hand-made rules on the meta split", True),
+    "tune": Command("stages.tune.tune", "tune the hand-made rules on the meta split", True, shared=True),
     "plan": Command("stages.plan.plan", "predict memory and time of meta-training; needs no data"),
     "meta-train": Command(
-        "stages.run.meta_training", "train a learned rule, from a tuned hand-made one", True, trains=True
+        "stages.run.meta_training", "train a learned rule, from a tuned hand-made one", True, trains=True, shared=True
     ),
     "learn-optimizer": Command(
         "labs.general.command.learn_optimizer",
@@ -68,12 +68,14 @@ COMMANDS: dict[str, Command] = {
         True,
         True,
         "general",
+        shared=True,
     ),
     "learn-start": Command(
         "stages.start.learn_start_stage",
         "learn a start θ0 of the base model for reading with a rule",
         True,
         trains=True,
+        shared=True,
     ),
     "evaluate": Command(
         "stages.evaluate.evaluate", "read held-out articles with every method and write the report", True, shared=True
@@ -86,6 +88,7 @@ COMMANDS: dict[str, Command] = {
         True,
         True,
         table="fewshot",
+        shared=True,
     ),
     "demo": Command(
         "cli.main.demo",

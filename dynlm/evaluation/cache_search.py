@@ -18,6 +18,7 @@ from torch import Tensor
 from dynlm.evaluation.cache import CacheConfig, Memory, attend, dots
 from dynlm.inner import InnerLoop, Scored
 from dynlm.models.tap import Tap
+from dynlm.processes import spread
 from dynlm.types import InputError, TokenizedArticle
 
 SHARPNESS = tuple(2.0**k for k in range(-1, 8))
@@ -64,14 +65,17 @@ class TunedCache(NamedTuple):
 
 
 def record(reader: InnerLoop, articles: Sequence[TokenizedArticle], start_id: int) -> list[Recording]:
-    """Read once; one stream an article, or one of all where nothing is reset between them."""
-    recorder, streams = Recorder.of(reader), []
-    with recorder:
-        for number, article in enumerate(articles, 1):
+    """Read once; one stream an article, or one of all where nothing is reset between them. Processes share streams."""
+    recorder = Recorder.of(reader)
+    streams = [[article] for article in articles] if reader.config.reset == "article" else [list(articles)]
+
+    def read(number: int) -> Recording:
+        for article in streams[number]:
             recorder.read(article, start_id)
-            if reader.config.reset == "article" or number == len(articles):
-                streams.append(recorder.recording())
-    return streams
+        return recorder.recording()
+
+    with recorder:
+        return spread(read, [sum(map(len, stream)) for stream in streams])
 
 
 def tune_cache(
@@ -115,8 +119,10 @@ def tune_cache(
 def cache_probabilities(streams: Sequence[Recording], settings: Sequence[tuple[float, int]]) -> list[Tensor]:
     """p_cache(target) (T,) of all streams for each (θ_c, window); NaN where the cache is empty."""
     longest = max((window for _, window in settings), default=1)
-    found: list[list[Tensor]] = [[] for _ in settings]
-    for stream in streams:
+
+    def of_stream(number: int) -> list[Tensor]:
+        stream = streams[number]
+        found: list[list[Tensor]] = [[] for _ in settings]
         for start in range(0, stream.ids_T.numel(), CHUNK):
             here, before = slice(start, start + CHUNK), slice(max(0, start - longest), start)
             memory = Memory(stream.states_TD[before], stream.ids_T[before])
@@ -126,7 +132,10 @@ def cache_probabilities(streams: Sequence[Recording], settings: Sequence[tuple[f
                 attention = attend(dots_SM, ids_M, theta, window)
                 probs_S = attention.of_targets(stream.ids_T[here])
                 parts.append(probs_S.masked_fill(attention.empty_S, math.nan))
-    return [torch.cat(parts) for parts in found]
+        return [torch.cat(parts) for parts in found]
+
+    divided = spread(of_stream, [stream.ids_T.numel() for stream in streams])
+    return [torch.cat(parts) for parts in zip(*divided, strict=True)]
 
 
 def best_weight(losses_T: Tensor, probs_T: Tensor) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dynlm.evaluation.mixture import MixedReader, Mixture, Sources
 from dynlm.inner import Scored
+from dynlm.processes import spread
 from dynlm.types import InputError, TokenizedArticle
 
 EPOCHS = 40
@@ -81,14 +82,15 @@ def fit_mixture(
 
 
 def record(recorder: Recorder, articles: Sequence[TokenizedArticle], start_id: int) -> list[Sources]:
-    """Return the sources of each article."""
-    found = []
+    """Return the sources of each article; several processes share them."""
+
+    def read(number: int) -> Sources:
+        recorder.parts = []
+        recorder.read(articles[number], start_id)
+        return join(recorder.parts)
+
     with recorder:
-        for article in articles:
-            recorder.parts = []
-            recorder.read(article, start_id)
-            found.append(join(recorder.parts))
-    return found
+        return spread(read, list(map(len, articles)), divided=recorder.config.reset == "article")
 
 
 def join(parts: Sequence[Sources]) -> Sources:

@@ -114,9 +114,15 @@ class Forward:
 
 def add_gradient(phi: Sequence[nn.Parameter], gradient_P: Tensor) -> None:
     """Add a gradient that is flat over ``phi`` to each parameter's own."""
-    for p, part in zip(phi, split_like(gradient_P, phi), strict=True):
-        of_p = part.to(p)
-        p.grad = of_p if p.grad is None else p.grad + of_p
+    add_gradients(phi, split_like(gradient_P, phi))
+
+
+def add_gradients(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Add to the gradient of each parameter its own; None where there is none."""
+    for p, grad in zip(parameters, grads, strict=True):
+        if grad is not None:
+            of_p = grad.to(p)
+            p.grad = of_p if p.grad is None else p.grad + of_p
 
 
 def _places(stratum: Stratum, prior: Prior) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,9 @@ from torch import Tensor
 from dynlm.checkpoints import fitting, load_optimizer, optimizer_tensors, step_of
 from dynlm.files import Json, require_layout
 from dynlm.inner import InnerLoop
+from dynlm.meta.forward import add_gradients
 from dynlm.meta.initialisation import Method, Task, add, outer_gradient
+from dynlm.processes import spread
 from dynlm.settings import AnyFloat, Count, NotNegative, Positive, Settings, Size, build
 from dynlm.tracking import Track, untracked
 from dynlm.types import DivergedError
@@ -195,16 +197,25 @@ def _optimizer(reader: InnerLoop, config: OuterConfig) -> torch.optim.Optimizer:
 def _outer_step(
     method: Method, reader: InnerLoop, sample: Callable[[], Task], config: OuterConfig, outer: torch.optim.Optimizer
 ) -> float:
-    outer.zero_grad(set_to_none=True)
     theta0 = [prior.theta0 for prior in reader.priors]
     phi = list(reader.rule.parameters()) if config.phi_lr else []
+    tasks = [sample() for _ in range(1 if config.stacked else config.tasks)]
+
+    def work(i: int) -> tuple[float, list[Tensor], list[Tensor | None]]:
+        """Return loss, gradient of θ0 and of φ of one task."""
+        outer.zero_grad(set_to_none=True)
+        loss, grads = outer_gradient(method, reader, tasks[i], phi, config.cg_steps)
+        return loss, grads, [p.grad for p in phi]
+
     total, sums = 0.0, [torch.zeros_like(t) for t in theta0]
-    for _ in range(1 if config.stacked else config.tasks):
-        loss, grads = outer_gradient(method, reader, sample(), phi, config.cg_steps)
+    gradients = spread(work, [float(len(task.pieces)) for task in tasks])
+    outer.zero_grad(set_to_none=True)
+    for loss, grads, phi_grads in gradients:
         total += loss / config.tasks
         if config.stacked:  # a row a task: all copies of θ0 get the mean, and stay equal
             grads = [grad.sum(0, keepdim=True).expand_as(grad) for grad in grads]
-        add(sums, grads, 1 / config.tasks)
+        add(sums, [grad.to(theta) for grad, theta in zip(grads, theta0, strict=True)], 1 / config.tasks)
+        add_gradients(phi, phi_grads)
     for tensor, grad in zip(theta0, sums, strict=True):
         tensor.grad = grad
     if config.clip:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, NamedTuple, TypedDict
 
 import torch
@@ -34,9 +35,11 @@ from dynlm.files import Json, read_tensors, require_layout, write_tensors
 from dynlm.inner import InnerLoop
 from dynlm.interrupt import Interrupted, Interruptible
 from dynlm.meta.estimators import EstimatorConfig, make_estimator
+from dynlm.meta.forward import add_gradients
 from dynlm.meta.positions import pack, unpack
 from dynlm.optim.base import Rule
 from dynlm.optim.registry import trained
+from dynlm.processes import largest, once, require_work, share, spread
 from dynlm.progress import Bar
 from dynlm.runs import Run
 from dynlm.settings import (
@@ -130,6 +133,14 @@ class Stream:
         self.position: Any = None
 
 
+class _Window(NamedTuple):
+    """What a process gives of a window: summed nats, tokens, and ∇φ of each tensor that has one."""
+
+    nats: float
+    tokens: int
+    grads: list[Tensor | None]
+
+
 class StreamRecord(TypedDict):
     """A stream in a checkpoint."""
 
@@ -139,7 +150,11 @@ class StreamRecord(TypedDict):
 
 
 class MetaTrainer:
-    """Everything a checkpoint must hold: φ, its optimizer, the streams, the random state, the best φ and the log."""
+    """Everything a checkpoint must hold: φ, its optimizer, the streams, the random state, the best φ and the log.
+
+    Several processes share the streams. Each knows where all stand, and has the positions of its own; ∇φ of each window
+    is all that they exchange, and it is summed in the order of the streams.
+    """
 
     def __init__(
         self,
@@ -155,7 +170,8 @@ class MetaTrainer:
         self.phi = [p for p in self.rule.parameters() if p.requires_grad and p.numel()]
         self.optimizer = torch.optim.Adam(self.phi, lr=config.lr, betas=(0.9, 0.98))
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.estimator = make_estimator(reader, config.estimator, self.generator)
+        self.estimator = make_estimator(reader, config.estimator)
+        require_work(config.articles, "meta.articles")
         self.streams: list[Stream] = [self._fresh_stream() for _ in range(config.articles)]
         self.progress, self.records = MetaProgress(), list[Json]()
         self.best = copy.deepcopy(self.rule)
@@ -167,11 +183,14 @@ class MetaTrainer:
         Raises:
             InputError: a meta-gradient or loss that is not finite; φ is what it was.
         """
+        n = len(self.streams)
+        seeds = torch.randint(2**62, (n,), generator=self.generator).tolist()
+        windows = spread(lambda i: self._window(i, seeds[i]), [1.0] * n)
+        for i in range(n):
+            self._move(i)
         self.optimizer.zero_grad(set_to_none=True)
-        nats, tokens = 0.0, 0
-        for i in range(len(self.streams)):
-            window_nats, window_tokens = self._window(i)
-            nats, tokens = nats + window_nats, tokens + window_tokens
+        for window in windows:
+            add_gradients(self.phi, window.grads)
         norm = torch.nn.utils.clip_grad_norm_([p for p in self.phi if p.grad is not None], self.config.clip)
         if not torch.isfinite(norm):
             raise InputError(
@@ -180,21 +199,26 @@ class MetaTrainer:
         set_rate(self.optimizer, self.config.lr, self.progress.step, self.config.steps)
         self.optimizer.step()
         self.progress = self.progress._replace(step=self.progress.step + 1)
-        return nats / tokens
+        return sum(window.nats for window in windows) / sum(window.tokens for window in windows)
 
-    def _window(self, i: int) -> tuple[float, int]:
-        """Read one window of stream ``i`` and add its meta-gradient; the stream moves on or is replaced."""
+    def _window(self, i: int, seed: int) -> _Window:
+        """Read one window of stream ``i``, which is this process's; ``seed`` is of what the estimator draws for it."""
         stream, config = self.streams[i], self.config
+        self.estimator.generator.manual_seed(seed)
+        self.optimizer.zero_grad(set_to_none=True)
         position = self.estimator.begin() if stream.position is None else stream.position
         full = config.truncation * self.reader.config.segment * len(self.streams)
         pieces = stream.pieces[stream.done : stream.done + config.truncation]
         window = self.estimator.window(position, pieces, [targets_S.numel() / full for _, targets_S in pieces])
-        stream.done += config.truncation
+        stream.position = window.position
+        return _Window(window.nats, window.tokens, [None if p.grad is None else p.grad.cpu() for p in self.phi])
+
+    def _move(self, i: int) -> None:
+        """Stream ``i`` moves on by a window, or is replaced; in every process."""
+        stream = self.streams[i]
+        stream.done += self.config.truncation
         if stream.done + 8 > len(stream.pieces):  # a window needs a few segments to learn from
             self.streams[i] = self._fresh_stream()
-        else:
-            stream.position = window.position
-        return window.nats, window.tokens
 
     def _fresh_stream(self) -> Stream:
         article = int(torch.randint(len(self.articles), (), generator=self.generator))
@@ -209,12 +233,22 @@ class MetaTrainer:
         tensors |= {f"best.{name}": p for name, p in self.best.named_parameters()}
         tensors |= optimizer_tensors(self.optimizer)
         tensors["rng"] = self.generator.get_state()
-        streams = [
-            {"article": s.article, "done": s.done, "position": pack(s.position, f"stream.{i}", tensors)}
-            for i, s in enumerate(self.streams)
-        ]
+        streams = []
+        for stream, (position, held) in zip(self.streams, self._positions(), strict=True):
+            streams.append({"article": stream.article, "done": stream.done, "position": position})
+            tensors |= held
         told = {"progress": self.progress._asdict(), "config": as_json(self.config), "log": self.records}
         return tensors, {**told, "model": self.model, "streams": streams}
+
+    def _positions(self) -> list[tuple[Any, dict[str, Tensor]]]:
+        """Return the position of each stream, packed, from the process that reads it."""
+
+        def packed(i: int) -> tuple[Any, dict[str, Tensor]]:
+            held = dict[str, Tensor]()
+            position = pack(self.streams[i].position, f"stream.{i}", held)
+            return position, {name: tensor.detach().cpu() for name, tensor in held.items()}
+
+        return spread(packed, [1.0] * len(self.streams))
 
     def keep(self, run: Run, stage: str, save_best: SaveRule | None) -> None:
         """Write log and checkpoint, and the best rule too where there is a new one."""
@@ -237,6 +271,7 @@ class MetaTrainer:
             load_optimizer(self.optimizer, tensors)
             self.generator.set_state(tensors["rng"])
             streams = check(list[StreamRecord], meta.get("streams"), "streams")
+            own_streams = share([1.0] * len(self.streams))
             for i, record in zip(range(len(self.streams)), streams, strict=True):
                 if not 0 <= record["article"] < len(self.articles):
                     raise InputError(f"it reads article {record['article']} of {len(self.articles)}")
@@ -244,7 +279,8 @@ class MetaTrainer:
                 stream.done = record["done"]
                 if not 0 <= stream.done < len(stream.pieces):
                     raise InputError(f"it is at segment {stream.done} of {len(stream.pieces)}")
-                stream.position = unpack(record["position"], tensors, self.reader.parameters[0].device)
+                if i in own_streams:
+                    stream.position = unpack(record["position"], tensors, self.reader.parameters[0].device)
             self.progress, self.records = progress, records
 
 
@@ -297,10 +333,11 @@ def meta_train(
                 bar.write(
                     f"step {step}: meta-validation {valid:.4f} nats/token ({'best' if improved else 'no better'})"
                 )
-            if signals.asked and step < config.steps:
+            asked = largest(signals.asked)
+            if asked and step < config.steps:
                 if not due:
                     trainer.progress = trainer.progress._replace(seconds=seconds)
-                    write_tensors(path, *trainer.state())
+                    once(partial(write_tensors, path, *trainer.state()))
                 said = f"interrupted after step {step}, which is saved: --resume goes on from there"
-                raise Interrupted(said, signals.asked)
+                raise Interrupted(said, asked)
     return trainer.progress

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -23,6 +23,7 @@ from dynlm.methods import Method, MethodName
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.library import make_rule
 from dynlm.optim.registry import RULES, Range, tuned
+from dynlm.processes import count, spread
 from dynlm.settings import Count, NotEmpty, Seed, Settings, Whole
 from dynlm.types import DivergedError, InputError, TokenizedArticle
 
@@ -120,12 +121,10 @@ def tune_rule(
         settings = {name: trial.suggest_float(name, r.low, r.high, log=True) for name, r in space.items()}
         nats, tokens = 0.0, 0
         with reader_for(make_rule(kind, **settings)) as reader:
-            for number, article in enumerate(texts):
-                try:
-                    nats += float(reader.read(article, start_id).double().sum())
-                except DivergedError as error:  # a bad setting, not a bad run
-                    raise optuna.TrialPruned from error
-                tokens += len(article)
+            for number, (article, found) in enumerate(zip(texts, _read_ahead(reader, texts, start_id), strict=True)):
+                if isinstance(found, DivergedError):  # a bad setting, not a bad run
+                    raise optuna.TrialPruned from found
+                nats, tokens = nats + found, tokens + len(article)
                 trial.report(nats / tokens, number)
                 if number + 1 < len(texts) and trial.should_prune():
                     raise optuna.TrialPruned
@@ -137,12 +136,12 @@ def tune_rule(
         pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2),
     )
 
-    def count(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    def tell(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         if progress:
             progress()
 
     def attempt(n_trials: int) -> None:
-        study.optimize(objective, n_trials=n_trials, callbacks=[count])
+        study.optimize(objective, n_trials=n_trials, callbacks=[tell])
 
     half = max(1, config.trials // 2)
     static = read_articles(reader_for(make_rule("static")), texts, start_id).nats / sum(map(len, texts))
@@ -161,6 +160,21 @@ def tune_rule(
     assert best.value is not None
     at_bound = tuple(name for name, r in space.items() if _at_bound(best.params[name], r))
     return Tuned(make_rule(kind, **best.params), best.value, len(study.trials), at_bound, static)
+
+
+def _read_ahead(reader: InnerLoop, texts: Sequence[TokenizedArticle], start_id: int) -> Iterator[float | DivergedError]:
+    """Yield the nats of each article, or how its reading ended; as many are read at once as there are processes."""
+
+    def read(number: int) -> float | DivergedError:
+        try:
+            return float(reader.read(texts[number], start_id).double().sum())
+        except DivergedError as error:
+            return error
+
+    for first in range(0, len(texts), count()):
+        ahead = range(len(texts))[first : first + count()]
+        costs = [float(len(texts[number])) for number in ahead]
+        yield from spread(lambda i, ahead=ahead: read(ahead[i]), costs, divided=reader.config.reset == "article")  # type: ignore[misc]
 
 
 def _step_down(

@@ -20,6 +20,7 @@ from dynlm.meta.train import divide_meta_split
 from dynlm.methods import Method
 from dynlm.optim.registry import trained
 from dynlm.optim.sharing import fingerprint
+from dynlm.processes import once, require_work
 from dynlm.progress import Bar
 from dynlm.provenance import record
 from dynlm.settings import as_json
@@ -41,6 +42,7 @@ def learn_start_stage(recipe: Recipe) -> Json:
         print(f"{target}: kept as it was learned before")
         return _told(target)
     free(target, recipe, checkpoint)
+    require_work(config.outer.tasks, "start.outer.tasks")
     priors = [prior._replace(theta0=prior.theta0.clone()) for prior in bench.priors]  # θ0 is learned in place
     reader, sample = bench.reader(rule, priors=priors), ArticleTasks(bench, config.segments, config.seed)
     loop = _Learning(bench, reader, sample, made, checkpoint)
@@ -99,7 +101,8 @@ class _Learning:
     def _keep(self, state: Checkpoint) -> None:
         tensors, meta = state
         told = {"seconds": time.perf_counter() - self.started, **self.made}
-        write_tensors(self.checkpoint, {**tensors, "rng": self.sample.generator.get_state()}, {**meta, **told})
+        tensors = {**tensors, "rng": self.sample.generator.get_state()}
+        once(lambda: write_tensors(self.checkpoint, tensors, {**meta, **told}))
 
     def _load(self) -> Checkpoint:
         tensors, meta = read_tensors(self.checkpoint)

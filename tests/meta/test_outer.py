@@ -11,6 +11,7 @@ from dynlm.meta.outer import OuterConfig, learn_start
 from dynlm.optim.handmade import SGD
 from dynlm.types import DivergedError, InputError
 from few_shot_lab import flat, make_reader, make_task
+from support.together import together
 
 
 def learn(method, config, seed=0, rule=None):
@@ -123,3 +124,18 @@ def test_a_restart_takes_up_the_best_start_with_half_the_rate(monkeypatch):
 
 def failing_at_once():
     raise InputError("at once")
+
+
+@pytest.mark.parametrize("method", ["maml", "fomaml", "reptile"])
+def test_two_processes_learn_the_start_of_one_bit_for_bit(method):
+    config = OuterConfig(steps=4, tasks=3, validate_every=2, phi_lr=3e-3 if method == "maml" else 0.0)
+
+    def work():
+        reader, progress = learn(method, config)
+        return [p.theta0 for p in reader.priors], list(reader.rule.state_dict().values()), progress
+
+    theta0, phi, progress = work()
+    for found in together(work):
+        assert all(map(torch.equal, found[0], theta0))
+        assert all(map(torch.equal, found[1], phi))
+        assert found[2] == progress

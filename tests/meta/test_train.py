@@ -15,9 +15,11 @@ from dynlm.meta.estimators import EstimatorConfig
 from dynlm.meta.train import MetaConfig, MetaTrainer, divide_meta_split, meta_train
 from dynlm.optim.library import start_rule
 from dynlm.optim.registry import trained
+from dynlm.processes import rank
 from dynlm.runs import Run
 from dynlm.types import InputError
 from lab import START, make_article, make_lab
+from support.together import together
 
 CONFIG = MetaConfig(
     steps=8,
@@ -178,3 +180,94 @@ def test_a_signal_leaves_no_validation_out(tmp_path, at):
     assert [record["step"] for record in resumed.records] == [4, 8]
     assert [r["valid"] for r in resumed.records] == [r["valid"] for r in straight.records]
     assert all(torch.equal(a, b) for a, b in zip(phi(straight), phi(resumed), strict=True))
+
+
+@pytest.mark.parametrize("estimator", [EstimatorConfig(coordinates=300), EstimatorConfig("pes")], ids=lambda e: e.kind)
+def test_two_processes_learn_what_one_learns_bit_for_bit(tmp_path, estimator):
+    config = replace(
+        CONFIG, steps=3, articles=3, truncation=20, estimator=estimator
+    )  # streams end, and others take their place
+
+    def work():
+        trainer, validate = make_trainer(config)
+        progress = meta_train(trainer, validate, Run(tmp_path), lambda *_: None)
+        return phi(trainer), progress.best, [stream.article for stream in trainer.streams], trainer.state()
+
+    alone, (first, second) = work(), together(work)
+    for found in (first, second):
+        assert all(map(torch.equal, found[0], alone[0]))
+        assert found[1:3] == alone[1:3]
+    kept, whole = first[3], alone[3]
+    assert kept[0].keys() == whole[0].keys()
+    assert all(torch.equal(kept[0][name], whole[0][name]) for name in whole[0])
+    assert kept[1]["streams"] == whole[1]["streams"]
+
+
+def test_another_number_of_processes_resumes_exactly(tmp_path):
+    def work(resume):
+        trainer, validate = make_trainer(replace(CONFIG, steps=8) if resume else CONFIG)
+        if not resume:
+            step, steps = trainer.step, []
+
+            def last_words():
+                steps.append(step())
+                if len(steps) == 6:
+                    signal.raise_signal(signal.SIGINT)
+                return steps[-1]
+
+            trainer.step = last_words
+        try:
+            meta_train(trainer, validate, Run(tmp_path / "cut"), lambda *_: None, resume)
+        except Interrupted as error:
+            return str(error)
+        return phi(trainer)
+
+    said = "interrupted after step 6, which is saved: --resume goes on from there"
+    assert together(lambda: work(False)) == [said] * 2
+    straight, validate = make_trainer()
+    meta_train(straight, validate, Run(tmp_path / "straight"), lambda *_: None)
+    assert all(map(torch.equal, work(True), phi(straight)))
+
+
+def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path):
+    def work():
+        trainer, validate = make_trainer()
+        if rank() == 1:
+            validate = after(validate, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Interrupted) as caught:
+            meta_train(trainer, validate, Run(tmp_path), lambda *_: None)
+        return str(caught.value), caught.value.signal
+
+    said = "interrupted after step 1, which is saved: --resume goes on from there"
+    assert together(work) == [(said, signal.SIGTERM)] * 2
+
+
+def after(function, more):
+    def both():
+        result = function()
+        more()
+        return result
+
+    return both
+
+
+def test_meta_gradients_of_two_processes_are_those_of_one():
+    def work():
+        model, score, priors = make_lab(torch.float64)
+        reader = InnerLoop(model, score, start_rule("gated", WEAK, priors, hidden=4), priors, ReadConfig(segment=8))
+        trainer = MetaTrainer(reader, ARTICLES, START, CONFIG)
+        trainer.step()
+        return [p.grad for p in trainer.phi]
+
+    alone = work()
+    for found in together(work):
+        for grad, expected in zip(found, alone, strict=True):
+            torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_more_processes_than_articles_are_refused():
+    def work():
+        make_trainer(replace(CONFIG, articles=1))
+
+    for error in together(work):
+        assert str(error).startswith("meta.articles is 1, fewer than the 2 processes that would share them")

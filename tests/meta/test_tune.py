@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dynlm.evaluation.cache_search import tune_cache
 from dynlm.evaluation.stream import read_articles
 from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.meta.tune import TuneConfig, tune_rule
@@ -12,6 +13,7 @@ from dynlm.optim.library import make_rule
 from dynlm.optim.registry import DECAY, RULES, tuned
 from dynlm.types import DivergedError, InputError
 from lab import START, make_article, make_lab
+from support.together import together
 
 ARTICLES = [make_article(150, seed) for seed in range(3)]
 CONFIG = TuneConfig(trials=14, articles=2, max_tokens=100)
@@ -76,3 +78,14 @@ def test_a_model_that_is_broken_blames_no_rule(reader_for):
 
     with pytest.raises(DivergedError, match="before any update: the model"):
         tune_rule("sgd", broken, ARTICLES, START, CONFIG)
+
+
+def test_two_processes_tune_what_one_tunes_bit_for_bit(reader_for):
+    config = TuneConfig(trials=14, articles=5, max_tokens=100)
+
+    def work():
+        rule = tune_rule("rms", reader_for, ARTICLES, START, config)
+        cache = tune_cache(reader_for(rule.rule), ARTICLES[:3], START)
+        return rule._replace(rule=rule.rule.settings()), cache
+
+    assert together(work) == [work()] * 2

@@ -17,6 +17,7 @@ from dynlm.files import Json, read_tensors, write_json, write_tensors
 from dynlm.kept import Call, free_parts, mark
 from dynlm.labs.fewshot.tasks import TaskSplits, load_tasks
 from dynlm.labs.fewshot.trial import METHODS, FewShotConfig, Trial
+from dynlm.processes import count, require_work
 from dynlm.provenance import record
 from dynlm.runs import Run
 from dynlm.settings import NotNegative, Positive, check
@@ -37,6 +38,11 @@ def few_shot(call: Call, config: FewShotConfig) -> Json:
         free_parts(run.few_shot_start(name), parts, call)
     free_parts(run.few_shot, parts, call)
     finished = {name: _finished(run, name, call, config) for name in config.methods} if call.resume else {}
+    require_work(config.outer.tasks, "fewshot.outer.tasks")
+    if config.outer.stacked and count() > 1:
+        raise InputError(
+            "fewshot.outer.stacked reads all tasks of a step in one process: set it to false to share them"
+        )
     splits = load_tasks(config.tasks)
     if parts.exists() and not call.resume:
         with changing(run.path) as new:

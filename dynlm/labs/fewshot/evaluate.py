@@ -10,6 +10,7 @@ import torch
 from dynlm.evaluation.metrics import bootstrap_ratio
 from dynlm.inner import InnerLoop
 from dynlm.labs.fewshot.tasks import FewShotTask
+from dynlm.processes import spread
 from dynlm.types import DivergedError, InputError, Piece
 
 Measure = Callable[[InnerLoop, Piece], float]
@@ -36,20 +37,21 @@ def error_rate(reader: InnerLoop, query: Piece) -> float:
 
 
 def adapted(reader: InnerLoop, tasks: Sequence[FewShotTask], steps: int, measure: Measure) -> list[float]:
-    """``measure`` on each task's query after ``steps`` updates on its support, each task from θ0.
+    """``measure`` on each task's query after ``steps`` updates on its support, each task from θ0; processes share them.
 
     Raises:
         InputError: a loss that is not finite.
     """
-    values = []
+
+    def value(number: int) -> float:
+        reader.begin()
+        for _ in range(steps):
+            reader.segment(*tasks[number].support)
+        with torch.no_grad():
+            return measure(reader, tasks[number].query)
+
     with reader:
-        for task in tasks:
-            reader.begin()
-            for _ in range(steps):
-                reader.segment(*task.support)
-            with torch.no_grad():
-                values.append(measure(reader, task.query))
-    return values
+        return spread(value, [1.0] * len(tasks))
 
 
 def mean_over_tasks(values: Sequence[float]) -> Mean:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,14 +32,14 @@ from dynlm.checkpoints import (
 from dynlm.files import Json, read_tensors, require_layout, write_tensors
 from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.labs.general.tasks import TaskConfig, TrainingTask, sample_task
-from dynlm.labs.general.workers import make_workers
 from dynlm.meta.train import MetaProgress, SaveRule, set_rate
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.base import Prior, Rule
 from dynlm.optim.general import General, GeneralConfig
+from dynlm.processes import count, require_work, spread
 from dynlm.progress import Bar
 from dynlm.runs import Run
-from dynlm.settings import Bound, Count, Positive, Seed, Settings, Size, as_json
+from dynlm.settings import Count, Positive, Seed, Settings, Size, as_json
 from dynlm.tracking import Track, untracked
 from dynlm.types import DivergedError
 
@@ -66,8 +66,6 @@ class GeneralMetaConfig(Settings):
     validate_every: Count = 20
     """steps between trainings of the meta-validation tasks; each writes a checkpoint"""
     validation_tasks: Size = 24
-    workers: Annotated[int, Bound(1, 256)] = 2
-    """processes that train tasks side by side"""
     seed: Seed = 0
     family: TaskConfig = field(default_factory=TaskConfig)
 
@@ -110,7 +108,7 @@ def outcome(rollout: Rollout) -> float:
 
 
 class Job(NamedTuple):
-    """One training for a worker: φ as a vector, the rule's configuration, the task's seed."""
+    """One training: φ as a vector, the rule's configuration, the task's seed."""
 
     phi: Tensor
     rule: GeneralConfig
@@ -121,7 +119,7 @@ class Job(NamedTuple):
 
 
 def work(job: Job) -> float:
-    """Train and judge; runs in a worker."""
+    """Train and judge."""
     torch.set_num_threads(1)  # such small networks lose by threads
     rule, task = General(job.rule), sample_task(job.seed, job.family)
     vector_to_parameters(job.phi, rule.parameters())
@@ -144,7 +142,7 @@ class GeneralTrainer:
         self.sigma = torch.cat([torch.full((p.numel(),), config.sigma * moves) for p, moves in parts])
         self.optimizer = torch.optim.Adam([self.phi], lr=config.lr, betas=(0.9, 0.95))
         self.progress, self.records = MetaProgress(), list[Json]()
-        self.pool = make_workers(config.workers) if config.workers > 1 else None
+        require_work(config.pairs, "general.pairs")
 
     def step(self) -> float:
         """Train the step's tasks and update φ; returns their mean outcome."""
@@ -174,7 +172,9 @@ class GeneralTrainer:
         return Job(phi, self.rule.config, seed, self.config.family)
 
     def _run(self, jobs: Sequence[Job]) -> list[float]:
-        return list(self.pool.map(work, jobs) if self.pool else map(work, jobs))
+        """Return what each training gives; several processes share them by their steps."""
+        steps = [float(sample_task(job.seed, job.family).horizon) for job in jobs] if count() > 1 else [1.0] * len(jobs)
+        return spread(lambda i: work(jobs[i]), steps)
 
     def state(self) -> tuple[dict[str, Tensor], Json]:
         tensors = {"phi": self.phi, **optimizer_tensors(self.optimizer)}

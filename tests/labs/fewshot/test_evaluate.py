@@ -11,6 +11,7 @@ from dynlm.models.params import adapted_parameters
 from dynlm.optim.handmade import SGD
 from dynlm.priors import make_priors
 from dynlm.types import DivergedError, InputError
+from support.together import together
 
 
 @pytest.fixture
@@ -70,3 +71,12 @@ def test_a_loss_that_is_not_finite_is_an_input_error(reader):
     task = FewShotTask((x, x * float("inf")), (x, x))
     with pytest.raises(DivergedError, match="before any update: the model"):
         adapted(reader, [task], 1, mean_loss)
+
+
+def test_two_processes_share_tasks_and_get_all_values(reader):
+    tasks = [Sinusoids(5, 10).sample(torch.Generator().manual_seed(seed)) for seed in range(5)]
+
+    def work():
+        return adapted(reader, tasks, 2, mean_loss)
+
+    assert together(work) == [work()] * 2

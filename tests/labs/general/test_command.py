@@ -13,7 +13,7 @@ def make_command(tmp_path, steps):
     sizes = ["--general.steps", str(steps), "--general.pairs", "1", "--general.validation-tasks", "1"]
     lengths = ["--general.family.min-steps", "5", "--general.family.max-steps", "8"]
     family = ["--general.family.families", "linear", *lengths]
-    return ["learn-optimizer", "--run", str(tmp_path / "run"), "--general.workers", "1", *sizes, *family]
+    return ["learn-optimizer", "--run", str(tmp_path / "run"), *sizes, *family]
 
 
 def interrupt(trainer):

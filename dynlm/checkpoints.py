@@ -15,7 +15,7 @@ from dynlm.settings import Whole, as_json, build, check
 from dynlm.types import InputError
 
 
-class Record(TypedDict):
+class LogLine(TypedDict):
     """A line of a log; it holds more."""
 
     step: int
@@ -107,7 +107,7 @@ def step_of(meta: Json, steps: int) -> int:
 
 def log_of(meta: Json) -> list[Json]:
     """Return the records of a checkpoint's log, each of a step."""
-    return cast(list[Json], check(list[Record], meta.get("log"), "log"))
+    return cast(list[Json], check(list[LogLine], meta.get("log"), "log"))
 
 
 def write_log(path: Path, records: Sequence[Json]) -> None:

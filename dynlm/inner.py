@@ -55,8 +55,8 @@ class ReadConfig(Settings):
     """trust region: a tensor's gradient is scaled down to at most this many times its usual norm; 0: as it is"""
 
 
-class Step(NamedTuple):
-    """One segment as it was read. No ``grads`` and nothing ``seen`` where no gradient was needed.
+class Update(NamedTuple):
+    """What a segment's update was made of: no ``grads`` and nothing ``seen`` where nothing was learned from it.
 
     ``grads`` are those that the rule saw, inside the trust region.
     """
@@ -87,7 +87,7 @@ class Observer:
     def scored(self, scored: Scored) -> None:
         """See a segment while the weights and the state that scored it still stand."""
 
-    def learned(self, step: Step) -> None:
+    def learned(self, update: Update) -> None:
         """See the update that followed; segments that nothing is learned from have none."""
 
 
@@ -208,7 +208,7 @@ class InnerLoop:
         """Go on with what :meth:`carried` returned."""
         self.hidden = carried
 
-    def segment(self, inputs_S: Tensor, targets_S: Tensor, last: bool = False) -> Step:
+    def segment(self, inputs_S: Tensor, targets_S: Tensor, last: bool = False) -> Update:
         """Score, then update. ``last`` spares the update that no later token would see.
 
         Raises:
@@ -253,16 +253,16 @@ class InnerLoop:
             raise DivergedError(_not_finite(value, step, self.rule))
         return Scored(inputs_S, targets_S, losses_S.detach(), value, mean if learns else None)
 
-    def learn(self, scored: Scored) -> Step:
+    def learn(self, scored: Scored) -> Update:
         """Update by the gradient of a segment's mean loss, where that is to be: the second half of :meth:`segment`."""
         if scored.mean is None:
-            return Step(scored.losses_S, [], None)
+            return Update(scored.losses_S, [], None)
         grads = self.gradient(scored.mean)
         self.state.clock.tick(scored.value)
         seen = self.apply(self.thetas, grads, self.state, self.priors)
-        step = Step(scored.losses_S, grads, seen)
-        self._show(lambda observer: observer.learned(step))
-        return step
+        update = Update(scored.losses_S, grads, seen)
+        self._show(lambda observer: observer.learned(update))
+        return update
 
     def gradient(self, mean_loss: Tensor) -> list[Tensor]:
         """∇θ of a mean segment loss as (R, C) matrices, inside the trust region; 0 for parameters it does not reach."""

@@ -23,7 +23,7 @@ FIRST_SEGMENTS = 8
 TOLERANCE = 1.02
 
 
-class Reading(NamedTuple):
+class ArticlesRead(NamedTuple):
     """What the breakdowns know of the text beside the losses."""
 
     articles: Sequence[TokenizedArticle]
@@ -34,7 +34,7 @@ class Reading(NamedTuple):
     reset: str
 
 
-def break_down(scores: Mapping[str, Scores], reading: Reading) -> Breakdowns:
+def break_down(scores: Mapping[str, Scores], reading: ArticlesRead) -> Breakdowns:
     """Return all breakdowns; ``scores`` must hold ``static``."""
     texts = [find_words(reading.tokenizer, article.ids_T) for article in reading.articles]
     result = Breakdowns()
@@ -141,7 +141,7 @@ def recovery(losses_T: Tensor, segment: int) -> int:
     return int(within[0]) + 1  # the whole article is within
 
 
-def _interference(scores: Mapping[str, Scores], reading: Reading) -> Interference:
+def _interference(scores: Mapping[str, Scores], reading: ArticlesRead) -> Interference:
     """Return what the end of the stream has done to its beginning."""
     static_T, segment = scores["static"].losses[0].double(), reading.segment
     methods: dict[str, Again] = {}

@@ -39,7 +39,7 @@ class CacheConfig(Settings):
     """positions looked back"""
 
 
-class Memory(NamedTuple):
+class CacheMemory(NamedTuple):
     """What the cache remembers: hidden states and the tokens that followed them, oldest first."""
 
     keys_ND: Tensor
@@ -63,7 +63,7 @@ class Attention(NamedTuple):
         return probs_SV.scatter_add_(1, self.ids_M.expand_as(self.weights_SM), self.weights_SM)
 
 
-def dots(states_SD: Tensor, memory: Memory | None) -> Tensor:
+def dots(states_SD: Tensor, memory: CacheMemory | None) -> Tensor:
     """h_t · h_i (S, N + S): of each position with those remembered and with those of its own segment."""
     keys = states_SD if memory is None else torch.cat([memory.keys_ND, states_SD])
     return states_SD @ keys.t()
@@ -81,13 +81,13 @@ def attend(dots_SM: Tensor, ids_M: Tensor, theta: float, window: int) -> Attenti
 
 
 def look_back(
-    states_SD: Tensor, targets_S: Tensor, memory: Memory | None, config: CacheConfig
-) -> tuple[Attention, Memory]:
+    states_SD: Tensor, targets_S: Tensor, memory: CacheMemory | None, config: CacheConfig
+) -> tuple[Attention, CacheMemory]:
     """p_cache of a segment, and the memory after it."""
     keys_MD = states_SD if memory is None else torch.cat([memory.keys_ND, states_SD])
     ids_M = targets_S if memory is None else torch.cat([memory.ids_N, targets_S])
     attention = attend(dots(states_SD, memory), ids_M, config.theta, config.window)
-    return attention, Memory(keys_MD[-config.window :], ids_M[-config.window :])
+    return attention, CacheMemory(keys_MD[-config.window :], ids_M[-config.window :])
 
 
 def mix(log_vocab: Tensor, cache: Tensor, empty: Tensor, weight: float) -> Tensor:
@@ -113,7 +113,7 @@ class CachedReader(InnerLoop):
 
     def begin(self) -> None:
         super().begin()
-        self.memory: Memory | None = None
+        self.memory: CacheMemory | None = None
 
     def carried(self) -> Any:
         return super().carried(), self.memory

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dynlm.evaluation.cache import CacheConfig, Memory, attend, dots
+from dynlm.evaluation.cache import CacheConfig, CacheMemory, attend, dots
 from dynlm.inner import InnerLoop, Scored
 from dynlm.models.tap import Tap
 from dynlm.processes import spread
@@ -28,7 +28,7 @@ START_WINDOW = 1000
 CHUNK = 256  # positions scored at once
 
 
-class Recording(NamedTuple):
+class HiddenRecording(NamedTuple):
     """One stream as it was read, without cache."""
 
     losses_T: Tensor
@@ -36,7 +36,7 @@ class Recording(NamedTuple):
     ids_T: Tensor
 
 
-class Recorder(InnerLoop):
+class HiddenRecorder(InnerLoop):
     """Keeps losses, hidden states and tokens of what it reads."""
 
     taps = True
@@ -50,8 +50,8 @@ class Recorder(InnerLoop):
         self.parts.append((scored.losses_S.float(), states_SD, scored.targets_S))
         return scored
 
-    def recording(self) -> Recording:
-        return Recording(*(torch.cat(column) for column in zip(*self.parts, strict=True)))
+    def recording(self) -> HiddenRecording:
+        return HiddenRecording(*(torch.cat(column) for column in zip(*self.parts, strict=True)))
 
 
 class TunedCache(NamedTuple):
@@ -64,12 +64,12 @@ class TunedCache(NamedTuple):
     at_bound: tuple[str, ...]
 
 
-def record(reader: InnerLoop, articles: Sequence[TokenizedArticle], start_id: int) -> list[Recording]:
+def record(reader: InnerLoop, articles: Sequence[TokenizedArticle], start_id: int) -> list[HiddenRecording]:
     """Read once; one stream an article, or one of all where nothing is reset between them. Processes share streams."""
-    recorder = Recorder.of(reader)
+    recorder = HiddenRecorder.of(reader)
     streams = [[article] for article in articles] if reader.config.reset == "article" else [list(articles)]
 
-    def read(number: int) -> Recording:
+    def read(number: int) -> HiddenRecording:
         for article in streams[number]:
             recorder.read(article, start_id)
         return recorder.recording()
@@ -116,7 +116,7 @@ def tune_cache(
     return TunedCache(config, nats, float(losses_T.mean()), len(tried), tuple(at_bound))
 
 
-def cache_probabilities(streams: Sequence[Recording], settings: Sequence[tuple[float, int]]) -> list[Tensor]:
+def cache_probabilities(streams: Sequence[HiddenRecording], settings: Sequence[tuple[float, int]]) -> list[Tensor]:
     """p_cache(target) (T,) of all streams for each (θ_c, window); NaN where the cache is empty."""
     longest = max((window for _, window in settings), default=1)
 
@@ -125,7 +125,7 @@ def cache_probabilities(streams: Sequence[Recording], settings: Sequence[tuple[f
         found: list[list[Tensor]] = [[] for _ in settings]
         for start in range(0, stream.ids_T.numel(), CHUNK):
             here, before = slice(start, start + CHUNK), slice(max(0, start - longest), start)
-            memory = Memory(stream.states_TD[before], stream.ids_T[before])
+            memory = CacheMemory(stream.states_TD[before], stream.ids_T[before])
             dots_SM = dots(stream.states_TD[here], memory)
             ids_M = torch.cat([memory.ids_N, stream.ids_T[here]])
             for parts, (theta, window) in zip(found, settings, strict=True):

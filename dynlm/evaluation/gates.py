@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dynlm.inner import InnerLoop, Observer, Scored, Step
+from dynlm.inner import InnerLoop, Observer, Scored, Update
 from dynlm.optim.base import Coordinates, Prior, Rule, Slots
 from dynlm.optim.learned import Learned
 from dynlm.results import GateSizes
@@ -111,9 +111,9 @@ class GateRecorder(Observer):
             ]
             self.tensors = state.tensors.clone()
 
-    def learned(self, step: Step) -> None:
+    def learned(self, update: Update) -> None:
         """Record (3, n) in double precision: COPY, UPDATE, FLUSH of each tensor in the update that was made."""
-        rule, seen = self.reader.rule, step.seen
+        rule, seen = self.reader.rule, update.seen
         assert seen is not None  # an update was made
         clock_step = self.reader.state.clock.step
         context_nN, _ = rule.tensor_step(rule.shared(self.reader.priors, seen.scalars, [clock_step]), self.tensors)
@@ -121,7 +121,7 @@ class GateRecorder(Observer):
         values = []
         for i, (sample, prior, context_N) in enumerate(zip(self.samples, self.priors, context_nN, strict=True)):
             row, col = (tuple(map(sample.take, features[i])) for features in (seen.rows, seen.cols))
-            w = Coordinates(self.theta[i], prior.theta0, prior.rms, sample.take(step.grads[i]), row, col)
+            w = Coordinates(self.theta[i], prior.theta0, prior.rms, sample.take(update.grads[i]), row, col)
             values.append(step_gates(rule, w, self.slots[i], context_N))
         self.values.append(torch.stack(values, 1).cpu())
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from dynlm.evaluation.cache import Attention, CacheConfig, Memory, look_back
+from dynlm.evaluation.cache import Attention, CacheConfig, CacheMemory, look_back
 from dynlm.files import Json, read_tensors, require_layout, write_tensors
 from dynlm.inner import InnerLoop, Scored, Scorer, detach
 from dynlm.methods import MIX
@@ -122,7 +122,7 @@ class MixedReader(InnerLoop):
         super().begin()
         pairs = (self.still is not None) + (self.cache is not None)
         self.still_hidden: Any = None
-        self.memory: Memory | None = None
+        self.memory: CacheMemory | None = None
         self.evidence = Evidence(torch.zeros(len(DECAYS), pairs, device=self.thetas[0].device), 0)
 
     def carried(self) -> Any:

@@ -28,7 +28,7 @@ WEIGHT_DECAY = 1e-3
 EM_STEPS = 50
 
 
-class Recorder(MixedReader):
+class SourceRecorder(MixedReader):
     """Keeps the sources of what it reads; scores are those of the adapted weights alone."""
 
     def begin(self) -> None:
@@ -54,7 +54,7 @@ class FittedMixture(NamedTuple):
 
 
 def fit_mixture(
-    recorder: Recorder,
+    recorder: SourceRecorder,
     articles: Sequence[TokenizedArticle],
     start_id: int,
     *,
@@ -81,7 +81,7 @@ def fit_mixture(
         torch.set_rng_state(torch_state)
 
 
-def record(recorder: Recorder, articles: Sequence[TokenizedArticle], start_id: int) -> list[Sources]:
+def record(recorder: SourceRecorder, articles: Sequence[TokenizedArticle], start_id: int) -> list[Sources]:
     """Return the sources of each article; several processes share them."""
 
     def read(number: int) -> Sources:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dynlm.inner import Step
+from dynlm.inner import Update
 from dynlm.meta.sampling import Stratum
 from dynlm.models.params import split_like
 from dynlm.optim.base import Clock, Coordinates, Prior, Rule, RuleState, Shared, Slots
@@ -78,7 +78,7 @@ class Forward:
         return result
 
     def segment(
-        self, tangents: Sequence[Tangents], step: Step, clock: Clock, priors: Sequence[Prior], weight: float
+        self, tangents: Sequence[Tangents], step: Update, clock: Clock, priors: Sequence[Prior], weight: float
     ) -> list[Tangents]:
         """Add w_t ⟨g_t, dθ_t/dφ⟩ to φ's gradients, then advance; ``step`` and ``clock`` as for a recording."""
         new, total = [], torch.zeros(self.n_phi, dtype=torch.float64)

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dynlm.inner import InnerLoop, Step
+from dynlm.inner import InnerLoop, Update
 from dynlm.meta.sampling import Stratum
 from dynlm.optim.base import Slots
 from dynlm.settings import Count, Settings
@@ -50,7 +50,7 @@ class Recording:
         self.steps: list[int] = []
         self.weights: list[float] = []
 
-    def add(self, step: Step, clock_step: int, weight: float) -> None:
+    def add(self, step: Update, clock_step: int, weight: float) -> None:
         """Record one segment; ``weight`` is w_t, ``clock_step`` the time that the rule's update saw."""
         t, seen = len(self.weights), step.seen
         assert seen is not None, "an update was read"

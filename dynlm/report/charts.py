@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from dynlm.files import Json
-from dynlm.report.evaluation import Floats, Gates
+from dynlm.report.evaluation import Floats, GateCurves
 from dynlm.report.looks import DASHES, INK, METHODS, looks
 from dynlm.report.plots import (
     GAIN,
@@ -88,7 +88,7 @@ def _share(part: float) -> str:
     return f"{part:.0%}".replace("%", " %") if part >= 0.01 else f"{part:.1%}".replace("%", " %")
 
 
-def boundaries(breakdown: Boundaries, names: Sequence[str], gate: tuple[str, Gates] | None) -> Drawing:
+def boundaries(breakdown: Boundaries, names: Sequence[str], gate: tuple[str, GateCurves] | None) -> Drawing:
     """The loss just after a switch of articles, how long it takes to come down, and what the gates of a rule do there;
     static in the page's ink."""
     segments, recovery = breakdown["segments"], breakdown["recovery_segments"]
@@ -126,7 +126,7 @@ def boundaries(breakdown: Boundaries, names: Sequence[str], gate: tuple[str, Gat
     return Drawing("boundaries", label, 3.3, paint, 8.0 if acts else 5.6)
 
 
-def after_switch(gate: Gates, count: int) -> dict[str, Floats]:
+def after_switch(gate: GateCurves, count: int) -> dict[str, Floats]:
     """UPDATE and FLUSH at each of the first ``count`` updates after a switch, over their means, all weights counted;
     empty for a gate that is shut."""
     starts = np.cumsum([0, *gate.updates])[1:-1]  # of all articles but the first
@@ -166,7 +166,7 @@ def calibration(breakdown: Mapping[str, Calibration], names: Sequence[str]) -> D
     return Drawing("calibration", f"Calibration of {spoken(known)}", 3.3, paint, 5.6)
 
 
-def gates(name: str, number: int, gate: Gates, segment: int) -> Drawing:
+def gates(name: str, number: int, gate: GateCurves, segment: int) -> Drawing:
     """COPY, UPDATE and FLUSH along the first articles, a line for each of the largest tensors."""
     order = sorted(range(len(gate.tensors)), key=lambda i: -gate.weights[i])[:TENSORS]
     ends = np.cumsum(gate.updates[: len(LETTERS)]).tolist()

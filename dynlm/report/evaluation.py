@@ -24,7 +24,7 @@ Ints = npt.NDArray[np.int64]
 SHOWN = 5  # methods in a figure: more do not tell apart
 
 
-class Gates(NamedTuple):
+class GateCurves(NamedTuple):
     """COPY, UPDATE and FLUSH of a rule at each update of the first articles (dynlm.evaluation.gates)."""
 
     values_3UN: Floats
@@ -44,7 +44,7 @@ class Evaluation:
     losses: Mapping[str, Floats]
     article_T: Ints
     ids_T: Ints | None = None
-    gates: Mapping[str, Gates] = field(default_factory=dict)
+    gates: Mapping[str, GateCurves] = field(default_factory=dict)
 
     @cached_property
     def gains(self) -> dict[str, Floats]:
@@ -144,7 +144,7 @@ def _losses(path: Path, tensors: dict[str, torch.Tensor], results: Results, name
     return losses
 
 
-def _gates(path: Path, tensors: dict[str, torch.Tensor], results: Results) -> dict[str, Gates]:
+def _gates(path: Path, tensors: dict[str, torch.Tensor], results: Results) -> dict[str, GateCurves]:
     gates = {}
     for name, told in results.get("breakdowns", {}).get("gates", {}).items():
         values = tensors.get(f"gates/{name}")
@@ -155,5 +155,5 @@ def _gates(path: Path, tensors: dict[str, torch.Tensor], results: Results) -> di
         require_layout(path, {name: values}, {name: torch.zeros(shape)}, advice=f": {AGAIN}")
         if len(told["weights"]) != len(told["tensors"]):
             raise InputError(f"{path}: gates of {name!r} have sizes of other tensors: {AGAIN}")
-        gates[name] = Gates(values.numpy().astype(np.float64), told["tensors"], told["weights"], told["segments"])
+        gates[name] = GateCurves(values.numpy().astype(np.float64), told["tensors"], told["weights"], told["segments"])
     return gates

@@ -19,7 +19,7 @@ import dynlm
 from dynlm import results
 from dynlm.data.articles import Corpus
 from dynlm.data.tokenizers import Tokenizer, load_tokenizer, lost_share
-from dynlm.evaluation.breakdowns import Reading, break_down
+from dynlm.evaluation.breakdowns import ArticlesRead, break_down
 from dynlm.evaluation.cache import CachedReader
 from dynlm.evaluation.compare import describe, summarize, write_results
 from dynlm.evaluation.metrics import Counts, count
@@ -172,7 +172,7 @@ def evaluate_readers(
     summary = summarize(scores, described, counts, lossless=not lost)
     words = Counter(word for text in train_texts for word in text.split())
     config = session.config
-    breakdowns = break_down(scores, Reading(articles, tokenizer, words, config.segment, config.reset))
+    breakdowns = break_down(scores, ArticlesRead(articles, tokenizer, words, config.segment, config.reset))
     data: results.Results = {
         "data": about or read_of(texts),
         **circumstances(session, counts),

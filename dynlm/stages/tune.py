@@ -9,7 +9,7 @@ from dynlm.changes import changing
 from dynlm.evaluation.cache import load_cache, save_cache
 from dynlm.evaluation.cache_search import tune_cache
 from dynlm.evaluation.mixture import save_mixture
-from dynlm.evaluation.mixture_fit import EPOCHS, Recorder, fit_mixture
+from dynlm.evaluation.mixture_fit import EPOCHS, SourceRecorder, fit_mixture
 from dynlm.files import Json
 from dynlm.kept import free, made_alike, told
 from dynlm.meta.train import divide_meta_split
@@ -93,7 +93,7 @@ def _tune_cache(bench: Bench, name: str, articles: list[TokenizedArticle], made:
 
 def _tune_mixture(bench: Bench, name: str, articles: list[TokenizedArticle], made: Json) -> Json:
     """Network of the mixture of method ``name``, on what the hand-made rules are tuned on."""
-    config, recorder = bench.recipe.tune, bench.mixed(Method.parse(name), Recorder)
+    config, recorder = bench.recipe.tune, bench.mixed(Method.parse(name), SourceRecorder)
     with Bar(total=EPOCHS, desc=f"tune {name}", unit="epoch") as bar:
         fitted = fit_mixture(
             recorder, config.excerpts(articles), bench.tokenizer.start_id, seed=config.seed, progress=bar.update

@@ -9,7 +9,7 @@ from dynlm.evaluation.audit import audit
 from dynlm.evaluation.audit import verdicts as each_verdict
 from dynlm.evaluation.audit_articles import adds_up, excerpt
 from dynlm.evaluation.cache import CacheConfig, CachedReader
-from dynlm.inner import InnerLoop, ReadConfig, Step
+from dynlm.inner import InnerLoop, ReadConfig, Update
 from dynlm.models.params import adapted_parameters
 from dynlm.optim.gated import Gated
 from dynlm.optim.handmade import RMS, SGD, Adam, Static
@@ -75,7 +75,7 @@ class UpdatesFirst(InnerLoop):
         with torch.no_grad():
             losses_S, _ = self.score(inputs_S, targets_S, before)
         self.hidden = after
-        return Step(losses_S, [], None)
+        return Update(losses_S, [], None)
 
 
 def test_an_update_before_the_score_fails():

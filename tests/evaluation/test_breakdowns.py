@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dynlm.data.tokenizers import TokenizerConfig, WordTokenizer, train_tokenizer
-from dynlm.evaluation.breakdowns import Reading, break_down, gains, recovery
+from dynlm.evaluation.breakdowns import ArticlesRead, break_down, gains, recovery
 from dynlm.evaluation.calibration import Calibration
 from dynlm.evaluation.stream import Scores, read_and_watch, read_articles
 from dynlm.evaluation.words import KINDS, find_words, kind, token_texts
@@ -26,7 +26,7 @@ def pair(text, tokenizer=None):
 
 
 def reading(tokenizer, articles, counts=(), reset="article"):
-    return Reading(articles, tokenizer, Counter(dict(counts)), 4, reset)
+    return ArticlesRead(articles, tokenizer, Counter(dict(counts)), 4, reset)
 
 
 def test_words_are_runs_of_characters_and_tokens_find_theirs():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dynlm.evaluation.cache import CacheConfig, CachedReader, attend, load_cache, mix, save_cache
-from dynlm.evaluation.cache_search import Recorder, best_weight, cache_probabilities, record, tune_cache
+from dynlm.evaluation.cache_search import HiddenRecorder, best_weight, cache_probabilities, record, tune_cache
 from dynlm.evaluation.stream import read_articles
 from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.models.tap import Tap
@@ -51,7 +51,7 @@ def by_hand(losses_T, states_TD, ids_T, cache):
 def test_the_mixture_is_that_of_the_paper(make, segment, rule):
     lab, article = make(), make_article(43)
     model, score, priors = lab
-    recorder = Recorder.of(InnerLoop(model, score, rule(), priors, ReadConfig(segment=segment)))
+    recorder = HiddenRecorder.of(InnerLoop(model, score, rule(), priors, ReadConfig(segment=segment)))
     (losses_T,) = read(recorder, article)
     states_TD = recorder.recording().states_TD.double()
     assert states_TD.shape == (43, model.get_output_embeddings().weight.shape[1])
@@ -92,7 +92,7 @@ def test_the_cache_is_reset_like_the_weights():
     alone, after = read(cached(lab), first, second)
     assert torch.equal(alone, after)
     model, score, priors = lab
-    recorder = Recorder.of(InnerLoop(model, score, Static(), priors, ReadConfig(segment=8, reset="never")))
+    recorder = HiddenRecorder.of(InnerLoop(model, score, Static(), priors, ReadConfig(segment=8, reset="never")))
     losses_T = torch.cat(read(recorder, first, second))
     states_TD, ids_T = recorder.recording().states_TD.double(), torch.cat([first.ids_T, second.ids_T])
     stream_T = torch.cat(read(cached(lab, reset="never"), first, second))

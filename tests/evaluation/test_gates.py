@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dynlm.data.tokenizers import WordTokenizer
-from dynlm.evaluation.breakdowns import Reading, break_down
+from dynlm.evaluation.breakdowns import ArticlesRead, break_down
 from dynlm.evaluation.cache import CacheConfig, CachedReader
 from dynlm.evaluation.compare import write_results
 from dynlm.evaluation.gates import SAMPLE, GateRecorder, draw_sample
@@ -208,7 +208,7 @@ def test_gates_come_back_from_the_files(tmp_path):
         for name, rule in {"static": Static(), "sgd": SGD(0.5, 0.01)}.items()
     }
     tokenizer = WordTokenizer(["<eos>", *map(str, range(1, VOCAB))])
-    found = break_down(scores, Reading(articles, tokenizer, {str(i): i for i in range(VOCAB)}, 8, "article"))
+    found = break_down(scores, ArticlesRead(articles, tokenizer, {str(i): i for i in range(VOCAB)}, 8, "article"))
     write_results(Run(tmp_path), scores, articles, {"breakdowns": found})
     gates, (tensors, _) = read_json(Run(tmp_path).results)["breakdowns"]["gates"], read_tensors(Run(tmp_path).losses)
     assert set(gates) == {"sgd"}

@@ -19,7 +19,7 @@ from dynlm.evaluation.mixture import (
     running,
     save_mixture,
 )
-from dynlm.evaluation.mixture_fit import Recorder, constant_weights, fit_mixture
+from dynlm.evaluation.mixture_fit import SourceRecorder, constant_weights, fit_mixture
 from dynlm.evaluation.stream import read_articles
 from dynlm.inner import InnerLoop, ReadConfig
 from dynlm.models.core import LSTMScorer
@@ -65,7 +65,7 @@ def test_scores_are_the_weighted_sum_of_what_each_memory_predicts(make, scorer, 
             mixed(lab, rule(), cache, scorer)
         return
     (found_T,) = read(reader := mixed(lab, rule(), cache, scorer), article)
-    recorder = mixed(lab, rule(), cache, scorer, kind=Recorder)
+    recorder = mixed(lab, rule(), cache, scorer, kind=SourceRecorder)
     (adapted_T,) = read(recorder, article)
     config = ReadConfig(segment=8)
     parts = [adapted_T]
@@ -179,7 +179,7 @@ def test_constant_weights_are_the_best_ones():
 def test_what_was_fitted_is_what_reading_scores(tmp_path):
     lab = make_lab(torch.float32)
     articles = [make_article(200, seed) for seed in range(8)]
-    recorder = mixed(lab, kind=Recorder)
+    recorder = mixed(lab, kind=SourceRecorder)
     fitted = fit_mixture(recorder, articles, START)
     assert fitted.nats_per_token <= fitted.constant
     save_mixture(fitted.mixture, tmp_path / "m.safetensors", {})

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dynlm.inner import InnerLoop, ReadConfig, Step
+from dynlm.inner import InnerLoop, ReadConfig, Update
 from dynlm.meta.recording import RecordConfig, Recording
 from dynlm.meta.replay import Replay, ReplayConfig, sampling_error
 from dynlm.meta.sampling import sample_coordinates
@@ -94,7 +94,7 @@ def resample(recording, generator, n_sampled):
         grads = [whole.grads.parts[i][t].view(s) for i, s in enumerate(shapes)]
         rows = tuple(tuple(x[t][:, None] for x in xs) for xs in whole.rows)
         cols = tuple(tuple(x[t][None] for x in xs) for xs in whole.cols)
-        step = Step(torch.empty(0), grads, Seen(rows, cols, whole.scalars[t]))
+        step = Update(torch.empty(0), grads, Seen(rows, cols, whole.scalars[t]))
         sampled.add(step, whole.steps[t], whole.weights[t])
     return sampled
 

@@ -12,7 +12,7 @@ import pytest
 
 from dynlm.report import plots
 from dynlm.report.charts import after_switch, calibration, gates, words
-from dynlm.report.evaluation import Gates
+from dynlm.report.evaluation import GateCurves
 from dynlm.report.looks import INK, METHODS, looks
 from dynlm.report.page import interval
 from dynlm.report.svg import Drawing
@@ -42,7 +42,7 @@ def drawings(names: tuple[str, ...] = NAMES) -> list[Drawing]:
     gains = dict.fromkeys(names, GAINS["rms"])
     methods = {name: {"gain_nats_per_token": 0.1, "gain_ci95": [0.0, 0.2]} for name in names}
     told = {name: {"ece": 0.1, "ci95": [0.0, 0.2], "bins": [{"confidence": 0.5, "accuracy": 0.4}]} for name in names}
-    gate = Gates(np.ones((3, 30, len(names))), list(names), [1] * len(names), [10, 20])
+    gate = GateCurves(np.ones((3, 30, len(names))), list(names), [1] * len(names), [10, 20])
     return [
         plots.headline(methods, names),
         plots.by_position(bins(*names), rows(names, *(str(k) for k in range(10)))),
@@ -154,7 +154,7 @@ def test_the_stream_has_a_bounded_number_of_points() -> None:
 def test_gates_after_a_switch_are_means_over_articles_and_weights() -> None:
     values = np.zeros((3, 6, 2))
     values[1] = np.arange(12).reshape(6, 2)  # UPDATE; FLUSH is shut
-    gate = Gates(values, ["a", "b"], [3, 1], [2, 3, 1])
+    gate = GateCurves(values, ["a", "b"], [3, 1], [2, 3, 1])
     of_all = values[1] @ np.array([0.75, 0.25])
     expected = np.array([(of_all[2] + of_all[5]) / 2, of_all[3], of_all[4]]) / of_all.mean()
     acts = after_switch(gate, 8)
@@ -166,7 +166,9 @@ def test_gates_after_a_switch_are_means_over_articles_and_weights() -> None:
 
 
 def test_gates_have_a_bounded_number_of_points_and_lines() -> None:
-    many = Gates(np.random.default_rng(0).random((3, 20_000, 9)), [f"t{i}" for i in range(9)], list(range(9)), [20_000])
+    many = GateCurves(
+        np.random.default_rng(0).random((3, 20_000, 9)), [f"t{i}" for i in range(9)], list(range(9)), [20_000]
+    )
     svg = gates("gated", 0, many, 32).svg()
     assert svg.count("L ") < 3 * 6 * 1.2 * plots.POINTS
     drawn = [text.partition(",")[0] for text in texts(svg)]

@@ -98,7 +98,7 @@ def confuse(labels: Tensor, n_classes: int, share: float, generator: Generator) 
     return torch.where(wrong, others, labels)
 
 
-class Corpus(NamedTuple):
+class SplitText(NamedTuple):
     """Text as ids, in a part to train and one to validate with."""
 
     train_T: Tensor
@@ -107,7 +107,7 @@ class Corpus(NamedTuple):
 
 
 @cache
-def documentation(symbols: int = 64) -> Corpus:
+def documentation(symbols: int = 64) -> SplitText:
     """Return the topics of Python's language reference as the most frequent characters, and one id for all others.
 
     Every tenth topic is held out. The modules' documentation and source are not in it: see the two corpora below.
@@ -182,7 +182,7 @@ PACKAGES += ("multiprocessing", "unittest", "urllib", "xml")
 
 
 @cache
-def source_code(symbols: int = 96) -> Corpus:
+def source_code(symbols: int = 96) -> SplitText:
     """Python's own modules as characters; every eighth module is held out."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [path for name in sorted(SOURCES) if (path := root / f"{name}.py").is_file()]
@@ -193,7 +193,7 @@ def source_code(symbols: int = 96) -> Corpus:
 
 
 @cache
-def docstrings(symbols: int = 512) -> Corpus:
+def docstrings(symbols: int = 512) -> SplitText:
     """Docstrings of Python's packages as frequent words, others spelled in characters; every eighth is held out."""
     root = Path(sysconfig.get_path("stdlib"))
     texts = [a.text for name in PACKAGES if (root / name).is_dir() for a in load_articles(root / name)]
@@ -212,16 +212,18 @@ def _words(text: str) -> list[str]:
     return re.findall(r" ?\w+| +|\W", text)
 
 
-def _encode(train: Sequence[str], valid: Sequence[str], split: Callable[[str], list[str]], vocabulary: int) -> Corpus:
+def _encode(
+    train: Sequence[str], valid: Sequence[str], split: Callable[[str], list[str]], vocabulary: int
+) -> SplitText:
     """Return the ``vocabulary`` − 1 most frequent tokens of the training text, and id 0 for all others."""
     tokens = [[token for text in texts for token in split(text)] for texts in (train, valid)]
     counts = sorted(Counter(tokens[0]).items(), key=lambda item: (-item[1], item[0]))
     ids = {token: i for i, (token, _) in enumerate(counts[: vocabulary - 1], 1)}
     train_T, valid_T = (torch.tensor([ids.get(token, 0) for token in part]) for part in tokens)
-    return Corpus(train_T, valid_T, vocabulary)
+    return SplitText(train_T, valid_T, vocabulary)
 
 
-def text_windows(corpus: Corpus, length: int) -> Draw:
+def text_windows(corpus: SplitText, length: int) -> Draw:
     """Next-token prediction anywhere in the text: (n, length) to (n, length)."""
 
     def draw(n: int, generator: Generator, held_out: bool) -> Piece:

@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 
 from dynlm.labs.fewshot.nets import Losses, cross_entropy, seeded, squared_error
 from dynlm.labs.general import exercises, nets
-from dynlm.labs.general.exercises import Corpus, Draw, GlyphNoise, Spectrum, Transduction, generator_of
+from dynlm.labs.general.exercises import Draw, GlyphNoise, Spectrum, SplitText, Transduction, generator_of
 from dynlm.models.params import adapted_parameters
 from dynlm.settings import Count, Settings, Size
 from dynlm.types import InputError, Piece
@@ -303,7 +303,7 @@ def _task(name: str, score: TaskScorer, problem: Problem, horizon: int, valid: t
     return TrainingTask(name, score.net, score, pieces, valid_pieces, horizon)
 
 
-def _language(make: Callable[[int], nn.Module], corpus: Corpus, batch: int) -> Problem:
+def _language(make: Callable[[int], nn.Module], corpus: SplitText, batch: int) -> Problem:
     """Windows of 32 tokens, ``batch`` of them at a time."""
     return Problem(lambda: make(corpus.vocabulary), last_cross_entropy, exercises.text_windows(corpus, 32), batch)
 

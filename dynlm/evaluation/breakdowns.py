@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dynlm.data.tokenizers import Tokenizer
-from dynlm.evaluation.metrics import bootstrap_ratio
 from dynlm.evaluation.stream import Scores
 from dynlm.evaluation.words import KINDS, Words, find_words, kind
+from dynlm.paired import bootstrap_ratio
 from dynlm.results import Again, Boundaries, Breakdowns, ClassName, ClassOfTokens, Gain, Interference, Row
 from dynlm.types import TokenizedArticle
 

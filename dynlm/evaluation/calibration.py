@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dynlm import results
-from dynlm.evaluation.metrics import N_BOOTSTRAP
 from dynlm.inner import Observer, Scored
+from dynlm.paired import N_BOOTSTRAP
 
 BINS = 10
 

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from dynlm.changes import changing
-from dynlm.evaluation.metrics import Counts, gain_by_position, holm, paired_gain, perplexities, sign_flip_p
+from dynlm.evaluation.metrics import Counts, gain_by_position, perplexities
 from dynlm.evaluation.stream import Scores
 from dynlm.files import write_tensors
 from dynlm.methods import STATELESS, STATIC, Method
 from dynlm.optim.base import Rule
 from dynlm.optim.sharing import fingerprint
+from dynlm.paired import holm, paired_gain, sign_flip_p
 from dynlm.provenance import record
 from dynlm.results import Comparison, Description, MethodResult, Results, Seeds, Spread, Summary, save_results
 from dynlm.runs import Run

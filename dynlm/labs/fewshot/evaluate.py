@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from dynlm.evaluation.metrics import bootstrap_ratio
 from dynlm.inner import InnerLoop
 from dynlm.labs.fewshot.tasks import FewShotTask
+from dynlm.paired import bootstrap_ratio
 from dynlm.processes import spread
 from dynlm.types import DivergedError, InputError, Piece
 

@@ -20,7 +20,9 @@ from dynlm.files import is_tensors
 from dynlm.methods import SUFFIX, Method
 from dynlm.types import InputError
 
-FIGURE = re.compile(r"(gain|by-position|per-article|stream|words|boundaries|calibration|gates-\d+)\.(svg|png|pdf)")
+FIGURE = re.compile(
+    r"(gain|by-position|per-article|stream|learning|words|boundaries|calibration|gates-\d+)\.(svg|png|pdf)"
+)
 """names of the report's figures"""
 
 

@@ -9,9 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from dynlm.files import Json
+from dynlm.methods import STATIC
 from dynlm.report.evaluation import Floats, GateCurves
 from dynlm.report.looks import DASHES, INK, METHODS, looks
+from dynlm.report.page import interval, plain, signed, span
 from dynlm.report.plots import (
     GAIN,
     LETTERS,
@@ -26,8 +27,8 @@ from dynlm.report.plots import (
     smoothed,
     spoken,
 )
-from dynlm.report.svg import Drawing
-from dynlm.results import Boundaries, Breakdowns, Calibration, ClassName, Row
+from dynlm.report.svg import Drawing, Table
+from dynlm.results import Boundaries, Breakdowns, Calibration, ClassName, Gain, Interval, Row, Switch
 
 CLASSES: dict[ClassName, str] = {
     "occurrence": "occurrence of the word in its article",
@@ -53,19 +54,61 @@ GATES = (
 def words(breakdowns: Breakdowns, names: Sequence[str], tokens: int) -> Drawing:
     """Draw the gain by class of word: a row per class, with its share of all ``tokens`` read, a marker per method."""
     tables = {title: breakdowns[key] for key, title in CLASSES.items() if breakdowns.get(key)}
-    rows = [len(table) for table in tables.values()]
+    rows, limits = [len(table) for table in tables.values()], scale(breakdowns, names)
 
     def paint(figure: Figure, narrow: bool) -> None:
         heights = [count + 0.8 for count in rows]
-        panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]  # classes differ in scale
+        panels = figure.subplots(len(tables), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+        panels[0].set_xlim(limits)
         for axes, (title, table) in zip(panels, tables.items(), strict=True):
             _classes(axes, table, names, tokens)
+            axes.tick_params(labelbottom=True)
             axes.set_title(title)
         panels[-1].set_xlabel(GAIN)
         legend(figure, names, narrow, line=False)
 
+    rows_told = [
+        (f"{row['bin']}, {title}", plain(row["tokens"]), *(gain_told(row["gain"].get(name)) for name in names[::-1]))
+        for title, table in tables.items()
+        for row in table
+    ]
+    numbers = Table(("class", "tokens", *names[::-1]), rows_told)
     height = 0.9 + 0.55 * len(tables) + sum(rows) * (0.14 + 0.085 * len(names))
-    return Drawing("words", f"Gain over static by class of word for {spoken(names)}", height, paint)
+    label = f"Gain over static by class of word for {spoken(names)}"
+    return Drawing("words", label, height, paint, numbers=numbers)
+
+
+def scale(breakdowns: Breakdowns, names: Sequence[str]) -> tuple[float, float]:
+    """Return the ends of the one scale of all classes: those of the means, with room for intervals about as wide.
+
+    One wide interval of a rare class would otherwise press all others together.
+    """
+    gains = _gains(breakdowns, names)
+    means = [0.0, *(gain["mean"] for gain in gains)]
+    ends = [end for gain in gains for end in interval(gain["ci95"]) or ()]
+    room = 0.5 * (max(means) - min(means)) or 1.0
+    low = max(min([*means, *ends]), min(means) - room)
+    high = min(max([*means, *ends]), max(means) + room)
+    margin = 0.05 * (high - low) or 1.0
+    return low - margin, high + margin
+
+
+def is_cut(breakdowns: Breakdowns, names: Sequence[str]) -> bool:
+    """Return whether an interval goes beyond the scale."""
+    low, high = scale(breakdowns, names)
+    ends = (interval(gain["ci95"]) for gain in _gains(breakdowns, names))
+    return any(found is not None and (found[0] < low or found[1] > high) for found in ends)
+
+
+def _gains(breakdowns: Breakdowns, names: Sequence[str]) -> list[Gain]:
+    """Return the gains of all classes of words."""
+    rows = [row for key in CLASSES for row in breakdowns.get(key, [])]
+    return [row["gain"][name] for row in rows for name in names if name in row["gain"]]
+
+
+def gain_told(gain: Gain | None) -> str:
+    """Return a mean with its interval."""
+    return "–" if gain is None else f"{signed(gain['mean'])} ({span(gain['ci95'])})"
 
 
 def _classes(axes: Axes, table: Sequence[Row], names: Sequence[str], tokens: int) -> None:
@@ -78,10 +121,21 @@ def _classes(axes: Axes, table: Sequence[Row], names: Sequence[str], tokens: int
         for k, (name, look) in enumerate(looks(names).items()):
             gain = row["gain"].get(name)
             if gain is not None:
-                point(axes, gain["mean"], place - (k - (len(names) - 1) / 2) * step, gain["ci95"], look)
+                y = place - (k - (len(names) - 1) / 2) * step
+                point(axes, gain["mean"], y, gain["ci95"], look, f"{row['bin']}, {name}")
+                _arrows(axes, y, gain["ci95"], look[0])
     axes.set_yticks(range(len(table)), [f"{row['bin']}, {_share(row['tokens'] / tokens)}" for row in table])
     axes.set_ylim(len(table) - 0.5, -0.5)
     axes.axvline(0, color=INK, linewidth=1.0)
+
+
+def _arrows(axes: Axes, y: float, ci95: Interval, colour: str) -> None:
+    """Draw an arrow where an interval goes on beyond the axes."""
+    low, high = axes.get_xlim()
+    ends = interval(ci95) or (low, high)
+    for place, marker, cut in ((low, "<", ends[0] < low), (high, ">", ends[1] > high)):
+        if cut:
+            axes.plot(place, y, color=colour, marker=marker, markersize=5, clip_on=False)
 
 
 def _share(part: float) -> str:
@@ -122,8 +176,32 @@ def boundaries(breakdown: Boundaries, names: Sequence[str], gate: tuple[str, Gat
             panels[2].legend(frameon=False)
         legend(figure, list(of), narrow, of=of)
 
+    known = [name for name in of if name in recovery]
+    rows = [
+        (str(row["segment"]), *(_loss(row, name) for name in known), *_acting(acts, k))
+        for k, row in enumerate(segments)
+    ]
+    near = [f"{recovery[name]['mean']:.1f} ({_ends(recovery[name]['ci95'])})" for name in known]
+    rows.append(("segments until near its mean", *near, *("" for _ in acts)))
+    numbers = Table(("segment since the switch", *known, *(f"{title}, × its mean" for title in acts)), rows)
     label = f"Loss after a switch of articles for {spoken(list(of))}"
-    return Drawing("boundaries", label, 3.3, paint, 8.0 if acts else 5.6)
+    return Drawing("boundaries", label, 3.3, paint, 8.0 if acts else 5.6, numbers)
+
+
+def _loss(row: Switch, name: str) -> str:
+    """Return the loss of a method in a segment, in nats per token."""
+    if name != STATIC and name not in row["gain"]:
+        return "–"
+    return f"{row['static'] - (row['gain'][name]['mean'] if name != STATIC else 0.0):.3f}"
+
+
+def _acting(acts: Mapping[str, Floats], k: int) -> list[str]:
+    return [f"{values[k]:.3g}" if k < len(values) else "–" for values in acts.values()]
+
+
+def _ends(ci95: Interval) -> str:
+    ends = interval(ci95)
+    return "–" if ends is None else f"{ends[0]:.1f} to {ends[1]:.1f}"
 
 
 def after_switch(gate: GateCurves, count: int) -> dict[str, Floats]:
@@ -163,7 +241,23 @@ def calibration(breakdown: Mapping[str, Calibration], names: Sequence[str]) -> D
         right.set_title("error in all")
         legend(figure, known, narrow, of=of)
 
-    return Drawing("calibration", f"Calibration of {spoken(known)}", 3.3, paint, 5.6)
+    rows = [
+        (
+            name,
+            f"{b['from']:.2f} to {b['to']:.2f}",
+            plain(b["tokens"]),
+            f"{b['confidence']:.3f}",
+            f"{b['accuracy']:.3f}",
+        )
+        for name in known
+        for b in breakdown[name]["bins"]
+    ]
+    rows += [
+        (name, "error in all", "", "", f"{breakdown[name]['ece']:.4f} ({span(breakdown[name]['ci95'], 4)})")
+        for name in known
+    ]
+    numbers = Table(("method", "probability", "tokens", "its mean", "share that is right"), rows)
+    return Drawing("calibration", f"Calibration of {spoken(known)}", 3.3, paint, 5.6, numbers)
 
 
 def gates(name: str, number: int, gate: GateCurves, segment: int) -> Drawing:
@@ -191,20 +285,29 @@ def gates(name: str, number: int, gate: GateCurves, segment: int) -> Drawing:
         labels = [f"{called(gate.tensors[i])}, mean UPDATE {updates_N[i]:.1e}" for i in order]
         add_legend(figure, handles, labels, 1 if narrow else 2)
 
+    rows = [(called(tensor), plain(gate.weights[i]), *_means(gate, i)) for i, tensor in enumerate(gate.tensors)]
+    numbers = Table(("tensor", "weights", *(title for title, _ in GATES)), rows)
     label = f"Gate activity of {short(name)} along the first articles"
-    return Drawing(f"gates-{number}", label, 5.6, paint, 6.2)
+    return Drawing(f"gates-{number}", label, 5.6, paint, 6.2, numbers)
+
+
+def gate_means(gates: Mapping[str, GateCurves], names: Sequence[str]) -> Table:
+    """Return the means of every gate of these rules, tensor by tensor."""
+    rows = [
+        (name, called(tensor), plain(gate.weights[i]), *_means(gate, i))
+        for name in names
+        if (gate := gates.get(name))
+        for i, tensor in enumerate(gate.tensors)
+    ]
+    return Table(("rule", "tensor", "weights", *(title for title, _ in GATES)), rows)
+
+
+def _means(gate: GateCurves, tensor: int) -> list[str]:
+    copy, *acts = gate.values_3UN[:, :, tensor].mean(1)
+    return [f"{copy:.5f}", *(f"{value:.3g}" for value in acts)]
 
 
 def called(tensor: str) -> str:
     """Return what a tensor is, before its name, where the name is one of dynlm's own LSTM."""
     what = next((text for end, text in TENSOR_NAMES.items() if tensor.endswith(end)), None)
     return f"{what} ({short(tensor)})" if what else short(tensor)
-
-
-def numbers(breakdowns: Breakdowns, names: Sequence[str]) -> list[Json]:
-    """Return the rows behind the word figures: class, tokens, and each method's gain with its interval."""
-    return [
-        {"group": title, "bin": row["bin"], "tokens": row["tokens"], "gains": [row["gain"].get(name) for name in names]}
-        for key, title in CLASSES.items()
-        for row in breakdowns.get(key, [])
-    ]

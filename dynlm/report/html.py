@@ -7,17 +7,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from dynlm import provenance
 from dynlm.files import Json, write_text
 from dynlm.methods import STATELESS, STATIC
+from dynlm.paired import bootstrap_ratio
 from dynlm.provenance import Origin
 from dynlm.report import charts, page, plots
+from dynlm.report.curves import Validation, learning, load_curves
 from dynlm.report.evaluation import Evaluation, Floats, load_evaluation
-from dynlm.report.maps import Pieces, token_maps
+from dynlm.report.maps import Pieces, token_maps, words_again
 from dynlm.report.svg import Drawing, formats
 from dynlm.report.tokens import legend
-from dynlm.results import Comparison, Interval, Results
+from dynlm.results import Comparison, Interval, Results, Stretch
 from dynlm.runs import Run
 
 FEWEST_ARTICLES = 8  # a bootstrap over fewer says nothing: the smallest p of a sign-flip test of five is 1/16
@@ -38,9 +41,9 @@ def write_report(
     """
     wanted = formats(kinds)
     evaluation = load_evaluation(run, vocab_size)
-    drawings = draw(evaluation)
-    maps = token_maps(evaluation, pieces, titles)
-    source = render(evaluation, drawings, maps, provenance.load(run))
+    drawings = draw(evaluation, load_curves(run))
+    maps, again = token_maps(evaluation, pieces, titles), words_again(evaluation, pieces)
+    source = render(evaluation, drawings, maps, again, provenance.load(run))
     for kind in wanted:
         for drawing in drawings.values():
             drawing.save(run.figures / f"{drawing.name}.{kind}")
@@ -49,7 +52,11 @@ def write_report(
 
 
 def render(
-    evaluation: Evaluation, drawings: dict[str, Drawing], maps: Json | None, origins: Mapping[str, Origin]
+    evaluation: Evaluation,
+    drawings: dict[str, Drawing],
+    maps: Json | None,
+    again: Json | None,
+    origins: Mapping[str, Origin],
 ) -> str:
     """Return the page as text."""
     results, names, shown = evaluation.results, evaluation.names, evaluation.shown
@@ -62,31 +69,40 @@ def render(
         headline=_headline(evaluation),
         shown=shown,
         captions=_captions(evaluation) if shown else None,
-        figures={name: drawing.html() for name, drawing in drawings.items()},
+        medians={name: float(np.median(means)) for name, means in _per_article(evaluation, names).items()},
+        figures=drawings,
         drawn_gates=_drawn_gates(evaluation),
+        gate_means=charts.gate_means(evaluation.gates, evaluation.adaptive[::-1]),
         gates=[name for name in evaluation.adaptive[::-1] if name in evaluation.gates],
         breakdowns=evaluation.breakdowns,
-        word_rows=charts.numbers(evaluation.breakdowns, shown),
+        cut=charts.is_cut(evaluation.breakdowns, shown),
         comparisons=[_comparison(results, comparison) for comparison in results.get("comparisons", [])],
         has_cache=any(results["methods"][name]["cache"] for name in names),
         fewest=FEWEST_ARTICLES,
         maps=maps,
+        again=again,
         origins=origins,
         levels=legend(),
     )
 
 
-def draw(evaluation: Evaluation) -> dict[str, Drawing]:
-    """Return the figures that this evaluation has data for, by name."""
+def draw(evaluation: Evaluation, curves: Mapping[str, Sequence[Validation]]) -> dict[str, Drawing]:
+    """Return the figures that this evaluation and these learning curves have data for, by name."""
+    drawings = [learning(curves)] if curves else []
+    drawings += _gains(evaluation) if evaluation.shown else []
+    return {drawing.name: drawing for drawing in drawings}
+
+
+def _gains(evaluation: Evaluation) -> list[Drawing]:
+    """Return the figures of the methods that learn."""
     shown, breakdowns, methods = evaluation.shown, evaluation.breakdowns, evaluation.results["methods"]
-    if not shown:
-        return {}
     bins = {name: methods[name].get("gain_by_position", []) for name in shown}
+    titles = [evaluation.titles[article] for article in np.unique(evaluation.article_T)]
     drawings = [
         plots.headline({name: methods[name] for name in evaluation.adaptive}, shown),
-        plots.stream(_memories(evaluation), evaluation.article_T, shown),
-        plots.by_position(bins, breakdowns.get("relative_position", [])),
-        plots.per_article(_per_article(evaluation)),
+        plots.stream(_memories(evaluation), evaluation.article_T, shown, evaluation.titles),
+        plots.by_position(bins, breakdowns.get("relative_position", []), _ahead(evaluation)),
+        plots.per_article(_per_article(evaluation, shown), titles),
     ]
     if any(breakdowns.get(key) for key in charts.CLASSES):
         drawings.append(charts.words(breakdowns, shown, evaluation.results["tokens"]))
@@ -97,7 +113,34 @@ def draw(evaluation: Evaluation) -> dict[str, Drawing]:
         drawings.append(charts.calibration(breakdowns["calibration"], shown))
     for number, name in enumerate(_drawn_gates(evaluation)):
         drawings.append(charts.gates(name, number, evaluation.gates[name], evaluation.results["segment"]))
-    return {drawing.name: drawing for drawing in drawings}
+    return drawings
+
+
+def _pair(evaluation: Evaluation) -> tuple[str, str] | None:
+    """Return the two methods that are compared along the article: the best learned and the best hand-made rule, or else
+    the best two methods; None where there are no two."""
+    learned, hand_made = evaluation.best("learned", alone=True), evaluation.best("hand-made", alone=True)
+    if learned and hand_made:
+        return learned, hand_made
+    shown = evaluation.shown
+    return (shown[-1], shown[-2]) if len(shown) > 1 else None
+
+
+def _ahead(evaluation: Evaluation) -> tuple[str, list[Stretch]] | None:
+    """Return the paired difference of two methods in each bin of positions, as the evaluation has cut them."""
+    if (pair := _pair(evaluation)) is None:
+        return None
+    better, other = pair
+    spans = plots.article_spans(evaluation.article_T)
+    difference_T = torch.from_numpy(evaluation.losses[other] - evaluation.losses[better])
+    stretches: list[Stretch] = []
+    for bin in evaluation.results["methods"][better].get("gain_by_position", []):
+        parts = [difference_T[start + bin["from"] : min(stop, start + bin["to"])] for start, stop in spans]
+        parts = [part for part in parts if len(part)]
+        sums, sizes = torch.stack([part.sum() for part in parts]), torch.tensor([len(part) for part in parts])
+        gain, ends = float(sums.sum() / sizes.sum()), list(bootstrap_ratio(sums, sizes))
+        stretches.append({**bin, "tokens": int(sizes.sum()), "articles": len(parts), "gain": gain, "ci95": [*ends]})
+    return f"{plots.short(better)} over {plots.short(other)}", stretches
 
 
 def _drawn_gates(evaluation: Evaluation) -> list[str]:
@@ -121,12 +164,15 @@ def _memories(evaluation: Evaluation) -> dict[str, dict[str, Floats]]:
     return memories
 
 
-def _per_article(evaluation: Evaluation) -> dict[str, Floats]:
+def _per_article(evaluation: Evaluation, names: Sequence[str]) -> dict[str, Floats]:
+    """Return the mean gain of each article that was read, by method."""
     counts = np.bincount(evaluation.article_T)
     read = np.flatnonzero(counts)
     gains = evaluation.gains
     return {
-        name: np.bincount(evaluation.article_T, weights=gains[name])[read] / counts[read] for name in evaluation.shown
+        name: np.bincount(evaluation.article_T, weights=gains[name])[read] / counts[read]
+        for name in names
+        if name in gains
     }
 
 
@@ -144,7 +190,7 @@ def _headline(evaluation: Evaluation) -> Json:
 def _captions(evaluation: Evaluation) -> Json:
     """Return what the captions say. Needs at least one method beside the baselines."""
     titles, article_T = evaluation.titles, evaluation.article_T
-    means = _per_article(evaluation)
+    means = _per_article(evaluation, evaluation.shown)
     read = np.unique(article_T)
     last = means[evaluation.shown[-1]]
     low, high = int(last.argmin()), int(last.argmax())
@@ -157,6 +203,7 @@ def _captions(evaluation: Evaluation) -> Json:
         "least": (titles[read[low]], float(last[low])),
         "window": plots.smoothing_window(article_T),
         "panels": list(_memories(evaluation)),
+        "pair": _pair(evaluation),
         "repetition": _repetition(evaluation),
         "classified": _classified(evaluation),
         "letters": [

@@ -12,11 +12,12 @@ from dynlm.methods import STATIC
 from dynlm.report.evaluation import Evaluation
 from dynlm.report.plots import article_spans
 from dynlm.report.tokens import tokens
-from dynlm.report.words import extremes
+from dynlm.report.words import Occurrences, extremes
 from dynlm.types import InputError
 
 Pieces = Callable[[Sequence[int]], list[str]]
 """the text that each token stands for"""
+WORDS = 8  # that came again, in the table
 MAP_TOKENS = 4096  # of an article: more is no pleasure to read, and makes the page slow
 
 
@@ -71,6 +72,24 @@ def token_maps(evaluation: Evaluation, pieces: Pieces | None, titles: Sequence[s
     }
 
 
+def words_again(evaluation: Evaluation, pieces: Pieces | None) -> Json | None:
+    """Return the words that static expected least and that an article uses again, with what static and the best rule
+    lost at each occurrence; None where the tokens are not known, or no word came again.
+
+    ``best``, ``words`` and ``mean`` (dynlm.report.words).
+    """
+    if evaluation.ids_T is None or not evaluation.shown or pieces is None:
+        return None
+    best, occurrences = _mapped(evaluation), Occurrences(WORDS)
+    static_T, best_T = evaluation.losses[STATIC], evaluation.losses[best]
+    for start, stop in article_spans(evaluation.article_T):
+        here = slice(start, stop)
+        occurrences.add(pieces(evaluation.ids_T[here].tolist()), static_T[here].tolist(), best_T[here].tolist())
+        occurrences.end_text()
+    words = occurrences.rows()
+    return {"best": best, "words": words, "mean": occurrences.mean(), "limit": occurrences.limit} if words else None
+
+
 def _mapped(evaluation: Evaluation) -> str:
     """Return the method whose map is shown first. A cache takes a little from every token that it does not hold, which
     reddens the whole map."""
@@ -108,9 +127,11 @@ def _choose(evaluation: Evaluation, method: str) -> list[Chosen]:
     gain_T = evaluation.gains[method]
     fit = [span for span in spans if span[1] - span[0] <= MAP_TOKENS] or spans
     order = sorted(fit, key=lambda span: float(gain_T[slice(*span)].mean()))
-    why = {len(order) - 1: "the most gained", len(order) // 2: "the middle", 0: "the least gained"}
+    why = {0: "the least gained", len(order) // 2: "the middle", len(order) - 1: "the most gained"}
+    if len(order) == 1:
+        why = {0: "the only one"}
     return [
         Chosen(text, int(evaluation.article_T[start]), start, min(stop, start + MAP_TOKENS), stop - start)
-        for place, text in why.items()
+        for place, text in sorted(why.items(), reverse=True)
         for start, stop in [order[place]]
     ]

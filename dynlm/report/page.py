@@ -57,6 +57,7 @@ def _environment() -> Environment:
         three=three,
         plus=plus,
         bits=bits,
+        course=course,
     )
     return environment
 
@@ -122,6 +123,14 @@ def span(ci95: Sequence[float | None] | None, digits: int = 3) -> str:
 def percent(fraction: float) -> str:
     """``0.345`` as "34.5 % lower"; below zero it is higher."""
     return f"{abs(fraction):.1%} ".replace("%", "\N{NO-BREAK SPACE}%") + ("lower" if fraction >= 0 else "higher")
+
+
+def course(losses: Sequence[float]) -> str:
+    """Say how a loss goes from the first occurrence to the last."""
+    change = losses[-1] - losses[0]
+    if signed(change, 1) == "0.0":
+        return "stays about the same"
+    return f"{'falls' if change < 0 else 'rises'} by {abs(change):.1f}"
 
 
 def plain(value: Any) -> str:

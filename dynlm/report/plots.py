@@ -16,11 +16,13 @@ from matplotlib.ticker import MaxNLocator
 
 from dynlm.report.evaluation import Floats, Ints
 from dynlm.report.looks import INK, looks
-from dynlm.report.page import interval
-from dynlm.report.svg import Drawing
+from dynlm.report.numbers import three
+from dynlm.report.page import interval, plain, signed, span
+from dynlm.report.svg import Drawing, Table, drawable, tell
 from dynlm.results import Interval, MethodResult, Row, Stretch
 
 GAIN = "gain over static (nats per token)"
+INTERVAL = "95 % interval"
 LETTERS = "ABCDEFGH"
 POINTS = 600  # points drawn a line along the stream: finer than a screen shows
 
@@ -36,14 +38,24 @@ def headline(methods: Mapping[str, MethodResult], shown: Sequence[str]) -> Drawi
         axes.axvline(0, color=INK, linewidth=1.0)
         axes.set_xlabel(GAIN)
 
-    return Drawing("gain", f"Gain over static of {spoken(methods)}", 0.9 + 0.27 * len(methods), paint)
+    rows = [
+        (name, signed(methods[name]["gain_nats_per_token"]), span(methods[name]["gain_ci95"]))
+        for name in reversed(list(methods))
+    ]
+    numbers = Table(("method", "gain, nats per token", INTERVAL), rows)
+    label = f"Gain over static of {spoken(methods)}"
+    return Drawing("gain", label, 0.9 + 0.27 * len(methods), paint, numbers=numbers)
 
 
-def by_position(bins: Mapping[str, Sequence[Stretch]], tenths: Sequence[Row]) -> Drawing:
-    """Mean gain by tokens read before, and by tenths of the article; ``bins`` is each method's ``gain_by_position``,
-    ``tenths`` the breakdown ``relative_position``.
+def by_position(
+    bins: Mapping[str, Sequence[Stretch]], tenths: Sequence[Row], ahead: tuple[str, Sequence[Stretch]] | None = None
+) -> Drawing:
+    """Mean gain by tokens read before; ``bins`` is each method's ``gain_by_position``.
 
-    The bins stand at equal distances, so that an axis of doubling bins reads as a logarithmic one.
+    A lone method has its intervals as a band. Bands of several would pile up and hide what pairing shows: instead, a
+    second panel shows ``ahead``, what is compared and the paired difference in each bin. ``tenths``, the breakdown
+    ``relative_position``, is in the table. The bins stand at equal distances, so that an axis of doubling bins reads as
+    a logarithmic one.
     """
     starts = sorted({int(entry["from"]) for entries in bins.values() for entry in entries})
     last = max((int(entry["to"]) for entries in bins.values() for entry in entries), default=0)
@@ -51,31 +63,64 @@ def by_position(bins: Mapping[str, Sequence[Stretch]], tenths: Sequence[Row]) ->
     place = {start: index + 0.5 for index, start in enumerate(starts)}
 
     def paint(figure: Figure, narrow: bool) -> None:
-        panels = grid(figure, 2 if tenths else 1, narrow, sharey=not narrow)
+        panels = grid(figure, 2 if ahead else 1, narrow)
         for name, look in looks(list(bins)).items():
-            known = [(place[int(e["from"])], e["gain"], e["ci95"]) for e in bins[name] if e["gain"] is not None]
-            band(panels[0], known, look)
-            if tenths:
-                of_tenths = [(k + 0.5, row["gain"][name]) for k, row in enumerate(tenths) if name in row["gain"]]
-                band(panels[1], [(x, gain["mean"], gain["ci95"]) for x, gain in of_tenths], look)
-        every = -(-len(edges) // (7 if narrow or tenths else 14))
-        panels[0].set_xticks(range(len(edges))[::every], [_thousands(edge) for edge in edges[::every]])
-        panels[0].set_xlim(0, max(len(starts), 1))
-        panels[0].set_xlabel("tokens of the article read before")
-        if tenths:
-            panels[1].set_xticks(range(0, 11, 2), [f"{10 * k} %" for k in range(0, 11, 2)])
-            panels[1].set_xlim(0, 10)
-            panels[1].set_xlabel("part of the article read before")
+            _stretches(panels[0], place, name, bins[name], look, banded=len(bins) == 1)
+        if ahead:
+            _stretches(panels[1], place, ahead[0], ahead[1], (INK, "."), banded=True)
+            panels[1].set_title(ahead[0])
+        every = -(-len(edges) // (7 if narrow or ahead else 14))
         for axes in panels:
             axes.axhline(0, color=INK, linewidth=1.0)
-            axes.set_ylabel(GAIN if axes is panels[0] or narrow else "")
+            axes.set_xticks(range(len(edges))[::every], [_thousands(edge) for edge in edges[::every]])
+            axes.set_xlim(0, max(len(starts), 1))
+            axes.set_xlabel("tokens of the article read before")
+            axes.set_ylabel(GAIN if axes is panels[0] else "nats per token")
         legend(figure, list(bins), narrow)
 
+    rows = [
+        (
+            name,
+            _told(entry),
+            signed(entry["gain"]),
+            span(entry["ci95"]),
+            plain(entry["tokens"]),
+            plain(entry["articles"]),
+        )
+        for name, entries in [*list(bins.items())[::-1], *([ahead] if ahead else [])]
+        for entry in entries
+    ]
+    for name in list(bins)[::-1]:
+        for row in tenths:
+            if (gain := row["gain"].get(name)) is not None:
+                counts = plain(row["tokens"]), plain(row["articles"])
+                rows.append((name, f"{row['bin']} of the article", signed(gain["mean"]), span(gain["ci95"]), *counts))
+    numbers = Table(("method", "read before", "gain", INTERVAL, "tokens", "articles"), rows)
     label = f"Gain over static by position in the article for {spoken(bins)}"
-    return Drawing("by-position", label, 3.7, paint, 6.2 if tenths else 3.7)
+    return Drawing("by-position", label, 3.7, paint, 6.2 if ahead else 3.7, numbers)
 
 
-def per_article(gains: Mapping[str, Floats]) -> Drawing:
+def _stretches(
+    axes: Axes,
+    place: Mapping[int, float],
+    name: str,
+    entries: Sequence[Stretch],
+    look: tuple[str, str],
+    banded: bool,
+) -> None:
+    """Draw the gains between positions as a line."""
+    known = [
+        (place[int(e["from"])], e["gain"], e["ci95"] if banded else None) for e in entries if e["gain"] is not None
+    ]
+    tips = [f"{name}, {_told(e)} tokens read: {signed(e['gain'])}" for e in entries if e["gain"] is not None]
+    band(axes, known, look, tips)
+
+
+def _told(entry: Stretch) -> str:
+    return f"{plain(entry['from'])} to {plain(entry['to'] - 1)}"
+
+
+def per_article(gains: Mapping[str, Floats], titles: Sequence[str]) -> Drawing:
     """Return each article's mean gain, (A,) a method, all in one order: the last method's, rising."""
     order = np.argsort(list(gains.values())[-1], kind="stable")
 
@@ -84,10 +129,11 @@ def per_article(gains: Mapping[str, Floats]) -> Drawing:
         axes.grid(visible=False, axis="x")
         size = 5.5 if len(order) <= (20 if narrow else 40) else 3.0
         for name, (colour, marker) in looks(list(gains)).items():
-            axes.plot(
+            (marks,) = axes.plot(
                 np.arange(1, len(order) + 1), gains[name][order],
                 color=colour, marker=marker, markersize=size, linestyle="none", alpha=0.85,
             )  # fmt: skip
+            tell(marks, [f"{titles[a]}: {name} {signed(gains[name][a])}" for a in order])
         axes.set_xlim(0.5, len(order) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel(f"articles, by the gain of {short(list(gains)[-1])}")
@@ -95,10 +141,15 @@ def per_article(gains: Mapping[str, Floats]) -> Drawing:
         axes.set_ylabel(GAIN)
         legend(figure, list(gains), narrow, line=False)
 
-    return Drawing("per-article", f"Mean gain over static of each article for {spoken(gains)}", 3.6, paint)
+    names = list(gains)[::-1]
+    rows = [(titles[a], *(signed(gains[name][a]) for name in names)) for a in order[::-1]]
+    label = f"Mean gain over static of each article for {spoken(gains)}"
+    return Drawing("per-article", label, 3.6, paint, numbers=Table(("article", *names), rows))
 
 
-def stream(memories: Mapping[str, Mapping[str, Floats]], article_T: Ints, names: Sequence[str]) -> Drawing:
+def stream(
+    memories: Mapping[str, Mapping[str, Floats]], article_T: Ints, names: Sequence[str], titles: Sequence[str]
+) -> Drawing:
     """Return what each level of memory takes off the loss along the first articles, one panel a level.
 
     ``memories``: for each panel's title the differences of instantaneous losses, (T,) nats; ``names`` are all methods
@@ -122,8 +173,16 @@ def stream(memories: Mapping[str, Mapping[str, Floats]], article_T: Ints, names:
         articles(panels, spans, total)
         legend(figure, [name for curves in memories.values() for name in curves if name in of], narrow, of=of)
 
+    curves = {
+        f"{title}: {name}" if name else title: values for title, of in memories.items() for name, values in of.items()
+    }
+    rows = [
+        (titles[article_T[start]], *(signed(float(values_T[start:stop].mean())) for values_T in curves.values()))
+        for start, stop in spans
+    ]
+    numbers = Table(("mean of article, nats per token", *curves), rows)
     label = f"What each level of memory saves along the first {len(spans)} articles"
-    return Drawing("stream", label, 1.2 + 2.1 * len(memories), paint)
+    return Drawing("stream", label, 1.2 + 2.1 * len(memories), paint, numbers=numbers)
 
 
 def articles(panels: Sequence[Axes], spans: Sequence[tuple[int, int]], total: int) -> None:
@@ -148,32 +207,37 @@ def grid(figure: Figure, n: int, narrow: bool, **shared: Any) -> list[Axes]:
     return list(figure.subplots(*shape, squeeze=False, **shared).flat)
 
 
-def point(axes: Axes, x: float, y: float, ci95: Interval, look: tuple[str, str]) -> None:
+def point(axes: Axes, x: float, y: float, ci95: Interval, look: tuple[str, str], tip: str) -> None:
     """A mean with the whiskers of its interval, lying."""
     colour, marker = look
     ends = interval(ci95)
     if ends is not None:
         axes.plot(ends, (y, y), color=colour, linewidth=1.6, solid_capstyle="butt")
-    axes.plot(x, y, color=colour, marker=marker, markersize=5.5, linestyle="none")
+    (mark,) = axes.plot(x, y, color=colour, marker=marker, markersize=5.5, linestyle="none")
+    tell(mark, [f"{tip}: {three(x)}" + (f" ({three(ends[0])} to {three(ends[1])})" if ends else "")])
 
 
 def points(axes: Axes, means: Mapping[str, tuple[float, Interval]], of: Mapping[str, tuple[str, str]]) -> None:
     """A row a method: (mean, interval). Methods without looks have the ink's."""
     for row, (name, (mean, ci95)) in enumerate(means.items()):
-        point(axes, mean, row, ci95, of.get(name, (INK, ".")))
+        point(axes, mean, row, ci95, of.get(name, (INK, ".")), name)
     axes.set_yticks(range(len(means)), [short(name) for name in means])
     axes.grid(visible=False, axis="y")
 
 
 def band(
-    axes: Axes, means: Sequence[tuple[float, float, Sequence[float | None] | None]], look: tuple[str, str]
+    axes: Axes,
+    means: Sequence[tuple[float, float, Sequence[float | None] | None]],
+    look: tuple[str, str],
+    tips: Sequence[str] = (),
 ) -> None:
-    """Means (x, y, interval) as a line, with the intervals as a band."""
+    """Means (x, y, interval) as a line, with the intervals as a band; a tip a mean."""
     colour, marker = look
-    axes.plot(
+    (line,) = axes.plot(
         [x for x, _, _ in means], [y for _, y, _ in means],
         color=colour, marker=marker, markersize=4.5, linewidth=1.5,
     )  # fmt: skip
+    tell(line, tips)
     known = [(x, *ends) for x, _, ci95 in means if (ends := interval(ci95))]
     if known:
         x, low, high = zip(*known, strict=True)
@@ -245,8 +309,8 @@ def moving_average(values_T: Floats, window: int) -> Floats:
 
 def short(name: str) -> str:
     """Return a method's name as a short label; what XML cannot hold becomes a dot."""
-    printable = "".join(character if character.isprintable() else "·" for character in name)
-    return printable if len(printable) <= 28 else printable[:27] + "…"
+    text = drawable(name)
+    return text if len(text) <= 28 else text[:27] + "…"
 
 
 def spoken(names: Sequence[str] | Mapping[str, object]) -> str:

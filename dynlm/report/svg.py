@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import warnings
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.style
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from dynlm.files import replacing
 from dynlm.report.looks import INK, METHODS
@@ -20,6 +23,7 @@ from dynlm.types import InputError
 
 WIDE, NARROW = 8.0, 4.4  # inches; a phone shows the narrow one at about its size
 FORMATS = ("svg", "png", "pdf")
+TIP = "tip "
 DOTS_PER_INCH = 200
 STYLE = {
     "svg.fonttype": "none",  # text stays text: selectable, searchable, in the page's font
@@ -44,6 +48,13 @@ STYLE = {
 }
 
 
+class Table(NamedTuple):
+    """The numbers of a figure, as text for readers."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
 @dataclass(frozen=True)
 class Drawing:
     """A figure, drawn when it is needed, at either width."""
@@ -58,6 +69,8 @@ class Drawing:
     """draws on an empty figure; the flag says that it is narrow"""
     narrow_height: float = 0.0
     """inches; 0 is as high as wide ones"""
+    numbers: Table | None = None
+    """what it shows, for those who want digits or do not see it"""
 
     def svg(self, narrow: bool = False) -> str:
         """One ``<svg>`` element without background. Equal data give equal bytes, whatever the user's settings."""
@@ -76,6 +89,8 @@ class Drawing:
         kind = path.suffix.removeprefix(".")
         dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
         with self._drawn(self.name, narrow=False) as figure, replacing(path) as temporary:
+            for artist in figure.findobj(lambda artist: (artist.get_gid() or "").startswith(TIP)):
+                artist.set_gid(None)  # a file has no tips
             figure.savefig(temporary, format=kind, dpi=DOTS_PER_INCH, facecolor="white", metadata=dates[kind])
 
     @contextmanager
@@ -88,6 +103,16 @@ class Drawing:
             figure = Figure(figsize=(NARROW if narrow else WIDE, height), layout="constrained")
             self.paint(figure, narrow)
             yield figure
+
+
+def tell(marks: Line2D, tips: Sequence[str]) -> None:
+    """Give each marker of a line, in their order, a text that a browser shows where the pointer rests on it."""
+    marks.set_gid(TIP + json.dumps([drawable(tip) for tip in tips]))
+
+
+def drawable(text: str) -> str:
+    """Return a text in which what XML cannot hold is a dot."""
+    return "".join(character if character.isprintable() else "·" for character in text)
 
 
 def formats(text: str) -> tuple[str, ...]:
@@ -107,6 +132,7 @@ def _inline(svg: str, name: str, label: str) -> str:
             if _local(child.tag) in ("metadata", "style"):
                 parent.remove(child)
     # By place: matplotlib's hash the layout's floats, whose last digits are not the same each time.
+    _tips(root)
     ids = {element.get("id"): f"{name}-{number}" for number, element in enumerate(root.iter()) if element.get("id")}
     for element in root.iter():
         element.tag = _local(element.tag)
@@ -117,6 +143,17 @@ def _inline(svg: str, name: str, label: str) -> str:
         root.attrib.pop(key, None)
     root.attrib.update({"role": "img", "aria-label": label})
     return ET.tostring(root, encoding="unicode")
+
+
+def _tips(root: ET.Element) -> None:
+    """Put the texts of :func:`tell` into the markers that they belong to."""
+    for group in root.iter():
+        if (told := group.get("id", "")).startswith(TIP):
+            group.attrib.pop("id")  # equal texts are equal ids
+            marks, texts = [e for e in group.iter() if _local(e.tag) == "use"], json.loads(told.removeprefix(TIP))
+            if len(marks) == len(texts):  # a marker outside of the axes is not drawn
+                for mark, text in zip(marks, texts, strict=True):
+                    ET.SubElement(mark, "title").text = text
 
 
 def _local(name: str) -> str:

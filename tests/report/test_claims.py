@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from dynlm.report.page import percent
+from dynlm.report.evaluation import load_evaluation
+from dynlm.report.html import _ahead
+from dynlm.report.maps import words_again
+from dynlm.report.page import course, percent, signed
 from dynlm.report.svg import Drawing
 from tests.report.pages import Page, verdicts
+from tests.support.evaluations import pieces
 
 pytestmark = pytest.mark.usefixtures("quick_figures")
 
@@ -108,3 +114,93 @@ def test_perplexities_beyond_all_numbers_have_a_page(make_run):
     run.value["methods"]["static"].update(word_ppl=None, token_ppl=None)
     run.save()
     assert "beyond a million" in Page(run).text
+
+
+@pytest.mark.parametrize(
+    ("articles", "said"),
+    [(1, ["the only one"]), (2, ["the most gained", "the least gained"])],
+)
+def test_articles_of_the_map_are_called_what_they_are(make_run, articles, said):
+    page = Page(make_run(articles=articles))
+    assert re.findall(r"<h3>Title \d <span class=\"kind\">([^:]*):", page.source) == said
+    assert "Three articles" not in page.text
+
+
+def test_three_articles_are_called_three(make_run):
+    assert "Three articles: those where gated gains most" in Page(make_run()).text
+
+
+@pytest.mark.parametrize(
+    ("last", "said"), [(0.5, "falls by 4.5"), (7.0, "rises by 2.0"), (5.01, "stays about the same")]
+)
+def test_how_losses_go_from_the_first_to_the_third_occurrence(last, said):
+    assert course([5.0, 4.0, last]) == said
+
+
+def test_words_that_came_again_stand_in_front_and_say_how_losses_go(make_run):
+    run = make_run()
+    page = Page(run)
+    words = words_again(load_evaluation(run), pieces)
+    assert page.source.index('id="again"') < page.source.index('id="results"')
+    mean = words["mean"]
+    assert f"the loss of static {course(mean['static'])}, that of gated {course(mean['adapted'])}" in page.text
+    run.losses_by_method["static"] = run.losses_by_method["static"] * 0 + 0.1  # static expected every word
+    run.losses_by_method["gated"] = run.losses_by_method["static"]
+    for name in ("static", "gated"):
+        run.value["methods"][name]["nats"] = float(run.losses_by_method[name].sum())
+    run.save()
+    assert 'id="again"' not in Page(run).source
+
+
+def test_the_median_article_is_told_beside_the_mean(make_run):
+    run = make_run(articles=3)
+    gain_T = run.losses_by_method["static"] - run.losses_by_method["gated"]
+    middle = sorted(float(gain_T[run.article == a].mean()) for a in range(3))[1]
+    row = re.search(r'<th scope="row">gated .*?</tr>', Page(run).source, re.DOTALL)[0]
+    assert f"<td>{signed(middle)}</td>" in row
+
+
+@pytest.mark.parametrize(("methods", "paired"), [(("static", "rms"), False), (("static", "rms", "gated"), True)])
+def test_caption_of_the_position_tells_of_a_band_or_of_a_difference(make_run, methods, paired):
+    text = Page(make_run(methods)).text
+    assert ("by how much gated is better than rms" in text) is paired
+    assert ("The band is the 95" in text) is not paired
+
+
+def test_paired_difference_is_that_of_the_losses(make_run):
+    run = make_run()
+    title, stretches = _ahead(load_evaluation(run))
+    first = run.position < 32
+    difference = (run.losses_by_method["rms"] - run.losses_by_method["gated"])[first]
+    assert title == "gated over rms"
+    assert stretches[0]["gain"] == pytest.approx(float(difference.mean()), rel=1e-5)
+    assert stretches[0]["tokens"] == int(first.sum())
+    assert stretches[0]["ci95"][0] <= stretches[0]["gain"] <= stretches[0]["ci95"][1]
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_arrows_are_explained_where_there_are_any(make_run, wide):
+    run = make_run()
+    if wide:
+        run.value["breakdowns"]["vocabulary"][0]["gain"]["gated"]["ci95"] = [-50.0, 50.0]
+    run.save()
+    assert ("An arrow marks an interval that goes on" in Page(run).text) is wide
+
+
+def test_a_rule_that_loses_is_said_to_lose(make_run):
+    run = make_run(("static", "rms"))
+    run.losses_by_method["rms"] = run.losses_by_method["static"] + 0.5
+    nats = float(run.losses_by_method["rms"].sum())
+    run.value["methods"]["rms"].update(nats=nats, gain_nats_per_token=-0.5, gain_ci95=[-0.6, -0.4])
+    run.save()
+    text = Page(run).text
+    assert "less likely" in text
+    assert "of 10: rms 0." in text
+    assert "% higher" in text.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_every_figure_of_the_page_has_its_numbers(make_run):
+    source = Page(make_run(reset="never")).source
+    figures = re.findall(r"<figure id.*?</figure>", source, re.DOTALL)
+    assert len(figures) > 6
+    assert all("Numbers of this figure" in figure for figure in figures)

@@ -151,7 +151,7 @@ def test_articles_can_be_chosen_by_title(make_run):
     source = write_report(run, pieces=pieces, titles=["Title 7", "Title 2"]).read_text(encoding="utf-8")
     assert re.findall(r"<h3>(Title \d) ", source) == ["Title 7", "Title 2"]
     assert source.count("data-s=") == int(((run.article == 7) | (run.article == 2)).sum())
-    with pytest.raises(InputError, match="'Titel 7', which was not read: did you mean 'Title 7'"):
+    with pytest.raises(InputError, match="article 'Titel 7' was not read: did you mean 'Title 7'"):
         write_report(run, pieces=pieces, titles=["Titel 7"])
 
 

@@ -3,51 +3,61 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
 
 from dynlm.report import plots
-from dynlm.report.charts import after_switch, calibration, gates, words
+from dynlm.report.charts import after_switch, calibration, gates, is_cut, scale, words
+from dynlm.report.curves import ROWS, Validation, learning, load_curves
 from dynlm.report.evaluation import GateCurves
 from dynlm.report.looks import INK, METHODS, looks
-from dynlm.report.page import interval
+from dynlm.report.page import interval, signed
 from dynlm.report.svg import Drawing
+from dynlm.runs import Run
+from dynlm.types import InputError
 
 NAMES = ("sgd", "rms", "gated")
 ARTICLE_T = np.repeat(np.arange(10), 50)
+TITLES = [f"Title {k}" for k in range(10)]
 GAINS = {name: np.linspace(-0.1, 0.1 * (i + 1), 500) for i, name in enumerate(NAMES)}
 PER_ARTICLE = {name: gain.reshape(10, 50).mean(1) for name, gain in GAINS.items()}
 HOSTILE = ("_hidden", "</text><script>alert(1)</script>", "$x^2$ 100% \x00\ud800", "日本", "n" * 99)
 
 
+BIN = {"from": 0.0, "to": 1.0, "tokens": 10, "confidence": 0.5, "accuracy": 0.4}
+COUNTS = {"tokens": 10, "articles": 2}
+
+
 def bins(*names: str) -> dict[str, list[dict[str, object]]]:
     entries = [
-        {"from": 0, "to": 32, "gain": 0.0, "ci95": [-0.1, 0.1]},
-        {"from": 32, "to": 64, "gain": 0.2, "ci95": [0.2, 0.2]},
-        {"from": 64, "to": 96, "gain": None, "ci95": None},
+        {**COUNTS, "from": 0, "to": 32, "gain": 0.0, "ci95": [-0.1, 0.1]},
+        {**COUNTS, "from": 32, "to": 64, "gain": 0.2, "ci95": [0.2, 0.2]},
+        {**COUNTS, "from": 64, "to": 96, "gain": None, "ci95": None},
     ]
     return dict.fromkeys(names, entries)
 
 
 def rows(names, *labels):
     gain = {name: {"mean": 0.1, "ci95": [0.0, 0.2]} for name in names}
-    return [{"bin": label, "tokens": 10, "static": 4.0, "gain": gain} for label in labels]
+    return [{**COUNTS, "bin": label, "static": 4.0, "gain": gain} for label in labels]
 
 
 def drawings(names: tuple[str, ...] = NAMES) -> list[Drawing]:
     gains = dict.fromkeys(names, GAINS["rms"])
     methods = {name: {"gain_nats_per_token": 0.1, "gain_ci95": [0.0, 0.2]} for name in names}
-    told = {name: {"ece": 0.1, "ci95": [0.0, 0.2], "bins": [{"confidence": 0.5, "accuracy": 0.4}]} for name in names}
+    told = {name: {"ece": 0.1, "ci95": [0.0, 0.2], "bins": [BIN]} for name in names}
     gate = GateCurves(np.ones((3, 30, len(names))), list(names), [1] * len(names), [10, 20])
     return [
         plots.headline(methods, names),
         plots.by_position(bins(*names), rows(names, *(str(k) for k in range(10)))),
-        plots.per_article(dict.fromkeys(names, PER_ARTICLE["rms"])),
-        plots.stream({"weights": gains, "more": {"": GAINS["rms"]}}, ARTICLE_T, names),
+        plots.per_article(dict.fromkeys(names, PER_ARTICLE["rms"]), TITLES),
+        plots.stream({"weights": gains, "more": {"": GAINS["rms"]}}, ARTICLE_T, names, TITLES),
         words({"occurrence": rows(names, "first", "later")}, names, 400),
         calibration(told, names),
         gates("gated", 0, gate, 32),
@@ -133,21 +143,21 @@ def test_position_axis_is_labelled_with_the_edges_of_the_bins() -> None:
 
 def test_figures_without_bins_or_with_one_article() -> None:
     assert plots.by_position({"rms": []}, []).svg().startswith("<svg")
-    alone = texts(plots.per_article({"rms": np.array([0.1])}).svg())
+    alone = texts(plots.per_article({"rms": np.array([0.1])}, ["one"]).svg())
     assert alone[: alone.index("articles, by the gain of rms")] == ["1"]
-    drawn = texts(plots.stream({"weights": {"rms": np.array([0.1])}}, np.array([0]), ["rms"]).svg())
+    drawn = texts(plots.stream({"weights": {"rms": np.array([0.1])}}, np.array([0]), ["rms"], ["one"]).svg())
     assert "A" in drawn
     assert "B" not in drawn
 
 
 def test_the_stream_shows_eight_articles_with_letters() -> None:
-    drawn = texts(plots.stream({"weights": GAINS}, ARTICLE_T, NAMES).svg())
+    drawn = texts(plots.stream({"weights": GAINS}, ARTICLE_T, NAMES, TITLES).svg())
     assert [text for text in drawn if text in set("ABCDEFGHIJ")] == list("ABCDEFGH")
 
 
 def test_the_stream_has_a_bounded_number_of_points() -> None:
     many = 100_000
-    svg = plots.stream({"weights": {"rms": np.sin(np.arange(many))}}, np.arange(many) // 20_000, ["rms"]).svg()
+    svg = plots.stream({"weights": {"rms": np.sin(np.arange(many))}}, np.arange(many) // 20_000, ["rms"], TITLES).svg()
     assert svg.count("L ") < 1.5 * plots.POINTS
 
 
@@ -212,3 +222,65 @@ def test_label_is_escaped_and_references_are_prefixed() -> None:
     assert "<script>" not in svg
     assert 'aria-label="&quot;&gt;&lt;script&gt;"' in svg
     assert all(found.startswith("fig-") for found in re.findall(r'\bid="([^"]*)"', svg))
+
+
+def test_every_figure_has_its_numbers_and_its_marks_tell_theirs() -> None:
+    for drawing in drawings():
+        assert drawing.numbers is not None
+        assert drawing.numbers.rows
+        assert {len(row) for row in drawing.numbers.rows} == {len(drawing.numbers.head)}
+    tips = re.findall("<title>([^<]*)</title>", drawings()[2].svg())
+    assert len(tips) == len(NAMES) * len(TITLES)
+    assert f"Title 0: rms {signed(PER_ARTICLE['rms'][0])}" in tips
+    assert drawings()[0].svg().count("<title>") == len(NAMES)
+
+
+def test_files_have_no_tips(tmp_path: Path) -> None:
+    drawings()[2].save(tmp_path / "a.svg")
+    assert "Title 0" not in (tmp_path / "a.svg").read_text()
+
+
+def test_a_lone_method_has_a_band_and_several_have_a_paired_difference() -> None:
+    def bands(drawing: Drawing) -> int:
+        return drawing.svg().count("fill-opacity: 0.1")
+
+    assert bands(plots.by_position(bins("rms"), [])) == 1
+    assert bands(plots.by_position(bins("rms", "gated"), [])) == 0
+    compared = plots.by_position(bins("rms", "gated"), [], ("gated over rms", bins("x")["x"]))
+    assert bands(compared) == 1
+    assert "gated over rms" in texts(compared.svg())
+
+
+def test_classes_share_one_scale_and_wide_intervals_are_cut() -> None:
+    narrow, wide = rows(("rms",), "first"), rows(("rms",), "later")
+    assert scale({"occurrence": narrow}, ["rms"]) == pytest.approx((-0.0075, 0.1575))
+    assert not is_cut({"occurrence": narrow[:0], "vocabulary": narrow[:0]}, ["rms"])
+    wide[0]["gain"]["rms"]["ci95"] = [-9.0, 9.0]
+    assert scale({"occurrence": narrow, "vocabulary": wide}, ["rms"]) == pytest.approx((-0.06, 0.16))
+    assert is_cut({"occurrence": narrow, "vocabulary": wide}, ["rms"])
+
+
+def test_learning_curves_are_those_of_the_logs(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    lines = [{"step": 10 * k, "train": 5.0 - k, "valid": 4.0, "seconds": 1.5 * k, "more": 1} for k in range(3)]
+    lines[1]["train"] = float("nan")
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "meta-train-seed2.jsonl").write_text(json.dumps(lines[0]))
+    (tmp_path / "meta-train-notes.jsonl").write_text("of somebody else")
+    curves = load_curves(run)
+    assert list(curves) == ["training", "meta-training, seed 2"]
+    drawing = learning(curves)
+    assert drawing.numbers is not None
+    assert drawing.numbers.rows[1] == ("training", "10", "–", "4.0000", "2")
+    assert "step 20: train 3.0000" in drawing.svg()
+    (tmp_path / "train.jsonl").write_text("{")
+    with pytest.raises(InputError, match=r"train\.jsonl, line 1 is no JSON"):
+        load_curves(run)
+
+
+def test_long_logs_are_told_in_part_and_end_with_the_last_validation() -> None:
+    records: list[Validation] = [{"step": k, "train": 1.0, "valid": 1.0, "seconds": 1.0} for k in range(1000)]
+    numbers = learning({"training": records}).numbers
+    assert numbers is not None
+    assert len(numbers.rows) <= ROWS
+    assert numbers.rows[-1][1] == "999"

@@ -54,7 +54,12 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "read": Command("cli.read.main", "read your own texts and see, token by token, what learning while reading gains"),
     "train": Command(
-        "stages.train.train", "train tokenizer and base model, or copy a ready one into the run", True, True, True
+        "stages.train.train",
+        "train tokenizer and base model, or copy a ready one into the run",
+        True,
+        True,
+        True,
+        shared=True,
     ),
     "tune": Command("stages.tune.tune", "tune the hand-made rules on the meta split", True, shared=True),
     "plan": Command("stages.plan.plan", "predict memory and time of meta-training; needs no data"),

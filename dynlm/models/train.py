@@ -11,6 +11,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -33,6 +35,7 @@ from dynlm.files import Json, read_tensors, require_layout, write_tensors
 from dynlm.interrupt import Interrupted, Interruptible
 from dynlm.models.core import Hidden
 from dynlm.models.lstm import LSTMForCausalLM
+from dynlm.processes import count, exchanged, largest, once, rank
 from dynlm.progress import Bar
 from dynlm.runs import Run
 from dynlm.settings import AnyFloat, Count, NotNegative, Positive, Seed, Settings, Share, Whole, as_json
@@ -118,9 +121,9 @@ def train_base_model(
                 _validate(trainer, run, save_best, loss, seconds)
                 track({"valid": trainer.records[-1]["valid"]}, step)
                 bar.write(trainer.told())
-            if signals.asked and step < trainer.total_steps:
-                _leave(trainer, run, signals.asked, time.perf_counter() - started)
-    accelerator.wait_for_everyone()
+            asked = largest(signals.asked)
+            if asked and step < trainer.total_steps:
+                _leave(trainer, run, asked, time.perf_counter() - started)
     return trainer.progress
 
 
@@ -136,12 +139,11 @@ def _validate(
     improved = valid < trainer.progress.best
     trainer.progress = Progress(step, min(valid, trainer.progress.best), seconds)
     trainer.records.append({"step": step, "train": loss, "valid": valid, "seconds": round(seconds, 1)})
-    if trainer.accelerator.is_main_process:
-        with changing(run.path) as new:
-            if improved:
-                save_best(trainer.bare_model, new)
-            write_log(new.at(run.log("train")), trainer.records)
-            write_tensors(new.at(run.checkpoint("train")), *trainer.state())
+    with changing(run.path) as new:
+        if improved:
+            save_best(trainer.bare_model, new)
+        write_log(new.at(run.log("train")), trainer.records)
+        write_tensors(new.at(run.checkpoint("train")), *trainer.state())
 
 
 def _leave(trainer: _Trainer, run: Run, signal_number: int, seconds: float) -> None:
@@ -150,8 +152,7 @@ def _leave(trainer: _Trainer, run: Run, signal_number: int, seconds: float) -> N
     if math.isinf(trainer.progress.best):
         raise Interrupted("interrupted before the first validation: nothing was saved", signal_number)
     trainer.progress = trainer.progress._replace(seconds=seconds)
-    if trainer.accelerator.is_main_process:
-        write_tensors(run.checkpoint("train"), *trainer.state())
+    once(partial(write_tensors, run.checkpoint("train"), *trainer.state()))
     raise Interrupted(f"interrupted after step {step}, which is saved: --resume goes on from there", signal_number)
 
 
@@ -230,7 +231,7 @@ class _Trainer:
             self.hidden = tuple((h * kept_B1, c * kept_B1) for h, c in self.hidden)
         with self.accelerator.autocast():
             output = self.model(window[:, :-1], hidden=self.hidden, targets=window[:, 1:])
-        value = float((output.loss - output.penalty).detach())
+        value = fmean(exchanged(float((output.loss - output.penalty).detach())))
         if not math.isfinite(value):
             message = f"training loss is {value} at step {step}: lower lr ({self.config.lr:g})"
             raise InputError(message, setting="train.lr")
@@ -259,11 +260,13 @@ class _Trainer:
     def state(self) -> tuple[dict[str, Tensor], Json]:
         tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.bare_model.named_parameters()}
         tensors |= optimizer_tensors(self.optimizer)
-        for layer, (h, c) in enumerate(self.hidden or ()):
-            tensors |= {f"hidden.{layer}.h": h, f"hidden.{layer}.c": c}
-        tensors["rng.cpu"] = torch.get_rng_state()
+        own: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
-            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+            own["rng.cuda"] = torch.cuda.get_rng_state()
+        for layer, (h, c) in enumerate(self.hidden or ()):
+            own |= {f"hidden.{layer}.h": h.cpu(), f"hidden.{layer}.c": c.cpu()}
+        parts = exchanged(own)  # what each process has of its own streams
+        tensors |= {name: torch.cat([part[name] for part in parts]) for name in own}
         settings = as_json(self.config)
         return tensors, {"progress": self.progress._asdict(), "config": settings, "log": self.records}
 
@@ -276,21 +279,24 @@ class _Trainer:
                     parameter.copy_(tensors[f"model.{name}"])
             load_optimizer(self.optimizer, tensors)
             device, layers = self.accelerator.device, self.bare_model.config.num_hidden_layers
-            self.hidden = tuple(
-                (tensors[f"hidden.{i}.h"].to(device), tensors[f"hidden.{i}.c"].to(device)) for i in range(layers)
-            )
-            torch.set_rng_state(tensors["rng.cpu"])
+            hidden = [(tensors[f"hidden.{i}.h"], tensors[f"hidden.{i}.c"]) for i in range(layers)]
+            self.hidden = tuple((h[self.local].to(device), c[self.local].to(device)) for h, c in hidden)
+            torch.set_rng_state(tensors["rng.cpu"].chunk(count())[rank()].clone())
             if torch.cuda.is_available() and "rng.cuda" in tensors:
-                torch.cuda.set_rng_state(tensors["rng.cuda"])
+                torch.cuda.set_rng_state(tensors["rng.cuda"].chunk(count())[rank()].clone())
             self.progress, self.records = progress, records
 
     def layout(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what a checkpoint must hold; of ``tensors``, whether it is one of a CUDA device."""
+        random = torch.get_rng_state()
+        made_by = tensors["rng.cpu"].numel() // random.numel() if "rng.cpu" in tensors else count()
+        if made_by != count():  # each draws dropout of its own
+            raise InputError(f"it was made by {made_by} processes, not by {count()}: resume with as many")
         layout: dict[str, Tensor] = {f"model.{name}": p for name, p in self.bare_model.named_parameters()}
         layout |= optimizer_layout(self.optimizer, tensors)
-        for layer, (h, c) in enumerate(self.bare_model.initial_hidden(self.local.stop - self.local.start)):
+        for layer, (h, c) in enumerate(self.bare_model.initial_hidden(self.config.batch_size)):
             layout |= {f"hidden.{layer}.h": h, f"hidden.{layer}.c": c}
-        layout["rng.cpu"] = torch.get_rng_state()
+        layout["rng.cpu"] = random.repeat(count())
         return layout | ({"rng.cuda": tensors["rng.cuda"]} if "rng.cuda" in tensors else {})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 from dynlm.changes import Changes, changing
 from dynlm.data.articles import Corpus, load_corpus
@@ -11,7 +12,7 @@ from dynlm.files import Json
 from dynlm.kept import free, saved_settings
 from dynlm.models.lstm import LSTMForCausalLM
 from dynlm.models.train import Progress, choose_precision, train_base_model
-from dynlm.processes import is_main
+from dynlm.processes import once
 from dynlm.runs import Run
 from dynlm.stages.adopt import adopt, begin_run, write_recipe
 from dynlm.stages.recipe import Recipe, recipe_of_run, require_apart, require_same
@@ -42,8 +43,7 @@ def train(recipe: Recipe, demo: bool = False) -> Json | None:
         tokenizer = train_tokenizer(recipe.tokenizer, corpus.split("train") + corpus.meta)
         work = run.retraining if run.model.exists() and read_stamped(run.recipe)[1].finished else run
     progress = _train(recipe, work, tokenizer, corpus, demo)
-    if is_main():
-        _finish(recipe, work, run)
+    once(partial(_finish, recipe, work, run))
     print(f"best validation {progress.best:.4f} nats/token after {progress.seconds / 60:.1f} minutes of training")
     return {"validation_nats_per_token": progress.best, "steps": progress.step, "seconds": progress.seconds}
 
@@ -72,7 +72,7 @@ def _train(recipe: Recipe, work: Run, tokenizer: Tokenizer, corpus: Corpus, demo
     print(f"threads: {choose_threads(recipe.threads, product=product)}")
     print("precision: {} ({})".format(*choose_precision(recipe.train)), flush=True)
     fresh = not recipe.resume
-    if fresh and is_main() and run.parts("train").parent.exists():
+    if fresh and run.parts("train").parent.exists():
         with changing(run.path) as new:
             new.remove(run.checkpoint("train"), run.retraining.path)
 

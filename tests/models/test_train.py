@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 
 from dynlm.interrupt import Interrupted
 from dynlm.models import train
@@ -16,6 +17,7 @@ from dynlm.models.train import TrainConfig, _Trainer, choose_precision, cycle, t
 from dynlm.runs import Run
 from dynlm.types import InputError
 from lab import START, VOCAB, make_article
+from support.together import together
 
 CONFIG = TrainConfig(epochs=2, batch_size=4, segment=10, lr=2e-2, validations_per_epoch=2, precision="fp32")
 ARTICLES = ([make_article(300, seed=1) for _ in range(4)], [make_article(300, seed=1)])
@@ -146,3 +148,39 @@ def test_a_signal_leaves_no_validation_out(tmp_path, monkeypatch):
     assert [json.loads(line)["step"] for line in run.log("train").read_text().splitlines()] == steps
     for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_two_processes_train_together_and_resume_bit_for_bit(tmp_path):
+    config = replace(CONFIG, reset=0.1)
+
+    def work(name, most=0, resume=False):
+        AcceleratorState._reset_state(True)  # of this test's own process, which others are forked from
+        GradientState._reset_state()
+        model, run = build(), Run(tmp_path / name)
+        steps = _Trainer.steps
+
+        def cut(trainer):
+            for loss in steps(trainer):
+                if trainer.progress.step == most:
+                    signal.raise_signal(signal.SIGINT)
+                yield loss
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_Trainer, "steps", cut)
+            try:
+                train_base_model(model, ARTICLES, config, run, ignore, resume)
+            except Interrupted as error:
+                return str(error)
+        return AcceleratorState().num_processes, [p.detach() for p in model.parameters()]
+
+    (n, straight), (_, other) = together(lambda: work("straight"))
+    assert n == 2
+    assert all(map(torch.equal, straight, other))
+    assert (
+        together(lambda: work("cut", 20))
+        == ["interrupted after step 20, which is saved: --resume goes on from there"] * 2
+    )
+    with pytest.raises(InputError, match="was made by 2 processes, not by 1: resume with as many"):
+        work("cut", resume=True)
+    for resumed in together(lambda: work("cut", resume=True)):
+        assert all(map(torch.equal, resumed[1], straight))

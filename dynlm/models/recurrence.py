@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,29 +117,29 @@ def _step_by_step(
     return torch.stack(outputs, 1), (h, c)
 
 
-class Factors(NamedTuple):
-    """What one unit of ∂c or ∂h sends on, at each step of a stream of T steps and H units."""
+def _run_back(grad_TH: Tensor, gates: Tensor, c0: Tensor, weight_hh: Tensor) -> Tensor:
+    """Gradients of the gates (T, 4H) from those of the outputs, last step first: the plain form.
 
-    c_to_gates: Tensor
-    """(T, 3, H): ∂c to the gates i, f, g"""
-    h_to_gate: Tensor
-    """(T, H): ∂h to the gate o"""
-    h_to_c: Tensor
-    """(T, H)"""
-    c_to_before: Tensor
-    """(T, H): ∂c to the cell state before"""
-
-
-def _run_back(grad_TH: Tensor, factors: Factors, weight_hh: Tensor) -> Tensor:
-    """Gradients of the gates (T, 4H) from those of the outputs, last step first: the plain form."""
+    ``gates`` are as they were before their nonlinearities, and are used up.
+    """
     n_steps, width = grad_TH.shape
+    i, f, g, o = gates.chunk(4, dim=1)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    cells = [c0[0]]
+    for candidate, forget in zip((i * g).unbind(), f.unbind(), strict=True):
+        cells.append(torch.addcmul(candidate, forget, cells[-1]))
+    c_before, tanh_c = torch.stack(cells[:-1]), torch.stack(cells[1:]).tanh_()
+    # what one unit of ∂c sends to the gates i, f, g, and one of ∂h to the gate o and to ∂c
+    from_c = torch.stack([g * i * (1 - i), c_before * f * (1 - f), i * (1 - g * g)], dim=1)
+    from_h = tanh_c * o * (1 - o)
+    h_to_c = o * (1 - tanh_c * tanh_c)
     grad_gates = grad_TH.new_empty(n_steps, 4, width)
     grad_c, grad_h = torch.zeros_like(grad_TH[0]), grad_TH[-1]
     for t in reversed(range(n_steps)):
-        grad_c = torch.addcmul(grad_c, grad_h, factors.h_to_c[t])
-        torch.mul(factors.c_to_gates[t], grad_c, out=grad_gates[t, :3])
-        torch.mul(factors.h_to_gate[t], grad_h, out=grad_gates[t, 3])
-        grad_c = grad_c * factors.c_to_before[t]
+        grad_c = torch.addcmul(grad_c, grad_h, h_to_c[t])
+        torch.mul(from_c[t], grad_c, out=grad_gates[t, :3])
+        torch.mul(from_h[t], grad_h, out=grad_gates[t, 3])
+        grad_c = grad_c * f[t]
         if t:
             grad_h = torch.addmv(grad_TH[t - 1], weight_hh.t(), grad_gates[t].flatten())
     return grad_gates.flatten(1)
@@ -148,43 +148,53 @@ def _run_back(grad_TH: Tensor, factors: Factors, weight_hh: Tensor) -> Tensor:
 _BACK = Kernel(
     "back",
     """
-  T *restrict grad_c = calloc(2 * H, sizeof(T)), *restrict grad_h = grad_c + H;
+  T *restrict cells = malloc((2 * steps + 3) * H * sizeof(T)), *restrict tanh_c = cells + (steps + 1) * H;
+  T *restrict grad_c = tanh_c + steps * H, *restrict grad_h = grad_c + H;
+  for (long j = 0; j < H; j++) cells[j] = cell[j], grad_c[j] = grad_h[j] = 0;
+  for (long t = 0; t < steps; t++) {
+    const T *restrict at = gates + t * 4 * H;
+    for (long j = 0; j < H; j++)
+      cells[(t + 1) * H + j] = at[H + j] * cells[t * H + j] + at[j] * at[2 * H + j];
+    for (long j = 0; j < H; j++) tanh_c[t * H + j] = TANH(cells[(t + 1) * H + j]);
+  }
   for (long t = steps - 1; t >= 0; t--) {
-    T *restrict out = gates + t * 4 * H;
+    T *restrict at = gates + t * 4 * H;
     for (long j = 0; j < H; j++) {
-      const T h = grad_h[j] + grad[t * H + j], c = grad_c[j] + h * h_to_c[t * H + j];
-      for (long k = 0; k < 3; k++) out[k * H + j] = c * c_to_gates[(t * 3 + k) * H + j];
-      out[3 * H + j] = h * h_to_gate[t * H + j];
-      grad_c[j] = c * c_to_before[t * H + j];
+      const T i = at[j], f = at[H + j], g = at[2 * H + j], o = at[3 * H + j], u = tanh_c[t * H + j];
+      const T h = grad_h[j] + grad[t * H + j], c = grad_c[j] + h * o * (1 - u * u);
+      at[j] = c * g * i * (1 - i);
+      at[H + j] = c * cells[t * H + j] * f * (1 - f);
+      at[2 * H + j] = c * i * (1 - g * g);
+      at[3 * H + j] = h * u * o * (1 - o);
+      grad_c[j] = c * f;
       grad_h[j] = 0;
     }
     for (long k = 0; k < 4 * H && t; k += 4) {  /* 4 H is a multiple of 4 */
-      const T a = out[k], b = out[k + 1], c = out[k + 2], d = out[k + 3];
+      const T a = at[k], b = at[k + 1], c = at[k + 2], d = at[k + 3];
       const T *restrict w = weight + k * H;
       for (long j = 0; j < H; j++) grad_h[j] += a * w[j] + b * w[H + j] + c * w[2 * H + j] + d * w[3 * H + j];
     }
   }
-  free(grad_c);""",
+  free(cells);""",
     (
         *map(Long, ("steps", "H")),
         Array("grad", "steps, H"),
-        Array("c_to_gates", "steps, 3, H"),
-        Array("h_to_gate", "steps, H"),
-        Array("h_to_c", "steps, H"),
-        Array("c_to_before", "steps, H"),
+        Array("cell", "1, H"),
         Array("weight", "4 * H, H"),
         Array("gates", "steps, 4 * H", out=True),
     ),
+    head="#define TANH(x) _Generic((x), float: tanhf, double: tanh)(x)",
 )
 
 
-def _run_back_in_c(grad_TH: Tensor, factors: Factors, weight_hh: Tensor) -> Tensor:
-    """Return the same, without a call into torch at every step."""
-    n_steps, width = grad_TH.shape
-    grad_gates = grad_TH.new_empty(n_steps, 4 * width)
-    arrays = {"grad": grad_TH, "weight": weight_hh, "gates": grad_gates}
-    _BACK({"steps": n_steps, "H": width, **arrays, **factors._asdict()})
-    return grad_gates
+def _run_back_in_c(grad_TH: Tensor, gates: Tensor, c0: Tensor, weight_hh: Tensor) -> Tensor:
+    """Return the same, in the memory of the gates and without a call into torch at every step."""
+    (n_steps, width), n = grad_TH.shape, 2 * grad_TH.shape[1]
+    gates[:, :n].sigmoid_()
+    gates[:, n : n + width].tanh_()
+    gates[:, n + width :].sigmoid_()
+    _BACK({"steps": n_steps, "H": width, "grad": grad_TH, "cell": c0, "weight": weight_hh, "gates": gates})
+    return gates
 
 
 def _run(
@@ -220,19 +230,8 @@ def _gradients(grad_TH: Tensor, output_TH: Tensor, *inputs: Tensor) -> tuple[Ten
     x_TD, h0, c0, weight_ih, weight_hh, bias = inputs
     before_TH = torch.cat([h0, output_TH[:-1]])
     gates = torch.addmm(bias, x_TD, weight_ih.t()).addmm_(before_TH, weight_hh.t())
-    i, f, g, o = gates.chunk(4, dim=1)
-    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-    cells = [c0[0]]
-    for candidate, forget in zip((i * g).unbind(), f.unbind(), strict=True):
-        cells.append(torch.addcmul(candidate, forget, cells[-1]))
-    c_before, tanh_c = torch.stack(cells[:-1]), torch.stack(cells[1:]).tanh_()
-    # what one unit of ∂c (first three) or ∂h (last) sends to each gate, and ∂h to ∂c
-    from_c = torch.stack([g * i * (1 - i), c_before * f * (1 - f), i * (1 - g * g)], dim=1)
-    from_h = tanh_c * o * (1 - o)
-    h_to_c = o * (1 - tanh_c * tanh_c)
-    factors = Factors(from_c, from_h, h_to_c, f)
     run_back = _run_back_in_c if _BACK.serves(grad_TH) else _run_back
-    grad_gates = run_back(grad_TH, factors, weight_hh)
+    grad_gates = run_back(grad_TH, gates, c0, weight_hh)
     by_time = grad_gates.t()
     return grad_gates @ weight_ih, by_time @ x_TD, by_time @ before_TH, grad_gates.sum(0)
 

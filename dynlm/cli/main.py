@@ -104,6 +104,7 @@ COMMANDS: dict[str, Command] = {
 }
 USAGE = """usage: dynlm COMMAND [RECIPE] [--run DIR] [--section.setting VALUE ...]
        dynlm read FILE... [--html FILE]
+       dynlm report RUN RUN [--html FILE]
 
 commands:
 {commands}
@@ -189,6 +190,11 @@ def _run(name: str, arguments: list[str]) -> int:
     """Run a command; returns the exit code. Other processes of it begin when the main one has put the run in order."""
     if name == "env":
         _print_environment("--json" in arguments)
+        return 0
+    if name == "report" and len(arguments) > 1 and not any(word.startswith("-") for word in arguments[:2]):
+        from dynlm.cli import versus
+
+        versus.main(arguments)  # two runs: has settings of its own
         return 0
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)

@@ -18,13 +18,11 @@ from dynlm.report import charts, page, plots
 from dynlm.report.curves import Validation, learning, load_curves
 from dynlm.report.evaluation import Evaluation, Floats, load_evaluation
 from dynlm.report.maps import Pieces, token_maps, words_again
+from dynlm.report.pairing import FEWEST_ARTICLES, SIGNIFICANT, says
 from dynlm.report.svg import Drawing, formats
 from dynlm.report.tokens import legend
-from dynlm.results import Comparison, Interval, Results, Stretch
+from dynlm.results import Comparison, Results, Stretch
 from dynlm.runs import Run
-
-FEWEST_ARTICLES = 8  # a bootstrap over fewer says nothing: the smallest p of a sign-flip test of five is 1/16
-SIGNIFICANT = 0.05
 
 
 def write_report(
@@ -225,18 +223,10 @@ def _repetition(evaluation: Evaluation) -> str:
         if (gain := gains.get(name)) is None:
             return ""
         mean = gain["mean"]
-        verb = {"gain": "gain", "loss": "lose", "open": "show no clear change:"}[_says(gain["ci95"])]
+        verb = {"gain": "gain", "loss": "lose", "open": "show no clear change:"}[says(gain["ci95"])]
         number = page.signed(mean) if verb.endswith(":") else f"{abs(mean):.3f}"
         parts.append(f"{words} {verb} {number}")
     return f"With {best}, {parts[0]} nats per token, and {parts[1]}."
-
-
-def _says(ci95: Interval) -> str:
-    """``gain`` or ``loss`` where the interval excludes zero; ``open`` where it does not, or where there is none."""
-    ends = page.interval(ci95)
-    if ends is None or ends[0] <= 0 <= ends[1]:
-        return "open"
-    return "gain" if ends[0] > 0 else "loss"
 
 
 def _classified(evaluation: Evaluation) -> float:
@@ -247,13 +237,13 @@ def _classified(evaluation: Evaluation) -> float:
 
 def _comparison(results: Results, comparison: Comparison) -> Json:
     """A comparison with the drop in word perplexity and a verdict that interval and corrected test must share."""
-    p, says = comparison.get("p_holm"), _says(comparison["ci95"])
+    p, said = comparison.get("p_holm"), says(comparison["ci95"])
     if results["articles"] < FEWEST_ARTICLES:
         verdict = "too few articles"
     elif page.interval(comparison["ci95"]) is None or p is None:
         verdict = "no interval" if p is not None else "no test"
     else:
-        verdict = "yes" if says == "gain" and p < SIGNIFICANT else "not separated"
+        verdict = "yes" if said == "gain" and p < SIGNIFICANT else "not separated"
     lower = _lower(results, comparison["better"], comparison["worse"])
     return {**comparison, "p_holm": p, "lower": lower, "verdict": verdict}
 

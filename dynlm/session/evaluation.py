@@ -25,7 +25,7 @@ from dynlm.evaluation.compare import describe, summarize, write_results
 from dynlm.evaluation.metrics import Counts, count
 from dynlm.evaluation.mixture import MixedReader
 from dynlm.evaluation.stream import Scores, read_and_watch
-from dynlm.files import Json
+from dynlm.files import Json, write_text
 from dynlm.inner import InnerLoop
 from dynlm.lazy import optional
 from dynlm.methods import Method
@@ -40,6 +40,8 @@ from dynlm.types import Article, DivergedError, InputError, TokenizedArticle
 
 if TYPE_CHECKING:
     import pandas
+
+    from dynlm.report.pairing import SideBySide
 
 log = logging.getLogger("dynlm")
 Column = Literal["bits_per_byte", "gain_nats_per_token", "word_ppl", "token_ppl", "nats", "tokens_per_s"]
@@ -103,6 +105,29 @@ class Results:
         """
         columns: tuple[Column, ...] = get_args(Column)
         return frame({name: [self[method][name] for method in self.methods] for name in columns}, self.methods)
+
+    @staticmethod
+    def compare(first: str | Path, second: str | Path, page: str | Path = "") -> SideBySide:
+        """Set two finished evaluations side by side: paired differences over the articles that both read.
+
+        ``print(compared.table())`` shows them, ``compared.differences`` holds them (dynlm.report.pairing).
+
+        Args:
+            first: a run directory, or a folder that :meth:`save` has written.
+            second: another one.
+            page: where to write all of it as one HTML page, if anywhere.
+
+        Raises:
+            InputError: an evaluation is missing, or they have no article in common.
+        """
+        with optional("a report"):
+            from dynlm.report.pairing import side_by_side
+            from dynlm.report.versus import render_versus
+
+        compared = side_by_side(Run(first), Run(second))
+        if page:
+            write_text(Path(page), render_versus(compared))
+        return compared
 
     def save(self, folder: str | Path) -> None:
         """Write FOLDER/evaluate/results.json and, beside it, every loss (dynlm.evaluation.compare)."""

@@ -1,4 +1,5 @@
-"""The files that ``dynlm read`` is asked to write: looked at before anything is read, replaced whole, never foreign.
+"""The files that ``dynlm read`` and ``dynlm report RUN RUN`` are asked to write: looked at before anything is read,
+replaced whole, never foreign.
 
 A link is followed and stays a link. A file that is there keeps its mode, and is replaced only if it is empty, or dynlm
 wrote it as the same kind of file, or ``--overwrite`` says so.
@@ -20,6 +21,7 @@ from dynlm.session.memory import KIND
 from dynlm.types import InputError
 
 PAGE = b'<meta name="generator" content="dynlm read">'
+REPORT = b'<meta name="generator" content="dynlm report">'
 HEAD = 4096
 """bytes of a file among which its marker is"""
 
@@ -105,6 +107,12 @@ def is_page(path: Path) -> bool:
     """Return whether a file is a page of ``dynlm read``."""
     head = _head(path)
     return head.startswith(b"<!DOCTYPE html>") and PAGE in head
+
+
+def is_report(path: Path) -> bool:
+    """Return whether a file is a page of ``dynlm report RUN RUN``."""
+    head = _head(path)
+    return head.startswith(b"<!DOCTYPE html>") and REPORT in head
 
 
 def is_memory(path: Path) -> bool:

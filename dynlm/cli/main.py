@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tell("another process of this command has ended: --resume goes on with what was kept")
         return LOST
     except InputError as error:
-        tell(f"{error}{_flag(arguments[0], error.setting)}")
+        tell(f"{error}{_flag(arguments[:1], error.setting)}")
         return 2
     except OSError as error:
         tell(f"{error.strerror or error} ({error.filename}): nothing was replaced")
@@ -173,9 +173,9 @@ READ_FLAGS = {
 """settings that `dynlm read`, which has no recipe, has a flag for"""
 
 
-def _flag(command: str, setting: str) -> str:
+def _flag(command: Sequence[str], setting: str) -> str:
     """Return the flag that sets what an error names, in brackets; nothing where the command has none."""
-    name = READ_FLAGS.get(setting, "") if command == "read" else setting.replace("_", "-")
+    name = READ_FLAGS.get(setting, "") if command == ["read"] else setting.replace("_", "-")
     return f" (--{name})" if name else ""
 
 

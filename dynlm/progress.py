@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
 
-LINES = 10  # of one bar in a log file
+LINES = 8  # of one bar in a log file
 APART = 5.0  # seconds between two of them, at least
 Item = TypeVar("Item")
 _quiet = False

@@ -48,7 +48,7 @@ class ReadSettings(Settings):
     `dynlm tune`"""
     rule: str = ""
     """rule of the run, or one with its cache or mixture (gated+cache+mix); without it gated, or else rms. With --model:
-    rms, sgd, adam or static"""
+    gated (the learned rule that ships), rms, sgd, adam or static"""
     lr: NotNegative = 0.0
     """with --model: learning rate of the rule; 0: a cautious one, from the size of the model's gradient"""
     lora_rank: Annotated[int, Bound(0, WIDE)] = 0

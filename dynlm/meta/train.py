@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, NamedTuple, TypedDict
@@ -66,6 +66,8 @@ class MetaConfig(Settings):
 
     rule: str = "gated"
     """learned cell to train: gated, linear, diagonal, lstm, gru, mlp or your own; it starts at a tuned rule"""
+    phi: str = ""
+    """what φ starts from: reader (the learned rule that ships) or a rule's file; without it the tuned rule itself"""
     steps: Count = 300
     """updates of φ"""
     articles: Size = 2
@@ -77,13 +79,15 @@ class MetaConfig(Settings):
     clip: Positive = 1.0
     """bound on the norm of the meta-gradient (nats per token)"""
     hidden: Annotated[int, Bound(0, WIDE)] = 0
-    """units of the rule's shared network; 0 is the cell's own default"""
+    """units of the rule's shared network; 0 is the cell's own default, or that of ``phi``"""
     validate_every: Count = 25
     """steps between readings of the meta-validation articles; each writes a checkpoint"""
     validation_articles: Count = 12
     """articles of the meta split that only choose φ"""
     patience: Count = 6
     """validations without improvement before stopping early"""
+    average: Annotated[float, Bound(0, below=1)] = 0.9
+    """share of the running mean of φ that a step leaves as it is; the mean is validated and kept; 0: φ itself"""
     seed: Seed = 0
     """of the cell's first weights, the order of articles and the sample; with another than 0 the rule is RULE#SEED"""
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
@@ -174,8 +178,10 @@ class MetaTrainer:
         require_work(config.articles, "meta.articles")
         self.streams: list[Stream] = [self._fresh_stream() for _ in range(config.articles)]
         self.progress, self.records = MetaProgress(), list[Json]()
+        self.mean = copy.deepcopy(self.rule)
+        """the running mean of φ, which is less noisy than φ (Polyak & Juditsky 1992)"""
         self.best = copy.deepcopy(self.rule)
-        """the rule as it was where validation was lowest"""
+        """the mean as it was where validation was lowest"""
 
     def step(self) -> float:
         """One window of each stream, then one update of φ; returns mean nats per token before the update.
@@ -198,8 +204,25 @@ class MetaTrainer:
             )
         set_rate(self.optimizer, self.config.lr, self.progress.step, self.config.steps)
         self.optimizer.step()
+        self._average()
         self.progress = self.progress._replace(step=self.progress.step + 1)
         return sum(window.nats for window in windows) / sum(window.tokens for window in windows)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        keep = min(self.config.average, self.progress.step / (self.progress.step + 10))  # the start is soon forgotten
+        for mean, phi in zip(self.mean.parameters(), self.rule.parameters(), strict=True):
+            mean.lerp_(phi, 1 - keep)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the reader's rule has the running mean of φ."""
+        phi = copy.deepcopy(self.rule.state_dict())
+        self.rule.load_state_dict(self.mean.state_dict())
+        try:
+            yield
+        finally:
+            self.rule.load_state_dict(phi)
 
     def _window(self, i: int, seed: int) -> _Window:
         """Read one window of stream ``i``, which is this process's; ``seed`` is of what the estimator draws for it."""
@@ -228,9 +251,14 @@ class MetaTrainer:
         ids_T = self.articles[article].ids_T.to(self.reader.parameters[0].device)
         return Stream(article, list(article_segments(ids_T, self.start_id, self.reader.config.segment)))
 
+    def _rules(self) -> dict[str, Rule]:
+        """Return what a checkpoint holds of rules, by the first part of its tensors' names."""
+        return {"phi.": self.rule, "mean.": self.mean, "best.": self.best}
+
     def state(self) -> tuple[dict[str, Tensor], Json]:
-        tensors: dict[str, Tensor] = {f"phi.{name}": p for name, p in self.rule.named_parameters()}
-        tensors |= {f"best.{name}": p for name, p in self.best.named_parameters()}
+        tensors: dict[str, Tensor] = {
+            f"{prefix}{name}": p for prefix, rule in self._rules().items() for name, p in rule.named_parameters()
+        }
         tensors |= optimizer_tensors(self.optimizer)
         tensors["rng"] = self.generator.get_state()
         streams = []
@@ -262,11 +290,11 @@ class MetaTrainer:
         with resuming(meta, self.config, "meta", model=self.model):
             progress, records = progress_of(MetaProgress, meta, self.config.steps), log_of(meta)
             layout = optimizer_layout(self.optimizer, tensors) | {"rng": self.generator.get_state()}
-            for prefix in ("phi.", "best."):
-                layout |= {f"{prefix}{name}": p for name, p in self.rule.named_parameters()}
+            for prefix, rule in self._rules().items():
+                layout |= {f"{prefix}{name}": p for name, p in rule.named_parameters()}
             own = {name: tensor for name, tensor in tensors.items() if not name.startswith("stream.")}
             require_layout("it", own, layout, advice="")
-            for rule, prefix in ((self.rule, "phi."), (self.best, "best.")):
+            for prefix, rule in self._rules().items():
                 rule.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
             load_optimizer(self.optimizer, tensors)
             self.generator.set_state(tensors["rng"])
@@ -310,7 +338,8 @@ def meta_train(
             trainer.progress = trainer.progress._replace(best=validate())
             trainer.keep(run, stage, save_best)
             track({"valid": trainer.progress.best}, 0)
-            bar.write(f"start, the tuned hand-made rule: meta-validation {trainer.progress.best:.4f} nats/token")
+            start = f"φ of {config.phi}" if config.phi else "the tuned hand-made rule"
+            bar.write(f"start, {start}: meta-validation {trainer.progress.best:.4f} nats/token")
         while trainer.progress.step < config.steps and trainer.progress.stale < config.patience:
             with fitting() if resume and trainer.progress.step == first else nullcontext():
                 loss = trainer.step()
@@ -321,13 +350,14 @@ def meta_train(
             due = step % config.validate_every == 0 or step == config.steps
             seconds = time.perf_counter() - started
             if due:
-                valid = validate()
+                with trainer.averaged():
+                    valid = validate()
                 improved = valid < trainer.progress.best
                 stale = 0 if improved else trainer.progress.stale + 1
                 trainer.progress = MetaProgress(step, min(valid, trainer.progress.best), stale, seconds)
                 trainer.records.append({"step": step, "train": loss, "valid": valid, "seconds": round(seconds, 1)})
                 if improved:
-                    trainer.best.load_state_dict(trainer.rule.state_dict())
+                    trainer.best.load_state_dict(trainer.mean.state_dict())
                 trainer.keep(run, stage, save_best if improved else None)
                 track({"valid": valid}, step)
                 bar.write(

@@ -59,6 +59,23 @@ class Prior(NamedTuple):
     """1 / mean over tensors of mean(rms): scales ``rms`` into Krause's R"""
 
 
+N_TRAITS = 4
+
+
+def traits_of(prior: Prior) -> tuple[float, float, float, float]:
+    """What kind of tensor it is: logarithms of its rows, columns and share in the gradient, and whether it is a vector.
+
+    All are about 1 in size and the same for a model in other units, so that a rule can read models it was not made for.
+    """
+    rows, columns = prior.theta0.shape
+    share = softened(0.25 * math.log2(max(prior.mean_rms * prior.relative_rms, 1e-30)))
+    return math.log2(rows) / 8 - 1, math.log2(columns) / 8 - 1, share, float(rows == 1)
+
+
+def softened(x: float) -> float:
+    return x / (1 + abs(x))
+
+
 class Coordinates(NamedTuple):
     """The weights that ``step`` updates: (R, C) matrices of one tensor, or (K,) samples of it."""
 
@@ -90,8 +107,8 @@ class Seen(NamedTuple):
 class Shared(NamedTuple):
     """What ``context`` reads, of n tensors side by side and at any number of segments (…)."""
 
-    embedding: Tensor
-    """(n,) the tensor's row in the rule's embedding tables; the last row is for tensors it does not know"""
+    traits: Tensor
+    """(n, N_TRAITS) what kind of tensor it is, whatever its name: see :func:`traits_of`"""
     mean_rms: Tensor
     """(n,)"""
     relative_rms: Tensor
@@ -210,13 +227,9 @@ class Rule(nn.Module, abc.ABC):
         """Return what the context reads; with (W, n, S) statistics and W steps, or with (n, S) and one."""
         step = torch.tensor(steps, dtype=torch.float64, device=scalars.device)
         numbers = scalars.new_tensor([[p.mean_rms, p.relative_rms] for p in priors])
-        embedding = torch.tensor([self.index_of(p) for p in priors], device=scalars.device)
+        traits = scalars.new_tensor([traits_of(p) for p in priors])
         mean_rms, relative_rms = numbers.unbind(1)
-        return Shared(embedding, mean_rms, relative_rms, scalars, step[:, None] if scalars.dim() == 3 else step)
-
-    def index_of(self, prior: Prior) -> int:
-        """Return the tensor's row in the rule's embedding tables."""
-        return 0
+        return Shared(traits, mean_rms, relative_rms, scalars, step[:, None] if scalars.dim() == 3 else step)
 
     def context(self, shared: Shared) -> Tensor:
         """(…, n, N) numbers that the coordinates of a tensor share at a segment: the only way in for φ. Default: none.

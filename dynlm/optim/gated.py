@@ -27,7 +27,7 @@ N_OUTPUTS = 4  # log2 of UPDATE's multiplier, two momentum shares, shift of FLUS
 
 @dataclass(frozen=True)
 class GatedConfig(CellConfig):
-    """The gated cell: the rms rule that it starts at, the tensors that it knows, and its sizes."""
+    """The gated cell: the rms rule that it starts at, and its sizes."""
 
     hidden: Size = 4
     """units of the shared network"""

@@ -11,12 +11,17 @@ from pathlib import Path
 
 from dynlm.lazy import optional
 from dynlm.optim.base import Rule
+from dynlm.optim.learned import Learned
 from dynlm.optim.library import load_rule, make_rule
 from dynlm.optim.registry import untrained
 from dynlm.optim.sharing import FILE, REPO, line
 from dynlm.types import InputError
 
-PRETRAINED = Path(__file__).with_name("pretrained")
+SHIPPED = {
+    "general": Path(__file__).with_name("pretrained") / "general.safetensors",
+    "reader": Path(__file__).parents[1] / "shipped" / "wikipedia" / "rules" / "gated.safetensors",
+}
+"""files of the rules that ship: ``general`` trains any module, ``reader`` is what the model that ships reads with"""
 
 
 def load(name_or_path: str | Path) -> Rule:
@@ -32,7 +37,7 @@ def load(name_or_path: str | Path) -> Rule:
     name = str(name_or_path)
     if name in untrained():
         return make_rule(name)
-    path = PRETRAINED / f"{name}.safetensors" if name in shipped() else Path(name_or_path)
+    path = SHIPPED.get(name) or Path(name_or_path)
     try:
         path = path / FILE if path.is_dir() else path
         exists = path.is_file()
@@ -41,7 +46,7 @@ def load(name_or_path: str | Path) -> Rule:
     if not exists and isinstance(name_or_path, str) and REPO.fullmatch(name) and path.name != FILE:
         path, exists = _download(name), True
     if not exists:
-        known = ", ".join([*shipped(), *untrained()])
+        known = ", ".join([*SHIPPED, *untrained()])
         short = name if len(name) <= 80 else f"{name[:80]}…"
         raise InputError(f"no rule {short!r}: give a file, a folder with {FILE}, user/repo, or one of {known}")
     rule, made = load_rule(path)
@@ -49,16 +54,23 @@ def load(name_or_path: str | Path) -> Rule:
     return rule
 
 
+def load_learned(name_or_path: str | Path, kind: str, settings: dict[str, float]) -> Learned:
+    """Load the φ of a learned rule, over the RMS rule of these settings.
+
+    Raises:
+        InputError: as :func:`load`, or a rule of another kind.
+    """
+    rule = load(name_or_path)
+    if not isinstance(rule, Learned) or rule.name != kind:
+        raise InputError(f"{name_or_path} is a rule {rule.name!r}: expected φ of a learned rule {kind!r}")
+    return rule.restarted_at(settings)
+
+
 def resolve(rule: str | Path | Rule) -> Rule:
     """A frozen copy of a rule, a hand-made one by its name (``sgd``, ``adam``, ``rms``), or what ``load`` finds."""
     if not isinstance(rule, Rule):
         rule = load(rule)
     return copy.deepcopy(rule).cpu().eval().requires_grad_(False)
-
-
-def shipped() -> list[str]:
-    """Return names of the rules that come with the package."""
-    return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
 
 
 def _download(repo_id: str) -> Path:

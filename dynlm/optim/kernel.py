@@ -115,7 +115,7 @@ class InPlaceUpdate:
     def _shared(self, priors: Sequence[Prior], seen: Seen, step: int) -> Shared:
         """Return what the context reads. What it says of the priors is made once: they stay as they are."""
         scalars = seen.scalars
-        key = scalars.dtype, scalars.device, [(self.rule.index_of(p), p.mean_rms, p.relative_rms) for p in priors]
+        key = scalars.dtype, scalars.device, [(p.theta0.shape, p.mean_rms, p.relative_rms) for p in priors]
         if self._known is None or self._known[0] != key:
             self._known = key, self.rule.shared(priors, scalars, [step])
         now = torch.tensor([step], dtype=torch.float64, device=scalars.device)

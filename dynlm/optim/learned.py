@@ -7,13 +7,13 @@ from it where that pays.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from dynlm.optim.base import Coordinates, Prior, Rule, RuleState, Seen, Shared, Slots
+from dynlm.optim.base import N_TRAITS, Coordinates, Prior, Rule, RuleState, Seen, Shared, Slots
 from dynlm.optim.features import N_COL, N_ROW, N_SCALARS, affine, look
 from dynlm.settings import NotNegative, Settings
 
@@ -22,13 +22,11 @@ FLUSH_RANGE = 0.05  # one unit of output moves FLUSH by this much per segment
 
 @dataclass(frozen=True)
 class CellConfig(Settings):
-    """The RMS rule that a cell starts at, and the tensors it knows by name."""
+    """The RMS rule that a cell starts at."""
 
     lr: NotNegative = 2e-3
     eps: NotNegative = 5e-4
     decay: NotNegative = 1e-3
-    tensors: tuple[str, ...] = ()
-    """names of the tensors that get a learned embedding; others use the shared network alone"""
 
 
 class Learned(Rule):
@@ -41,7 +39,6 @@ class Learned(Rule):
     def __init__(self, config: CellConfig) -> None:
         super().__init__()
         self.config = config
-        self.tensor_index = {name: i for i, name in enumerate(config.tensors)}
         self.log2_lr = nn.Parameter(torch.zeros(()))  # multipliers of the tuned settings, exactly 1 at the start
         self.log2_eps = nn.Parameter(torch.zeros(()))
         self.log2_decay = nn.Parameter(torch.zeros(()))
@@ -59,16 +56,21 @@ class Learned(Rule):
         known = {name: settings[name] for name in ("lr", "eps", "decay")}
         config: Any = cls.config_class
         build: Any = cls
-        rule: Self = build(config(**known, tensors=tuple(p.name for p in priors), **sizes), seed)
+        rule: Self = build(config(**known, **sizes), seed)
+        return rule
+
+    def restarted_at(self, settings: dict[str, float]) -> Self:
+        """Return the same φ over another RMS rule, such as another model's: what was learned moves away from it."""
+        known = {name: settings[name] for name in ("lr", "eps", "decay")}
+        kind: Any = type(self)
+        rule: Self = kind(replace(self.config, **known))
+        rule.load_state_dict(self.state_dict())
         return rule
 
     def observe(
         self, thetas: Sequence[Tensor], grads: Sequence[Tensor], state: RuleState, priors: Sequence[Prior]
     ) -> tuple[Seen, Any]:
         return look(grads, priors, state.memory, state.clock)
-
-    def index_of(self, prior: Prior) -> int:
-        return self.tensor_index.get(prior.name, len(self.tensor_index))
 
     def rms_settings(self, shared: Shared) -> Tensor:
         """Return (n, 3): lr, eps, decay of each tensor as they are now."""
@@ -87,12 +89,6 @@ class Learned(Rule):
             }
 
 
-def embedded(table: Tensor, shared: Shared) -> Tensor:
-    """Return (n, width): each tensor's row of an embedding table, zero for a tensor that has none."""
-    table = table.to(shared.scalars.dtype)
-    return torch.cat([table, table.new_zeros(1, table.shape[1])])[shared.embedding]
-
-
 def assemble(shared: Shared, *parts: Sequence[Tensor] | Tensor) -> Tensor:
     """A context (…, n, N): lists of what is the same for all tensors and segments, and (…, n, k) or (n, k) of each."""
     shape, like = shared.scalars.shape[:-1], shared.scalars
@@ -104,21 +100,21 @@ class GatingNetwork(Learned):
     """A learned cell whose gates come from two hidden layers side by side: one a weight, and one a row.
 
     The row's is evaluated once a row, so it costs nothing: of an embedding, a row is a word. Both are shifted by the
-    tensor's name and statistics.
+    tensor's kind and statistics.
     """
 
     def add_network(self, n_features: int, hidden: int, n_outputs: int, seed: int) -> None:
         """Its weights: random inputs, a read-out at zero. ``hidden`` units a weight, and twice as many a row."""
-        normal, n_tensors, row_hidden = Weights(seed).normal, len(self.config.tensors), 2 * hidden
+        normal, row_hidden = Weights(seed).normal, 2 * hidden
         self.input_weight = normal(hidden, n_features + N_COL, std=n_features**-0.5)
         self.row_weight = normal(row_hidden, N_ROW, std=N_ROW**-0.5)
         self.row_to_hidden = normal(hidden, row_hidden, std=row_hidden**-0.5)
         self.input_scalars = normal(hidden + row_hidden, N_SCALARS, std=0.3)
-        self.input_tensors = normal(n_tensors, hidden + row_hidden, std=0.3)
+        self.input_traits = normal(hidden + row_hidden, N_TRAITS, std=0.3)
         self.output_weight = nn.Parameter(torch.zeros(n_outputs, hidden))
         self.row_to_output = nn.Parameter(torch.zeros(n_outputs, row_hidden))
         self.output_scalars = nn.Parameter(torch.zeros(n_outputs, N_SCALARS))
-        self.output_tensors = nn.Parameter(torch.zeros(n_tensors, n_outputs))
+        self.output_traits = nn.Parameter(torch.zeros(n_outputs, N_TRAITS))
         fixed = (self.input_weight, self.row_weight, self.row_to_hidden, self.output_weight, self.row_to_output)
         self.network_shapes = (*(tuple(t.shape) for t in fixed), (hidden,), (row_hidden,), (n_outputs,))
 
@@ -131,9 +127,9 @@ class GatingNetwork(Learned):
             self.output_weight,
             self.row_to_output,
         ]
-        scalars = shared.scalars
-        into = scalars @ self.input_scalars.to(scalars).t() + embedded(self.input_tensors, shared)
-        out = scalars @ self.output_scalars.to(scalars).t() + embedded(self.output_tensors, shared)
+        known = torch.cat([shared.scalars, shared.traits.expand(*shared.scalars.shape[:-1], N_TRAITS)], -1)
+        into = known @ torch.cat([self.input_scalars, self.input_traits], 1).to(known).t()
+        out = known @ torch.cat([self.output_scalars, self.output_traits], 1).to(known).t()
         return fixed, torch.cat([into, out], -1)
 
     def gates(self, features: Sequence[Tensor], w: Coordinates, network: Slots) -> list[Tensor]:

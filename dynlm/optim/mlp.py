@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dynlm.optim.base import Coordinates, Shared, Slots
+from dynlm.optim.base import N_TRAITS, Coordinates, Shared, Slots
 from dynlm.optim.features import N_COL, N_ROW, N_SCALARS, affine, softsign
-from dynlm.optim.learned import CellConfig, Learned, Weights, assemble, embedded, frame, moved, power, pull
+from dynlm.optim.learned import CellConfig, Learned, Weights, assemble, frame, moved, power, pull
 from dynlm.settings import Decay, Size
 
 N_MEANS = 3
@@ -55,7 +55,7 @@ class MLP(Learned):
         self.output_weight = nn.Parameter(torch.zeros(2, hidden))
         self.tensor_input = normal(3 * top, N_SCALARS, std=N_SCALARS**-0.5)
         self.tensor_recurrent = normal(3 * top, top, std=top**-0.5)
-        self.tensor_start = normal(len(config.tensors), top, std=0.3)
+        self.tensor_start = normal(top, N_TRAITS, std=0.3)
         self.tensor_output = normal(hidden, top, std=top**-0.5)
         self.tensor_settings = nn.Parameter(torch.zeros(4, top))  # log2 lr, FLUSH, direction, size
         self.tensor_width = top
@@ -64,7 +64,7 @@ class MLP(Learned):
 
     def tensor_step(self, shared: Shared, memory: Tensor) -> tuple[Tensor, Tensor]:
         dtype = memory.dtype
-        before = memory + embedded(self.tensor_start, shared)  # the tensor's name is always in its memory
+        before = memory + shared.traits @ self.tensor_start.to(dtype).t()  # what it is, is always in its memory
         rx, zx, nx = (shared.scalars @ self.tensor_input.to(dtype).t()).chunk(3, -1)
         rh, zh, nh = (before @ self.tensor_recurrent.to(dtype).t()).chunk(3, -1)
         z = (zx + zh).sigmoid()

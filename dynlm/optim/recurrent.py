@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from dynlm.kernels import Kernel
-from dynlm.optim.base import Coordinates, Shared, Slots
+from dynlm.optim.base import N_TRAITS, Coordinates, Shared, Slots
 from dynlm.optim.features import N_COL, N_ROW, N_SCALARS
-from dynlm.optim.learned import CellConfig, Frame, Learned, Weights, assemble, embedded, frame, moved
+from dynlm.optim.learned import CellConfig, Frame, Learned, Weights, assemble, frame, moved
 from dynlm.optim.recurrent_kernel import recurrent_kernel
 from dynlm.settings import Bound, NotNegative, Size
 
@@ -58,7 +58,7 @@ class Recurrent(Learned):
         self.hidden_weights = nn.ParameterList(normal(gates, width, std=width**-0.5) for _ in sizes)
         self.biases = nn.ParameterList(self.initial_bias(width) for _ in sizes)
         self.input_scalars = normal(gates, N_SCALARS, std=0.3)
-        self.input_tensors = normal(len(config.tensors), gates, std=0.3)
+        self.input_traits = normal(gates, N_TRAITS, std=0.3)
         self.output_weight = nn.Parameter(torch.zeros(width))
         layers = zip(self.input_weights, self.hidden_weights, self.biases, strict=True)
         self.context_shapes = (*(tuple(t.shape) for three in layers for t in three), (width,), (5,))
@@ -72,7 +72,7 @@ class Recurrent(Learned):
 
     def context(self, shared: Shared) -> Tensor:
         like = shared.scalars
-        first = self.biases[0].to(like) + embedded(self.input_tensors, shared)
+        first = self.biases[0].to(like) + shared.traits @ self.input_traits.to(like).t()
         first = first + like @ self.input_scalars.to(like).t()
         scale = self.log2_scale.expand(len(shared.mean_rms), 1).exp2() * (self.config.scale or self.config.lr)
         layers = [t for three in zip(self.input_weights, self.hidden_weights, self.biases, strict=True) for t in three]

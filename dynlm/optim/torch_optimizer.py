@@ -38,7 +38,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     Args:
         params: parameters, (name, parameter) pairs, or groups with their own ``lr``, ``weight_decay``, ``maximize``.
-            With names, a rule finds the tensors that it knows.
+            With names, ``priors`` may be given by name.
         rule: a rule (copied; its φ is not trained here), ``sgd``, ``adam`` or ``rms`` with their defaults, or what
             :func:`dynlm.optim.load` takes.
         lr: per step; None is the rule's reference. Any scheduler may move it.

@@ -23,14 +23,15 @@ from dynlm.meta.train import MetaConfig, MetaProgress, MetaTrainer, divide_meta_
 from dynlm.meta.train import meta_train as meta_training
 from dynlm.meta.tune import TuneConfig, tune_rule
 from dynlm.optim.base import Rule
+from dynlm.optim.hub import load_learned
 from dynlm.optim.library import start_rule
-from dynlm.optim.registry import RULES, tuned
+from dynlm.optim.registry import RULES
 from dynlm.optim.sharing import save_rule
 from dynlm.progress import Bar
 from dynlm.runs import Run
 from dynlm.session.evaluation import Results, evaluate_readers
 from dynlm.session.reader import Reader
-from dynlm.session.ready import given_session, untuned_rule
+from dynlm.session.ready import UNTUNED, given_session, untuned, untuned_rule
 from dynlm.session.session import Session
 from dynlm.settings import as_json, build
 from dynlm.tracking import Tracker, tracking
@@ -180,7 +181,14 @@ def rule_trainer(
     ``start`` are the settings of the tuned rule, ``model`` is the fingerprint that checkpoints keep; nats per token.
     """
     texts, held_back = divide_meta_split(articles, config)
-    reader = session.reader(start_rule(config.rule, start, session.priors, config.seed, config.hidden))
+    if config.phi and config.hidden:
+        message = f"hidden is {config.hidden} beside phi {config.phi!r}, which has its own: give one of them"
+        raise InputError(message, setting="meta.hidden")
+    if config.phi:
+        rule: Rule = load_learned(config.phi, config.rule, start)
+    else:
+        rule = start_rule(config.rule, start, session.priors, config.seed, config.hidden)
+    reader = session.reader(rule)
     start_id, tokens = session.tokenizer.start_id, sum(map(len, held_back))
     trainer = MetaTrainer(reader, texts, start_id, config, model)
     return trainer, lambda: read_articles(reader, held_back, start_id).nats / tokens
@@ -254,7 +262,7 @@ def _texts(source: Source) -> Iterable[Article | Text]:
 def _own_methods(source: object, session: Session) -> list[str | Rule]:
     if isinstance(source, Reader):
         return [source.method or source.rule] if source.method or source.rule.name != "static" else []
-    return [*session.held()] or ["rms"]
+    return [*session.held()] or [UNTUNED]
 
 
 def _free_name(name: str, taken: Iterable[str]) -> str:
@@ -266,6 +274,6 @@ def _free_name(name: str, taken: Iterable[str]) -> str:
 def _method(session: Session, method: str | Rule) -> InnerLoop:
     if isinstance(method, Rule):
         return session.reader(copy.deepcopy(method))
-    if session.run is None and method in tuned():
+    if session.run is None and method in untuned():
         return session.reader(untuned_rule(method, session))
     return session.method(method)

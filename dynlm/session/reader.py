@@ -101,7 +101,8 @@ class Reader:
         Args:
             source: the name of a model that ships with dynlm ("" is the default one), a run directory, the folder, hub
                 name or ``.gguf`` file of a model, or a model in memory with its ``tokenizer``.
-            rule: of the run or shipped model, by name; of other models rms, sgd, adam or static, untuned; or any rule.
+            rule: of the run or shipped model, by name; of other models, untuned: gated (the learned rule that ships),
+                rms, sgd, adam or static; or any rule.
             lr: learning rate of an untuned rule; 0 is a cautious one, from the size of the model's gradient.
             reset: "article" starts each text with the trained weights, "never" reads all texts as one stream.
             settings: of a model without a run: segment, params, carry, lora_rank, prior_text (see
@@ -131,13 +132,13 @@ class Reader:
     ) -> Reader:
         """Make a reader of a model of transformers, whatever else lies in its folder: see :meth:`from_pretrained`."""
         with optional("a model of transformers"):
-            from dynlm.session.ready import given_session, ready_session, untuned_rule  # which takes seconds
+            from dynlm.session.ready import UNTUNED, given_session, ready_session, untuned_rule  # which takes seconds
 
         if isinstance(source, str | Path):
             session = ready_session(source, **settings)
         else:
             session = given_session(source, tokenizer, **settings)
-        found = untuned_rule(rule or "rms", session, lr) if isinstance(rule, str) else rule
+        found = untuned_rule(rule or UNTUNED, session, lr) if isinstance(rule, str) else rule
         return cls(session, found, spacing=spacing)
 
     def __repr__(self) -> str:

@@ -1,4 +1,8 @@
-"""The session of a ready model without a run: its prior is measured now, and its rules are hand-made and untuned."""
+"""The session of a ready model without a run: its prior is measured now, and its rules are untuned.
+
+They are the hand-made ones, and the learned rule that ships: it knows tensors by their kind, not by their names, and
+moves away from the untuned RMS rule of the model at hand.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,7 @@ from dynlm.models.context import ContextConfig
 from dynlm.models.lora import LoraSettings
 from dynlm.models.ready import EVERYTHING, load_base, load_ready_tokenizer, require_reads
 from dynlm.optim.base import Prior, Rule
+from dynlm.optim.hub import load_learned
 from dynlm.optim.library import make_rule
 from dynlm.optim.registry import tuned
 from dynlm.session.prior import measured
@@ -29,6 +34,8 @@ from dynlm.types import Article, InputError
 PRIOR_TOKENS = 256
 CAUTION = 0.3
 """of the rate where tuning starts"""
+UNTUNED = "gated"
+"""the rule that a model without a run is read with"""
 log = logging.getLogger("dynlm")
 
 
@@ -83,19 +90,29 @@ def given_session(
 
 
 def untuned_rule(kind: str, session: Session, lr: float = 0.0) -> Rule:
-    """Return a hand-made rule at the settings where tuning starts, with a rate below it, as nothing checks it here.
+    """Return a rule at the settings where tuning starts, with a rate below it, as nothing checks it here.
+
+    ``gated`` is the learned rule that ships, over the RMS rule of these settings.
 
     Raises:
         InputError: a rule that has to be trained.
     """
-    if kind not in (*tuned(), "static"):
-        known = f"choose {', '.join(tuned())} or static"
-        message = f"rule {kind} without a run: a learned rule belongs to the run it was trained in; {known}"
+    if kind not in untuned():
+        known = ", ".join(untuned())
+        message = f"rule {kind} without a run has to be trained in one first: choose one of {known}"
         raise InputError(message, setting="rule")
     if kind == "static":
         return make_rule(kind)
-    settings = {name: r.start for name, r in search_space(kind, session.priors).items()}
-    return make_rule(kind, **settings | {"lr": lr or CAUTION * settings["lr"]}).to(session.device)
+    space = search_space("rms" if kind == UNTUNED else kind, session.priors)
+    settings = {name: r.start for name, r in space.items()}
+    settings["lr"] = lr or CAUTION * settings["lr"]
+    rule = load_learned("reader", kind, settings) if kind == UNTUNED else make_rule(kind, **settings)
+    return rule.to(session.device)
+
+
+def untuned() -> list[str]:
+    """Return the rules that read with a model for which nothing was tuned, the best first."""
+    return [UNTUNED, *tuned(), "static"]
 
 
 def _documentation() -> Iterable[Article]:

@@ -108,7 +108,7 @@ def test_a_meta_gradient_that_is_not_finite_leaves_phi(monkeypatch):
             p.grad = torch.full_like(p, float("nan"))
 
     monkeypatch.setattr(trainer.estimator, "replay", poisoned)
-    with pytest.raises(InputError, match=r"meta-gradient is nan at step 0: lower meta\.lr"):
+    with pytest.raises(InputError, match=r"meta-gradient is nan at step 0: lower lr"):
         trainer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, phi(trainer), strict=True))
 
@@ -155,7 +155,7 @@ def test_the_meta_split_is_divided_without_overlap():
     train, valid = divide_meta_split(ARTICLES, CONFIG)
     assert (len(train), len(valid)) == (4, 2)
     assert not {id(a) for a in train} & {id(a) for a in valid}
-    with pytest.raises(InputError, match="needs at least 2"):
+    with pytest.raises(InputError, match="give at least 2"):
         divide_meta_split(ARTICLES[:1], CONFIG)
 
 
@@ -271,3 +271,35 @@ def test_more_processes_than_articles_are_refused():
 
     for error in together(work):
         assert str(error).startswith("meta.articles is 1, fewer than the 2 processes that would share them")
+
+
+def test_the_rule_that_is_kept_is_the_running_mean_of_phi(tmp_path):
+    config = replace(CONFIG, steps=3, validate_every=1, average=0.5)
+    trainer, validate = make_trainer(config)
+    means, seen = [phi(trainer)], []
+
+    def look():
+        seen.append(phi(trainer))
+        return validate()
+
+    step = trainer.step
+
+    def step_and_average():
+        loss = step()
+        keep = min(0.5, (trainer.progress.step - 1) / (trainer.progress.step + 9))
+        means.append([keep * m + (1 - keep) * p for m, p in zip(means[-1], phi(trainer), strict=True)])
+        return loss
+
+    trainer.step = step_and_average
+    meta_train(trainer, look, Run(tmp_path), lambda *_: None)
+    for mean, validated in zip(means, seen, strict=True):
+        for a, b in zip(mean, validated, strict=True):
+            torch.testing.assert_close(a, b)
+    assert not all(torch.equal(a, b) for a, b in zip(phi(trainer), seen[-1], strict=True))  # φ itself goes on
+
+
+def test_without_a_mean_phi_itself_is_kept(tmp_path):
+    trainer, validate = make_trainer(replace(CONFIG, steps=2, validate_every=1, average=0.0))
+    meta_train(trainer, validate, Run(tmp_path), lambda *_: None)
+    for a, b in zip(phi(trainer), trainer.mean.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dynlm.optim.base import Clock, Prior
+from dynlm.optim.base import Clock, Prior, traits_of
 from dynlm.optim.features import affine, look, softsign
 
 
@@ -83,3 +83,17 @@ def test_softsign_and_affine(monkeypatch):
         first, second = affine(features, weight, bias)
         assert first.tolist() == [[31.5, 32.5]]
         assert torch.broadcast_to(second, (1, 2)).tolist() == [[3.0, 3.0]]
+
+
+def test_traits_tell_kinds_of_tensors_apart_in_any_units():
+    def traits(shape, mean_rms=1e-3, relative_rms=1e3):
+        return traits_of(Prior("", torch.empty(shape), torch.empty(shape), mean_rms, relative_rms))
+
+    embedding, bias, matrix = traits((8192, 256)), traits((1, 1024)), traits((256, 8192))
+    assert len({embedding, bias, matrix}) == 3
+    assert (embedding[3], bias[3]) == (0.0, 1.0)
+    assert embedding[:2] == matrix[1::-1]
+    assert traits((4, 4), 1e-3, 1e3) == pytest.approx(traits((4, 4), 2.0, 0.5))  # a loss in other units
+    assert traits((4, 4), 1e-3)[2] == pytest.approx(0.0)
+    assert traits((4, 4), 1e-2)[2] > 0.0 > traits((4, 4), 0.0)[2] > -1.0
+    assert all(abs(x) <= 2 for x in (*embedding, *bias, *traits((1, 1), 1e6)))

@@ -43,9 +43,10 @@ def test_rules_survive_the_folder(name, tmp_path):
 
 
 def test_rules_that_ship_go_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "PRETRAINED", tmp_path)
+    monkeypatch.setattr(hub, "SHIPPED", {})
     with pytest.raises(InputError, match=r"no rule 'general': .* or one of static, sgd"):
         LearnedOptimizer(make_parameters())
+    monkeypatch.setattr(hub, "SHIPPED", {"general": tmp_path / "general.safetensors"})
     dynlm.optim.save_pretrained(General(seed=3), tmp_path / "made")
     shutil.copy(tmp_path / "made" / "rule.safetensors", tmp_path / "general.safetensors")
     optimizer = LearnedOptimizer(make_parameters())

@@ -202,6 +202,19 @@ def test_rules_are_tuned_and_trained_in_one_call_each(reader, tmp_path):
         dynlm.tune(reader, articles, "rms", trails=3)
 
 
+def test_meta_training_goes_on_from_the_phi_that_ships(reader):
+    articles, rms = [dynlm.Article(str(i), f"Text {i}", text(i, 80)) for i in range(4)], dynlm.rules.RMS(lr=1e-3)
+    settings = {"phi": "reader", "steps": 1, "lr": 1e-12, "articles": 1, "truncation": 4, "validation_articles": 1}
+    gated, shipped = dynlm.meta_train(reader, articles, rms, **settings), dynlm.rules.from_pretrained("reader")
+    assert gated.config.lr == pytest.approx(1e-3)
+    for name, tensor in shipped.state_dict().items():
+        torch.testing.assert_close(gated.state_dict()[name], tensor)
+    with pytest.raises(dynlm.InputError, match="general is a rule 'general': expected φ of a learned rule 'gated'"):
+        dynlm.meta_train(reader, articles, rms, phi="general")
+    with pytest.raises(dynlm.InputError, match="hidden is 8 beside phi 'reader'"):
+        dynlm.meta_train(reader, articles, rms, phi="reader", hidden=8)
+
+
 def test_an_audit_of_a_sound_reader_passes(reader):
     verdicts = dynlm.audit(reader, text(1, 200), text(2, 200), quick=True)
     assert [verdict.name for verdict in verdicts if not verdict.passed] == []
@@ -221,8 +234,8 @@ def test_a_model_of_transformers_is_read_from_its_folder_and_from_memory(ready, 
     assert results.methods[0] == "static"
     reader.save_pretrained(tmp_path / "adapted")
     assert AutoTokenizer.from_pretrained(tmp_path / "adapted").vocab_size == tokenizer.vocab_size
-    with pytest.raises(dynlm.InputError, match="rule gated without a run"):
-        dynlm.Reader.from_pretrained(ready[1], rule="gated")
+    with pytest.raises(dynlm.InputError, match="rule mlp without a run"):
+        dynlm.Reader.from_pretrained(ready[1], rule="mlp")
     with pytest.raises(dynlm.InputError, match="give the model's tokenizer"):
         dynlm.Reader.from_pretrained(model, rule="rms", tokenizer="ordinary")
 
@@ -266,7 +279,7 @@ def test_a_real_transformer_reads_and_is_evaluated():
     with reader.adapted() as model:
         assert model.generate(torch.tensor([[1]]), max_new_tokens=3).shape[0] == 1
     results = dynlm.evaluate(reader, [names * 6, names * 3])
-    assert results.methods == ["static", "rms"]
+    assert results.methods == ["static", "gated"]
     assert [v for v in dynlm.audit(reader, names * 6, names * 8, quick=True) if not v.passed] == []
 
 

@@ -7,11 +7,13 @@ import string
 from itertools import permutations
 
 import pytest
+import torch
 
 import dynlm.session.prior
 from dynlm.cli.main import main
 from dynlm.meta.tune import search_space
 from dynlm.optim.handmade import RMS, Static
+from dynlm.optim.hub import load
 from dynlm.optim.registry import RULES, tuned
 from dynlm.session.reader import Reader
 from dynlm.session.ready import CAUTION, PRIOR_TOKENS, ready_session, untuned_rule
@@ -36,7 +38,7 @@ def test_a_model_without_a_run_learns_while_it_reads(model, text, capsys):
     assert main(["read", text, "--model", model]) == 0
     out, err = capsys.readouterr()
     assert out.startswith(TEXT)
-    assert "rms" in out
+    assert "gated" in out
     assert "gain +" in out
     assert "measured on Python's documentation" in err
 
@@ -54,7 +56,6 @@ def test_text_for_the_prior_low_rank_weights_and_memories(model, text, tmp_path,
 
 
 def test_a_memory_knows_the_frozen_weights_too(model, tmp_path):
-    import torch
     from transformers import AutoModelForCausalLM
 
     (tmp_path / "prior.txt").write_text(TEXT)
@@ -78,6 +79,10 @@ def test_rules_start_where_tuning_starts(model, tmp_path):
     assert rule.settings() == pytest.approx({"lr": CAUTION * start["lr"].start, "eps": 0.5 * mean, "decay": 1e-3})
     assert untuned_rule("adam", kit, lr=1e-4).settings()["lr"] == pytest.approx(1e-4)
     assert not untuned_rule("static", kit).reads_gradient
+    learned, reader = untuned_rule("gated", kit), load("reader")
+    assert (learned.config.lr, learned.config.eps) == (rule.settings()["lr"], rule.settings()["eps"])
+    for name, tensor in reader.state_dict().items():
+        assert torch.equal(learned.state_dict()[name], tensor)
 
 
 def test_the_prior_is_measured_on_few_segments_and_not_at_all_where_nothing_is_learned(model, text, monkeypatch):
@@ -117,7 +122,7 @@ def test_a_first_step_promises_the_same_fall_of_the_loss_on_models_of_any_size(r
 
 
 @pytest.mark.skipif("DYNLM_TEST_MODEL" not in os.environ, reason="DYNLM_TEST_MODEL is not set")
-@pytest.mark.parametrize("rule", tuned())
+@pytest.mark.parametrize("rule", ["", *tuned()])
 def test_a_real_transformer_gains_at_the_defaults(rule, tmp_path, capsys):
     pairs = permutations(("Quernmoor", "Ellisande", "Haverstock"), 2)
     lines = [f"{a} met {b} in the park. {b} gave {a} a big red ball, and {a} was happy." for a, b in pairs]
@@ -144,7 +149,7 @@ def test_settings_that_do_not_go_together_are_one_clear_line(model, text, tmp_pa
     base = ["read", text, "--model", model]
     fails(capsys, ["read", text, "--model", tmp_path / "none"], "holds no model", "save_pretrained")
     fails(capsys, [*base, "--run", tmp_path], "give one of them")
-    fails(capsys, [*base, "--rule", "gated"], "rule gated without a run", "rms", "(--rule)")
+    fails(capsys, [*base, "--rule", "mlp"], "rule mlp without a run", "gated, sgd, rms, adam, static", "(--rule)")
     fails(capsys, [*base, "--lora-rank", "-1"], "--lora-rank is -1")
     fails(capsys, [*base, "--lr", "-1"], "--lr is -1.0")
     fails(capsys, [*base, "--prior-text", tmp_path / "none.txt"], "does not exist")

@@ -107,7 +107,7 @@ def test_resume_takes_over_what_was_finished_under_the_same_settings(finished, t
     [
         (("--fewshot.methods", "joint", "mamal"), "unknown 'mamal': choose from joint"),
         (("--fewshot.rates", "1e30"), "not finite at any of the rates"),
-        (("--fewshot.tasks.kind", "characters", "--fewshot.tasks.ways", "900"), "lower fewshot.tasks.ways"),
+        (("--fewshot.tasks.kind", "characters", "--fewshot.tasks.ways", "900"), "lower ways (--fewshot.tasks.ways)"),
         (("--fewshot.inner-lr", "1e20", "--fewshot.methods", "maml"), "lower its lr"),
     ],
 )
@@ -151,4 +151,4 @@ def test_an_interrupted_comparison_keeps_what_is_finished_and_the_earlier_one(fi
     assert list(results["methods"]) == ["joint", "fomaml"]
     assert results["fewshot"]["inner_lr"] == 0.03
     assert read_tensors(run.few_shot_start("joint"))[1]["settings"]["inner_lr"] == 0.03
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["few-shot", "few-shot.json", "recipe.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["few-shot", "few-shot.json", "provenance.json", "recipe.json"]

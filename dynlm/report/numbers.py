@@ -6,6 +6,7 @@ import math
 
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 MILLION = 1e6
+BEYOND = 1e300  # factors are computed up to about 10³⁰⁴, and stand for all beyond
 DIGITS = 3
 SANE_PERPLEXITY = 1e5
 """beyond it a perplexity by word says nothing to anybody"""
@@ -27,7 +28,12 @@ def three(value: float) -> str:
 
 def likelier(gain: float) -> str:
     """Say what a gain in nats makes of the probability of a token, as a geometric mean over tokens."""
-    return f"each token {three(math.exp(min(abs(gain), 700.0)))} × {'likelier' if gain >= 0 else 'less likely'}"
+    return f"each token {times(math.exp(min(abs(gain), 700.0)))} × {'likelier' if gain >= 0 else 'less likely'}"
+
+
+def times(factor: float) -> str:
+    """Return a factor to three digits, as far as it could be computed."""
+    return three(factor) if factor < BEYOND else "more than 10³⁰⁰"
 
 
 def plus(value: float) -> str:

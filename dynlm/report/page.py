@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dynlm.report.looks import METHODS
-from dynlm.report.numbers import likelier, plus, three
+from dynlm.report.numbers import likelier, plus, three, times
 from dynlm.report.shades import DARK, LIGHT, THRESHOLDS, Palette
 
 MINUS = "\N{MINUS SIGN}"
@@ -121,7 +121,9 @@ def span(ci95: Sequence[float | None] | None, digits: int = 3) -> str:
 
 
 def percent(fraction: float) -> str:
-    """``0.345`` as "34.5 % lower"; below zero it is higher."""
+    """``0.345`` as "34.5 % lower"; below zero it is higher, and from ten times on so many times as high."""
+    if fraction < -9:
+        return f"{times(1 - fraction)} times as high"
     return f"{abs(fraction):.1%} ".replace("%", "\N{NO-BREAK SPACE}%") + ("lower" if fraction >= 0 else "higher")
 
 

@@ -204,3 +204,18 @@ def test_every_figure_of_the_page_has_its_numbers(make_run):
     figures = re.findall(r"<figure id.*?</figure>", source, re.DOTALL)
     assert len(figures) > 6
     assert all("Numbers of this figure" in figure for figure in figures)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [(0.05, "% higher"), (3.0, "times as high"), (900.0, "more than 10³⁰⁰ times as high")],
+)
+def test_perplexities_far_above_are_told_in_times(make_run, more, said):
+    run = make_run(("static", "rms"))
+    run.losses_by_method["rms"] = run.losses_by_method["static"] + more
+    run.value["methods"]["rms"].update(nats=float(run.losses_by_method["rms"].double().sum()))
+    run.save()
+    text = Page(run).text.replace("\N{NO-BREAK SPACE}", " ")
+    row = text[text.index("rms hand-made") :][:80]
+    assert said in row
+    assert ("more than 10³⁰⁰" in row) is (more == 900.0)

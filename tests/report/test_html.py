@@ -281,5 +281,6 @@ def test_numbers_are_told_with_sensible_digits():
     assert span(None) == "–"
     assert percent(0.345) == "34.5\N{NO-BREAK SPACE}% lower"
     assert percent(-0.02) == "2.0\N{NO-BREAK SPACE}% higher"
+    assert percent(-11.5) == "12.5 times as high"
     assert [plain(value) for value in ("a", 1234, 0.0020000001, 3000.0)] == ["a", "1,234", "0.002", "3,000"]
     assert [plain(value) for value in (True, None, [1, "é"])] == ["true", "null", '[1, "é"]']

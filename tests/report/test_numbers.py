@@ -36,4 +36,5 @@ def test_gains_are_told_as_differences_and_as_likelihoods():
     assert [plus(v) for v in (1.9534, -0.25, 0)] == ["+1.95", "−0.250", "0"]
     assert likelier(1.9534) == "each token 7.05 × likelier"
     assert likelier(-math.log(2)) == "each token 2.00 × less likely"
-    assert likelier(1e9).startswith("each token 1.01 × 10³⁰⁴")
+    assert likelier(600) == "each token 3.77 × 10²⁶⁰ × likelier"
+    assert likelier(-1e9) == "each token more than 10³⁰⁰ × less likely"

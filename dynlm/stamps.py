@@ -79,11 +79,14 @@ def read_stamped(path: Path) -> tuple[Json, Stamp]:
 
 
 def fingerprint_files(path: Path) -> str:
-    """The fingerprint of a file, or of the names and contents of all files in a folder; hidden ones do not count."""
+    """The fingerprint of a file, or of the names and contents of all files in a folder.
+
+    Hidden files do not count, nor what Python compiles: installing a package adds that to the folder of a model.
+    """
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         name = file.relative_to(path)
-        if file.is_file() and not any(part.startswith(".") for part in name.parts):
+        if file.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in name.parts):
             with file.open("rb") as content:
                 digest.update(name.as_posix().encode() + b"\0" + hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()[:16]

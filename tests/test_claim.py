@@ -136,6 +136,8 @@ def test_fingerprints_see_names_and_contents(tmp_path):
     assert prints[0] == prints[1]
     assert len(set(prints)) == 4
     (tmp_path / "a" / ".DS_Store").write_text("")
+    (tmp_path / "a" / "__pycache__").mkdir()
+    (tmp_path / "a" / "__pycache__" / "x.pyc").write_text("")
     assert fingerprint_files(tmp_path / "a") == prints[0]
     assert fingerprint_files(tmp_path / "a" / "x") != fingerprint_files(tmp_path / "c" / "x")
 

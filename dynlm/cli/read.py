@@ -47,8 +47,8 @@ class ReadSettings(Settings):
     prior measured now and its rule untuned; a run with tuned rules gains more: `dynlm train --model.pretrained`, then
     `dynlm tune`"""
     rule: str = ""
-    """rule of the run, or one with its cache or mixture (gated+cache+mix); without it gated, or else rms. With --model:
-    gated (the learned rule that ships), rms, sgd, adam or static"""
+    """rule of the run, or one with its cache or mixture (gated+cache+mix); without it gated, in a stream rms. With
+    --model: gated (the learned rule that ships), rms, sgd, adam or static"""
     lr: NotNegative = 0.0
     """with --model: learning rate of the rule; 0: a cautious one, from the size of the model's gradient"""
     lora_rank: Annotated[int, Bound(0, WIDE)] = 0

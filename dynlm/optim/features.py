@@ -65,12 +65,14 @@ def look(
     """Row, column and tensor activity relative to the static level, all in (−1, 1), and four scalars a tensor.
 
     In an embedding a row is a word: its activity says whether the word stands in the segment, its memory whether it
-    stood in the article before. Scalars: tensor activity, loss surprise, time since the article's start, and one.
+    stood in the article before. Scalars: tensor activity, loss surprise, time since the article's start, which stops
+    after 256 segments, and one.
     """
     memory = memory or [_levels(prior) for prior in priors]
     surprise = clock.loss - clock.baseline
     surprise = surprise if math.isfinite(surprise) else 0.0  # an optimizer may be called without a loss
-    scalars = [0.0, surprise / (1 + abs(surprise)), math.log2(clock.step) / 8, 1.0]
+    time = min(math.log2(clock.step) / 8, 1.0)  # no rule was trained on what comes later (docs/LOG.md)
+    scalars = [0.0, surprise / (1 + abs(surprise)), time, 1.0]
     look_at = _look_in_c if _LOOK.serves(*grads) else _look
     rows, cols, activity_n = look_at(grads, memory)
     scalars_nS = grads[0].new_tensor([scalars]).repeat(len(grads), 1)

@@ -262,7 +262,7 @@ def _texts(source: Source) -> Iterable[Article | Text]:
 def _own_methods(source: object, session: Session) -> list[str | Rule]:
     if isinstance(source, Reader):
         return [source.method or source.rule] if source.method or source.rule.name != "static" else []
-    return [*session.held()] or [UNTUNED]
+    return [*session.held()] or [UNTUNED[session.config.reset]]
 
 
 def _free_name(name: str, taken: Iterable[str]) -> str:

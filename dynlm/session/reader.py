@@ -138,7 +138,7 @@ class Reader:
             session = ready_session(source, **settings)
         else:
             session = given_session(source, tokenizer, **settings)
-        found = untuned_rule(rule or UNTUNED, session, lr) if isinstance(rule, str) else rule
+        found = untuned_rule(rule or UNTUNED[session.config.reset], session, lr) if isinstance(rule, str) else rule
         return cls(session, found, spacing=spacing)
 
     def __repr__(self) -> str:

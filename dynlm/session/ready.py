@@ -34,8 +34,8 @@ from dynlm.types import Article, InputError
 PRIOR_TOKENS = 256
 CAUTION = 0.3
 """of the rate where tuning starts"""
-UNTUNED = "gated"
-"""the rule that a model without a run is read with"""
+UNTUNED = {"article": "gated", "never": "rms"}
+"""by ``read.reset``: the rule that a model without a run is read with"""
 log = logging.getLogger("dynlm")
 
 
@@ -103,16 +103,17 @@ def untuned_rule(kind: str, session: Session, lr: float = 0.0) -> Rule:
         raise InputError(message, setting="rule")
     if kind == "static":
         return make_rule(kind)
-    space = search_space("rms" if kind == UNTUNED else kind, session.priors)
+    learned = kind == "gated"
+    space = search_space("rms" if learned else kind, session.priors)
     settings = {name: r.start for name, r in space.items()}
     settings["lr"] = lr or CAUTION * settings["lr"]
-    rule = load_learned("reader", kind, settings) if kind == UNTUNED else make_rule(kind, **settings)
+    rule = load_learned("reader", kind, settings) if learned else make_rule(kind, **settings)
     return rule.to(session.device)
 
 
 def untuned() -> list[str]:
-    """Return the rules that read with a model for which nothing was tuned, the best first."""
-    return [UNTUNED, *tuned(), "static"]
+    """Return the rules that read with a model for which nothing was tuned."""
+    return ["gated", *tuned(), "static"]
 
 
 def _documentation() -> Iterable[Article]:

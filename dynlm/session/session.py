@@ -48,7 +48,8 @@ from dynlm.types import Article, InputError, TokenizedArticle
 SHIPPED = Path(__file__).parents[1] / "shipped"
 DEFAULT_MODEL = "wikipedia"
 KIT = "kit.json"  # beside a shipped run: {"spacing": of what its model was trained on, "home": see Session.home}
-RULES = ("gated", "rms")  # the first that the run holds
+RULES = {"article": ("gated", "rms"), "never": ("rms", "gated")}
+"""by ``read.reset``: the first that the run holds is read with; a learned rule that saw articles is lost in a stream"""
 log = logging.getLogger("dynlm")
 Mixed = TypeVar("Mixed", bound=MixedReader)
 
@@ -124,16 +125,16 @@ class Session:
         return self.run.rules() if self.run else []
 
     def rule(self, name: str = "") -> Rule:
-        """Return a rule by name; without one gated, or else rms.
+        """Return a rule by name; without one gated, or else rms; in a stream rms, or else gated.
 
         Raises:
             InputError: a rule that is not there, one of another model, a file that holds no whole rule.
         """
-        chosen = name or next((rule for rule in RULES if rule in self.held()), "")
+        chosen = name or next((rule for rule in RULES[self.config.reset] if rule in self.held()), "")
         if chosen in (STATIC, STATELESS):
             return Static()
         if chosen not in self.held() or self.run is None:
-            raise InputError(self._without(chosen or RULES[-1]))
+            raise InputError(self._without(chosen or "rms"))
         path = self.run.rule(chosen)
         rule, made = load_rule(path)
         self._require_own(path, made)

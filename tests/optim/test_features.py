@@ -72,6 +72,7 @@ def test_surprise_and_time():
     assert scalars_after(float("nan"))[1] == 0, "an optimizer may be called without a loss"
     assert scalars_after(3)[2:].tolist() == [0, 1]
     assert scalars_after(*[3] * 16)[2] == pytest.approx(0.5)
+    assert scalars_after(*[3] * 256)[2] == scalars_after(*[3] * 4000)[2] == 1.0  # a stream is older than any article
 
 
 def test_softsign_and_affine(monkeypatch):

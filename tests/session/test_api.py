@@ -202,6 +202,13 @@ def test_rules_are_tuned_and_trained_in_one_call_each(reader, tmp_path):
         dynlm.tune(reader, articles, "rms", trails=3)
 
 
+def test_a_stream_is_read_with_the_rule_that_bears_it(ready):
+    for reset, rule in (("article", "gated"), ("never", "rms")):
+        assert dynlm.Reader.from_pretrained("wikitext2", reset=reset).rule.name == rule
+        assert dynlm.Reader.from_pretrained(ready[1], reset=reset).rule.name == rule
+    assert dynlm.Reader.from_pretrained("wikitext2", "gated", reset="never").rule.name == "gated"
+
+
 def test_meta_training_goes_on_from_the_phi_that_ships(reader):
     articles, rms = [dynlm.Article(str(i), f"Text {i}", text(i, 80)) for i in range(4)], dynlm.rules.RMS(lr=1e-3)
     settings = {"phi": "reader", "steps": 1, "lr": 1e-12, "articles": 1, "truncation": 4, "validation_articles": 1}

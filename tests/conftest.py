@@ -94,7 +94,9 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def plain_reports(monkeypatch):
     """Reports without their charts, which take most of the time and have tests of their own."""
-    monkeypatch.setattr("dynlm.report.svg.Drawing.html", lambda drawing: f"<p>{drawing.name}</p>")
+    from dynlm.report import svg
+
+    monkeypatch.setattr(svg.Drawing, "html", lambda drawing: f"<p>{drawing.name}</p>")
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import tyro
 import dynlm
 from dynlm.cli.main import COMMANDS, parse
 from dynlm.cli.read import ReadSettings
+from dynlm.cli.versus import VersusSettings
 from dynlm.meta.replay import Replay
 from dynlm.optim.registry import tuned
 from dynlm.stages.recipe import Recipe
@@ -185,6 +186,8 @@ def test_every_command_is_one_with_settings_that_there_are(page, here, capsys):
         assert name in COMMANDS, name
         if name == "read":
             tyro.cli(ReadSettings, args=flags)
+        elif name == "report" and not any(flag.startswith("-") for flag in flags[:2]) and len(flags) > 1:
+            tyro.cli(VersusSettings, args=flags)
         elif "--tyro-print-completion" in flags:
             with pytest.raises(SystemExit) as ended:
                 parse(name, flags)

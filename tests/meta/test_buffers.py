@@ -51,6 +51,7 @@ class Lab:
 def after_the_plain_loop(kind):
     lab = Lab(kind)
     reader = InnerLoop(lab.net, lab.score, lab.rule, lab.priors)
+    reader.begin()
     for piece in DATA:
         reader.segment(*piece)
     return lab.buffers()

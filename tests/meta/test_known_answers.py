@@ -72,6 +72,7 @@ def test_two_unrolls_of_the_linear_rule(kind):
 def test_a_zero_rule_never_moves():
     for rule in (Linear(), Static(), SGD(0.0)):
         reader = make_reader(rule)
+        reader.begin()
         for _ in range(5):
             reader.segment(*NOTHING)
         assert reader.thetas[0].item() == 1.0

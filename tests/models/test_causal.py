@@ -230,6 +230,7 @@ def test_tied_embeddings_count_once_and_move_together(name):
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert sum(p.theta0.numel() for p in priors) == model.num_parameters()
     reader = reader_for(score, SGD(0.1), priors)
+    reader.begin()
     reader.segment(*pieces_of(make_article(8))[0])
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert not torch.equal(model.lm_head.weight, priors[0].theta0)

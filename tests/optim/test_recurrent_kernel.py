@@ -85,7 +85,7 @@ def test_compiled_step_equals_the_plain_one(kind, hidden, layers, dtype, toleran
     for shape in SHAPES:
         plain = run(rule.step, rule, shape, dtype, 5)
         assert_same(run(compiled, rule, shape, dtype, 5), plain, tolerance)
-        assert plain[0].abs().max() > 1e-2  # the weights moved by far more than the tolerance
+        assert plain[0].abs().max() > 1e-3  # the weights moved by far more than the tolerance
 
 
 @pytest.mark.parametrize("kind", list(CELLS))

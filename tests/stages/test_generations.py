@@ -68,7 +68,8 @@ def test_what_others_put_beside_the_runs_files_stays(copy):
     assert main(["train", str(recipe), "--run", str(run), "--overwrite"]) == 0
     assert [path.read_text() for path in mine] == ["mine"] * 4
     left = {path.relative_to(run).parts[0] for path in files(run)}
-    assert left == {"model", "tokenizer", "recipe.json", "train.jsonl", "rules", "figures", "evaluate", "notes"}
+    written = {"model", "tokenizer", "recipe.json", "provenance.json", "train.jsonl"}
+    assert left == written | {"rules", "figures", "evaluate", "notes"}
     assert {path.name for path in files(run / "rules")} == {"notes.txt"}
     assert {path.name for path in files(run / "figures")} == {"fig1.pdf"}
 
@@ -206,7 +207,7 @@ def test_a_finished_model_stays_until_the_next_one_is_finished(copy, capsys, mon
     names = [path.relative_to(whole) for path in files(whole)]
     assert sorted(path.relative_to(run) for path in files(run)) == sorted(names)
     for name in names:
-        if name.name not in ("train.jsonl", "recipe.json"):  # these hold seconds, and the run's name
+        if name.name not in ("train.jsonl", "recipe.json", "provenance.json"):  # these hold seconds, and the run's name
             assert (run / name).read_bytes() == (whole / name).read_bytes()
 
 

@@ -26,7 +26,7 @@ def test_a_learned_start_is_kept_and_read_from(copy, method, capsys):
     run = Run(path)
     before = files(path)
     assert learn(path, "--start.method", method, "--start.outer.lr", "3e-3") == 0
-    assert {p for p, data in files(path).items() if before.get(p) != data} == {run.start(method)}
+    assert {p for p, data in files(path).items() if before.get(p) != data} == {run.start(method), run.provenance}
     tensors, made = read_tensors(run.start(method))
     theta0 = {name: t for name, t in read_tensors(run.model / "model.safetensors")[0].items() if name in tensors}
     assert set(theta0) == set(tensors)

@@ -83,7 +83,9 @@ def test_stacked_copies_learn_their_own_tasks():
     def reader_of(net, score):
         parameters = adapted_parameters(net)
         priors = make_priors(parameters, [torch.ones_like(a.matrix_RC) for a in parameters])
-        return InnerLoop(net, score, SGD(0.05), priors, ReadConfig(kernel="eager"))
+        loop = InnerLoop(net, score, SGD(0.05), priors, ReadConfig(kernel="eager"))
+        loop.begin()
+        return loop
 
     net = seeded(lambda: MLP((1, 6, 6, 1)), 0).double()
     copies = stacked(net, 3)

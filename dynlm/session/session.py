@@ -49,7 +49,7 @@ SHIPPED = Path(__file__).parents[1] / "shipped"
 DEFAULT_MODEL = "wikipedia"
 KIT = "kit.json"  # beside a shipped run: {"spacing": of what its model was trained on, "home": see Session.home}
 RULES = {"article": ("gated", "rms"), "never": ("rms", "gated")}
-"""by ``read.reset``: the first that the run holds is read with; a learned rule that saw articles is lost in a stream"""
+"""by ``read.reset``: the first that the run holds is read with; in a long stream a learned rule gains less"""
 log = logging.getLogger("dynlm")
 Mixed = TypeVar("Mixed", bound=MixedReader)
 

@@ -194,7 +194,9 @@ def test_evaluation_needs_static_and_existing_splits_and_rules(copy, capsys):
     fails(capsys, [*base, "--evaluate.split", "dev"], "invalid choice 'dev'", "--evaluate.split")
     fails(capsys, [*base, "--read.params", "layer.*"], "matches no parameter", "did you mean")
     before = (run / "evaluate" / "results.json").read_bytes()
-    fails(capsys, [*base, "--report.articles", "nope"], "article 'nope' was not read: did you mean", "(--report.articles)")
+    fails(
+        capsys, [*base, "--report.articles", "nope"], "article 'nope' was not read: did you mean", "(--report.articles)"
+    )
     fails(capsys, [*base, "--format", "gif"], "format 'gif' is unknown")
     assert (run / "evaluate" / "results.json").read_bytes() == before
 

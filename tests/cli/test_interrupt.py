@@ -30,6 +30,14 @@ class Pipe(io.RawIOBase):
         return LINE.encode()
 
 
+@pytest.fixture(autouse=True)
+def listening():
+    """A shell in the background has its children set SIGINT aside."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_a_stream_that_is_interrupted_keeps_what_was_read(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", type("In", (), {"buffer": Pipe(20)}))
     page, memory = tmp_path / "page.html", tmp_path / "memory"

@@ -73,6 +73,7 @@ def traits_of(prior: Prior) -> tuple[float, float, float, float]:
 
 
 def softened(x: float) -> float:
+    """x / (1 + |x|): a squash to (−1, 1)."""
     return x / (1 + abs(x))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dynlm.kernels import Array, Double, Kernel, Long
-from dynlm.optim.base import Clock, Prior, Seen, Slots
+from dynlm.optim.base import Clock, Prior, Seen, Slots, softened
 
 N_ROW, N_COL, N_SCALARS = 2, 1, 4
 MEMORY_DECAY = 0.95  # of the running row statistic, per segment
@@ -72,7 +72,7 @@ def look(
     surprise = clock.loss - clock.baseline
     surprise = surprise if math.isfinite(surprise) else 0.0  # an optimizer may be called without a loss
     time = min(math.log2(clock.step) / 8, 1.0)  # no rule was trained on what comes later (docs/LOG.md)
-    scalars = [0.0, surprise / (1 + abs(surprise)), time, 1.0]
+    scalars = [0.0, softened(surprise), time, 1.0]
     look_at = _look_in_c if _LOOK.serves(*grads) else _look
     rows, cols, activity_n = look_at(grads, memory)
     scalars_nS = grads[0].new_tensor([scalars]).repeat(len(grads), 1)

@@ -13,24 +13,30 @@ from dynlm.kernels import Array, Double, Kernel, Long
 RMS_DECAY = 0.999  # of the running RMS, per step
 BLOCK = 4096  # coordinates that a thread takes at a time
 
-_FINITE = Kernel(
-    "not_finite",
-    f"""
+
+def _by_block(body: str) -> str:
+    """Return C that runs ``body`` for the coordinates from ``start`` to ``end`` of each tensor k, on all threads."""
+    return f"""
   #pragma omp parallel num_threads(threads)
   for (long k = 0; k < n; k++) {{
     EACH(k)
     #pragma omp for schedule(static) nowait
     for (long start = 0; start < R * C; start += {BLOCK}) {{
-      const long end = start + {BLOCK} < R * C ? start + {BLOCK} : R * C;
+      const long end = start + {BLOCK} < R * C ? start + {BLOCK} : R * C;{body}
+    }}
+  }}"""
+
+
+_FINITE = Kernel(
+    "not_finite",
+    _by_block("""
       int wrong = 0;
       #pragma omp simd reduction(|: wrong)
       for (long i = start; i < end; i++) wrong |= !(ABS(grad[i]) <= LARGEST);  /* written so that a NaN is wrong */
-      if (wrong) {{
+      if (wrong) {
         #pragma omp atomic write
         found[k] = 1;
-      }}
-    }}
-  }}""",
+      }"""),
     (Long("threads"), Array("found", "n", "int", out=True)),
     (Long("R"), Long("C"), Array("grad", "R, C")),
     head="#include <float.h>\n#define LARGEST (sizeof(T) == sizeof(float) ? (T)FLT_MAX : (T)DBL_MAX)",
@@ -38,22 +44,14 @@ _FINITE = Kernel(
 
 _RUNNING = Kernel(
     "running",
-    f"""
-  #pragma omp parallel num_threads(threads)
-  for (long k = 0; k < n; k++) {{
-    EACH(k)
-    #pragma omp for schedule(static) nowait
-    for (long start = 0; start < R * C; start += {BLOCK}) {{
-      const long end = start + {BLOCK} < R * C ? start + {BLOCK} : R * C;
+    _by_block("""
       T part = 0;
       #pragma omp simd reduction(+: part)
-      for (long i = start; i < end; i++) {{
+      for (long i = start; i < end; i++) {
         rms[i] = SQRT(rms[i] * rms[i] * (T)past + (1 - (T)past) * grad[i] * grad[i]);
         part += rms[i];
-      }}
-      sums[k * threads + omp_get_thread_num()] += part;
-    }}
-  }}""",
+      }
+      sums[k * threads + omp_get_thread_num()] += part;"""),
     (Long("threads"), Double("past"), Array("sums", "n, threads", "double", out=True)),
     (Long("R"), Long("C"), Array("grad", "R, C"), Array("rms", "R, C", out=True)),
 )

@@ -53,17 +53,15 @@ class Learned(Rule):
     @classmethod
     def started_at(cls, settings: dict[str, float], priors: Sequence[Prior], seed: int = 0, **sizes: Any) -> Self:
         """Return the rule that starts exactly at a tuned RMS rule, for a model with these tensors."""
-        known = {name: settings[name] for name in ("lr", "eps", "decay")}
         config: Any = cls.config_class
         build: Any = cls
-        rule: Self = build(config(**known, **sizes), seed)
+        rule: Self = build(config(**_of_rms(settings), **sizes), seed)
         return rule
 
     def restarted_at(self, settings: dict[str, float]) -> Self:
         """Return the same φ over another RMS rule, such as another model's: what was learned moves away from it."""
-        known = {name: settings[name] for name in ("lr", "eps", "decay")}
         kind: Any = type(self)
-        rule: Self = kind(replace(self.config, **known))
+        rule: Self = kind(replace(self.config, **_of_rms(settings)))
         rule.load_state_dict(self.state_dict())
         return rule
 
@@ -94,6 +92,11 @@ def assemble(shared: Shared, *parts: Sequence[Tensor] | Tensor) -> Tensor:
     shape, like = shared.scalars.shape[:-1], shared.scalars
     flat = [t if isinstance(t, Tensor) else torch.cat([x.reshape(-1) for x in t]) for t in parts]
     return torch.cat([t.to(like).expand(*shape, t.shape[-1]) for t in flat], -1)
+
+
+def _of_rms(settings: dict[str, float]) -> dict[str, float]:
+    """Return the settings of a tuned RMS rule that a cell's configuration holds."""
+    return {name: settings[name] for name in ("lr", "eps", "decay")}
 
 
 class GatingNetwork(Learned):

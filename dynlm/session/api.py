@@ -31,7 +31,7 @@ from dynlm.progress import Bar
 from dynlm.runs import Run
 from dynlm.session.evaluation import Results, evaluate_readers
 from dynlm.session.reader import Reader
-from dynlm.session.ready import UNTUNED, given_session, untuned, untuned_rule
+from dynlm.session.ready import best_untuned, given_session, untuned, untuned_rule
 from dynlm.session.session import Session
 from dynlm.settings import as_json, build
 from dynlm.tracking import Tracker, tracking
@@ -262,7 +262,7 @@ def _texts(source: Source) -> Iterable[Article | Text]:
 def _own_methods(source: object, session: Session) -> list[str | Rule]:
     if isinstance(source, Reader):
         return [source.method or source.rule] if source.method or source.rule.name != "static" else []
-    return [*session.held()] or [UNTUNED[session.config.reset]]
+    return [*session.held()] or [best_untuned(session)]
 
 
 def _free_name(name: str, taken: Iterable[str]) -> str:

@@ -132,13 +132,18 @@ class Reader:
     ) -> Reader:
         """Make a reader of a model of transformers, whatever else lies in its folder: see :meth:`from_pretrained`."""
         with optional("a model of transformers"):
-            from dynlm.session.ready import UNTUNED, given_session, ready_session, untuned_rule  # which takes seconds
+            from dynlm.session.ready import (
+                best_untuned,
+                given_session,
+                ready_session,
+                untuned_rule,
+            )  # which takes seconds
 
         if isinstance(source, str | Path):
             session = ready_session(source, **settings)
         else:
             session = given_session(source, tokenizer, **settings)
-        found = untuned_rule(rule or UNTUNED[session.config.reset], session, lr) if isinstance(rule, str) else rule
+        found = untuned_rule(rule or best_untuned(session), session, lr) if isinstance(rule, str) else rule
         return cls(session, found, spacing=spacing)
 
     def __repr__(self) -> str:

@@ -28,14 +28,12 @@ from dynlm.optim.hub import load_learned
 from dynlm.optim.library import make_rule
 from dynlm.optim.registry import tuned
 from dynlm.session.prior import measured
-from dynlm.session.session import Session
+from dynlm.session.session import RULES, Session
 from dynlm.types import Article, InputError
 
 PRIOR_TOKENS = 256
 CAUTION = 0.3
 """of the rate where tuning starts"""
-UNTUNED = {"article": "gated", "never": "rms"}
-"""by ``read.reset``: the rule that a model without a run is read with"""
 log = logging.getLogger("dynlm")
 
 
@@ -109,6 +107,11 @@ def untuned_rule(kind: str, session: Session, lr: float = 0.0) -> Rule:
     settings["lr"] = lr or CAUTION * settings["lr"]
     rule = load_learned("reader", kind, settings) if learned else make_rule(kind, **settings)
     return rule.to(session.device)
+
+
+def best_untuned(session: Session) -> str:
+    """Return the rule that a model without a run is read with: the first that a run would be."""
+    return RULES[session.config.reset][0]
 
 
 def untuned() -> list[str]:
